@@ -1,0 +1,1310 @@
+"""
+Train a language model: one file with the model, the data, the loop.
+
+    accelerate launch train_lm.py                                       # Python's own source code, on any machine
+    accelerate launch train_lm.py configs/shakespeare_char.py --n_layer=8
+    accelerate launch train_lm.py --dataset=my_texts/ --tokenizer=bpe:4096 --out_dir=out/mine
+
+Then `python sample.py --out_dir=out/lm --prompt="def "` speaks from it. Ctrl-C saves; --resume=True goes on.
+"""
+
+import os
+
+PARENT = os.getppid()  # before the slow imports, to notice a launcher that dies during them
+
+import contextlib
+import datetime
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import traceback
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from configurator import configure, fail, nearest, settings
+
+# -----------------------------------------------------------------------------
+# Settings: change them here, in a config file, or by --name=value. Legal values stand in brackets.
+# -----------------------------------------------------------------------------
+# the run
+out_dir = "out/lm"  # everything that the run writes
+resume = False  # True: go on from the newest checkpoint in out_dir, or start if there is none
+overwrite = False  # True: delete the run in out_dir and start anew
+seed = 1337  # of the first weights, the order of the data, and dropout
+# data
+dataset = "python"  # "python" (the standard library's source), a file, folder, glob, URL, or hub name:config@revision
+text_column = "text"  # the column with the documents, in .jsonl, .parquet, .csv and hub data
+tokenizer = (
+    "bpe:1024"  # "bytes", "char", "bpe:N" (N tokens, learned from the train split), a hub name or a folder
+)
+val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
+test_fraction = 0.05  # likewise for the test split, which is looked at once, at the end (0..<1)
+fold = ""  # "2/5": validate on the second of five parts instead (cross-validation)
+num_workers = 0  # DataLoader processes; 0 is fastest for local files, a few help on network disks
+# model
+block_size = 128  # context length in tokens (1..)
+n_layer = 4  # transformer blocks (1..)
+n_head = 4  # attention heads (1..)
+n_kv_head = 0  # heads of keys and values, fewer for grouped-query attention; 0: n_head
+n_embd = 128  # width; n_embd / n_head, the size of a head, must be even (1..)
+dropout = 0.0  # 0 for about one pass over the data, 0.1 to 0.2 where the same text comes by often (0..<1)
+# batch and length
+batch_size = 16  # blocks per optimizer step, over all processes and micro-batches (1..)
+micro_batch_size = (
+    0  # blocks per process and forward pass, fewer where memory is short; 0: as many as batch_size asks
+)
+max_steps = 1600  # optimizer steps; 0: only evaluate
+epochs = 0.0  # passes over the data, instead of max_steps; 0: by max_steps
+# optimizer and learning rate
+optimizer = "muon"  # muon has AdamW beside it, for embedding and head ("muon" | "adamw")
+learning_rate = 0.0  # peak; 0: 0.02 for muon, 0.001 for adamw
+embed_lr = 0.3  # peak, of the embedding beside muon
+head_lr = 0.004  # peak, of the head beside muon
+beta1 = 0.8  # AdamW's memory of the gradient (0..<1)
+beta2 = 0.95  # AdamW's memory of the squared gradient (0..<1)
+weight_decay = 0.1  # of the matrices in the blocks; with adamw of all weights
+warmup_steps = 50  # steps in which the learning rate rises to its peak
+lr_schedule = (
+    "wsd"  # warm-up, stable, linear decay; or cosine decay; or constant ("wsd" | "cosine" | "constant")
+)
+cooldown = 0.7  # the last part of the steps, in which wsd decays (0..1)
+min_lr = 0.02  # learning rate at the end, as a fraction of its peak (0..1)
+grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
+# evaluation, saving, reports
+eval_interval = 200  # steps (1..)
+eval_batches = 20  # batches of batch_size, spread evenly over the validation split; 0: all of it
+log_interval = 10  # steps (1..)
+save_interval = 200  # steps between checkpoints (1..)
+keep_checkpoints = 2  # how many stay on disk, the newest (1..)
+keep = "best"  # the weights in out_dir: of the best validation loss or of the last step ("best" | "last")
+patience = 0  # stop after so many evaluations without a better validation loss; 0: never
+tracker = ""  # beside metrics.jsonl ("" | "wandb" | "tensorboard")
+# the machine
+mixed_precision = "auto"  # auto: bf16 on a GPU that has it, else no ("auto" | "no" | "bf16" | "fp16")
+compile = True  # torch.compile on CUDA: a minute at the start, then much faster; has no effect elsewhere
+gradient_checkpointing = False  # compute activations again in the backward pass: slower, in far less memory
+deterministic = False  # bitwise repeatable on CUDA, at some cost in speed; a CPU is always
+detect_anomaly = False  # stop at the first NaN and name the operation that made it; slow
+profile = False  # a trace and a table of three steps, in out_dir/profile
+
+
+def check_settings():
+    """End the program, before any data is touched, for values that cannot work together."""
+    which = re.fullmatch(r"(\d+)/(\d+)", fold)
+    if fold and not (which and 1 <= int(which[1]) <= int(which[2]) > 1):
+        fail(f"{fold=}: write --fold=2/5 for the second of five parts")
+    if val_fraction + test_fraction >= 1:
+        fail(f"{val_fraction=} and {test_fraction=} leave nothing to train on")
+    if tokenizer.startswith("bpe") and not re.fullmatch(
+        r"bpe:(25[7-9]|2[6-9]\d|[3-9]\d\d|\d{4,6})", tokenizer
+    ):
+        fail(
+            f"{tokenizer=}: write it like bpe:1024, with at least 257 tokens (256 bytes and the end of text)"
+        )
+    if n_embd % (2 * n_head):
+        fail(f"{n_embd=} must be a multiple of 2 x {n_head=}: every head has the same, even size")
+    if n_kv_head and n_head % n_kv_head:
+        fail(f"{n_head=} must be a multiple of {n_kv_head=}")
+    if resume and overwrite:
+        fail("resume=True goes on with the run that overwrite=True deletes: choose one of them")
+    if patience and keep == "last":
+        fail(f"{patience=} stops long after the best weights, which keep='last' drops: use keep='best'")
+    if mixed_precision == "fp16" and (optimizer == "muon" or not torch.cuda.is_available()):
+        fail(
+            "mixed_precision='fp16' works on CUDA alone, and not with muon: use bf16 or no, or optimizer='adamw'"
+        )
+    if tracker and not importlib.util.find_spec(tracker):
+        fail(f"{tracker=} is not installed: pip install {tracker}")
+
+
+# -----------------------------------------------------------------------------
+# Model: RoPE, QK-norm, squared ReLU, no biases, no learned norms; transformers calls this architecture "nanochat",
+# and the parameters have its names, so that a run directory loads in transformers as it is.
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Shape:
+    """What it takes to build the model again."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    dropout: float = 0.0
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn each pair of channels by an angle that grows with the position."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.dropout = shape.n_head, shape.n_kv_head, shape.dropout
+        self.head_dim = shape.n_embd // shape.n_head
+        self.q_proj = nn.Linear(shape.n_embd, self.n_head * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(shape.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(shape.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, shape.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, start=0, mask=None):
+        B, T, C = x.shape  # D: head_dim
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        q, k = (
+            norm(rotate(q, cos, sin)),
+            norm(rotate(k, cos, sin)),
+        )  # QK-norm keeps the attention logits small
+        if (
+            cache is not None
+        ):  # (2, B, n_kv_head, block_size, D): remember keys and values, use all of them so far
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T].to(q.dtype)  # (B, n_kv_head, start + T, D)
+        causal = mask is None and T > 1  # one new token may look at everything that is cached
+        p, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=gqa
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.fc1 = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=False)
+        self.fc2 = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.self_attn, self.mlp, self.dropout = Attention(shape), MLP(shape), shape.dropout
+
+    def forward(self, x, *attention):
+        x = x + F.dropout(self.self_attn(norm(x), *attention), self.dropout, self.training)
+        return x + F.dropout(self.mlp(norm(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer of the given Shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.gradient_checkpointing = shape, False
+        blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.model = nn.ModuleDict(
+            {"embed_tokens": nn.Embedding(shape.vocab_size, shape.n_embd), "layers": blocks}
+        )
+        self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        nn.init.zeros_(
+            self.lm_head.weight
+        )  # the first prediction is uniform: the loss starts at ln(vocab_size)
+        for block in blocks:
+            for matrix in block.parameters():
+                nn.init.normal_(matrix, std=shape.n_embd**-0.5)
+            nn.init.zeros_(block.self_attn.o_proj.weight)  # each block starts as the identity
+            nn.init.zeros_(block.mlp.fc2.weight)
+        head_dim = shape.n_embd // shape.n_head
+        frequency = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        angle = torch.outer(torch.arange(shape.block_size).float(), frequency)  # (block_size, D / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, idx, targets=None, cache=None, start=0, mask=None):
+        """
+        idx (B, T) -> logits (B, T, vocab_size) in fp32; with targets (B, T), the sum of their losses in nats, -100 ignored.
+        With a cache, idx are the tokens from position `start` on, and the logits are the last token's, (B, 1, vocab_size).
+        """
+        x = norm(self.model.embed_tokens(idx))  # (B, T, C)
+        x = F.dropout(x, self.shape.dropout, self.training)
+        cos, sin = (t[start : start + idx.size(1)].to(x.dtype) for t in (self.cos, self.sin))  # (T, D / 2)
+        for i, block in enumerate(self.model.layers):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, None if cache is None else cache[i], start, mask)
+        x = norm(x if cache is None else x[:, -1:])
+        logits = self.lm_head(x).float()  # (B, T, vocab_size)
+        logits = 15.0 * torch.tanh(logits / 15.0)  # softcap (Gemma 2, arXiv:2408.00118): no logit runs away
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None
+    ):
+        """
+        Yield the next token of each prompt, (B,), until all said `eos` (then it repeats) or max_new_tokens is reached.
+        prompts: lists of token ids, B of them. temperature 0 takes the likeliest token. Text that outgrows block_size
+        goes on from its last half.
+        """
+        limit, device = self.shape.block_size, self.lm_head.weight.device
+        width = max(map(len, prompts))
+        idx = torch.tensor(
+            [[0] * (width - len(p)) + list(p) for p in prompts], device=device
+        )  # padded on the left
+        pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        cache = torch.zeros(
+            self.shape.n_layer,
+            2,
+            len(prompts),
+            self.shape.n_kv_head,
+            limit,
+            self.shape.n_embd // self.shape.n_head,
+            device=device,
+        )
+        cached = 0
+        for _ in range(max_new_tokens):
+            if idx.size(1) > limit:
+                drop = idx.size(1) - max(1, limit // 2)
+                idx, pad, cached = idx[:, drop:], (pad - drop).clamp(min=0), 0
+            mask = None
+            if pad.any():  # hide the padding: query position >= key position >= first real token
+                key = torch.arange(idx.size(1), device=device)
+                mask = (key[cached:, None] >= key) & (key >= pad[:, None, None, None])  # (B, 1, T, start + T)
+            # .forward and not self(): every length would make a compiled model compile again
+            logits = self.forward(idx[:, cached:], cache=cache, start=cached, mask=mask)[
+                :, -1
+            ]  # (B, vocab_size)
+            cached = idx.size(1)
+            token = draw(logits, temperature, top_k, top_p, generator)  # (B,)
+            if eos is not None:
+                token = token.masked_fill(ended, eos)
+                ended = ended | (token == eos)
+            yield token
+            if ended.all():
+                return
+            idx = torch.cat((idx, token[:, None]), dim=1)
+
+
+def draw(logits, temperature, top_k, top_p, generator):
+    """One token of each row of logits (B, V): among the top_k, within the likeliest mass top_p (Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(dim=-1).sort(descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses the line stays
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`
+# -----------------------------------------------------------------------------
+END = "<|endoftext|>"
+KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet", ".jsonl": "json"}
+SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+NOT_THE_LIBRARY = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "pydoc_data",
+}
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+HOME = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets")), "train_lm")
+
+
+def reach_hub():
+    """The hub's libraries retry for most of a minute; if told that they are offline, they use their cache or fail."""
+    try:
+        urllib.request.urlopen(HUB, timeout=5).close()
+    except (OSError, ValueError) as error:
+        if not isinstance(error, urllib.error.HTTPError):  # which is an answer
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            log(f"{HUB} does not answer: trying the local cache")
+
+
+def read_text(path):
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig") if b"\0" not in raw else fail(f"{path} is a binary file, not text")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 text (byte {error.start}): convert it, as with iconv -f latin1 -t utf-8")
+
+
+def find_files():
+    """The files that `dataset` names by path, folder, glob or URL; None where it can only be a name on the hub."""
+    path = Path(dataset).expanduser()
+    if dataset == "python":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [p for p in root.rglob("*.py") if not NOT_THE_LIBRARY & set(p.relative_to(root).parts)]
+        return sorted(p for p in files if not p.name.startswith("_sysconfigdata"))  # differs between machines
+    if re.match(r"https?://", dataset):
+        path = CACHE / hashlib.sha256(dataset.encode()).hexdigest()[:16] / dataset.rsplit("/", 1)[-1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(dataset, str(path), progress=False)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
+    if any(c in dataset for c in "*?["):
+        return sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    looks_local = path.suffix.lower() in KINDS or dataset[:1] in ("", ".", "/", "~") or dataset.count("/") > 1
+    if looks_local and not path.exists():
+        fail(f"there is no file or folder {dataset!r}")
+    return [path] if path.exists() else None
+
+
+def load_documents():
+    """{split: datasets.Dataset with a column "text"}: "train" and, where the data has them, "validation" and "test"."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    column, splits = text_column, {}
+    try:
+        files = find_files()
+        if files is None:
+            reach_hub()
+            name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
+            loaded = datasets.load_dataset(name, config or None, revision=revision or None)
+        elif any(Path(dataset, name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
+            loaded = datasets.load_from_disk(dataset)
+        else:
+            # train.txt, val.txt or train-00000-of-00008.parquet are splits, where every file is named like that
+            names = [SPLITS.get(re.sub(r"-\d+-of-\d+$", "", path.stem)) for path in files]
+            for path, split in zip(files, names):
+                splits.setdefault(split if all(names) else "train", []).append(path)
+            kinds = sorted({KINDS.get(path.suffix.lower(), "text") for path in files})
+            if len(kinds) != 1:
+                found = f"mixes {' and '.join(kinds)} files" if kinds else f"holds no {' '.join(KINDS)} file"
+                fail(f"{dataset=} {found}: choose some, as in --dataset='texts/*.txt'")
+            if kinds == ["text"]:
+                column, texts = (
+                    "text",
+                    {split: [read_text(path) for path in splits[split]] for split in splits},
+                )
+                loaded = {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
+            else:
+                paths = {split: [str(path) for path in splits[split]] for split in splits}
+                loaded = datasets.load_dataset(kinds[0], data_files=paths)
+    except (
+        Exception
+    ) as error:  # of many kinds: by file format, and by what the disk, the hub or the network says
+        fail(f"cannot load {dataset=}: {str(error.__cause__ or error).splitlines()[0]}")
+    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+    loaded = {SPLITS[split]: rows for split, rows in loaded.items() if split in SPLITS}
+    if "train" not in loaded:
+        fail(f"{dataset=} has no train split")
+    for rows in loaded.values():
+        if "string" not in getattr(rows.features.get(column), "dtype", ""):
+            near = nearest(column, rows.column_names)
+            fail(
+                f"{dataset=} has no text in a column {column!r}: try --text_column={near} ({rows.column_names})"
+            )
+    if column != "text":
+        loaded = {s: rows.select_columns(column).rename_column(column, "text") for s, rows in loaded.items()}
+    return {split: rows.select_columns("text") for split, rows in loaded.items()}
+
+
+def split_documents(documents):
+    """{split: Dataset} -> {split: (Dataset, ids)}: a function of the data and the fractions, not of the seed."""
+    import datasets
+    import pyarrow.compute as pc
+
+    pool, share = documents["train"], {"validation": 0.0 if fold else val_fraction, "test": test_fraction}
+    own = {split: (rows, np.arange(len(rows))) for split, rows in documents.items() if share.get(split)}
+    v, t = (0.0 if split in own else fraction for split, fraction in share.items())
+    part, parts = map(int, fold.split("/")) if fold else (0, 1)
+    sections = [("validation" if i + 1 == part else "train", (1 - v - t) / parts) for i in range(parts)]
+    sections = [(split, size) for split, size in [*sections, ("validation", v), ("test", t)] if size]
+    ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
+    if len(pool) < len(sections):  # too few documents to deal out: cut the text by position
+        text = "".join(text or "" for text in pool["text"])
+        cuts = [0, *(int(end * len(text)) for end in ends), len(text)]
+        pool = datasets.Dataset.from_dict({"text": [text[a:b] for a, b in itertools.pairwise(cuts)]})
+        order, cuts = np.arange(len(pool)), range(len(sections) + 1)
+    else:
+        order = np.random.default_rng(0).permutation(len(pool))
+        sizes = pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()
+        sizes = np.cumsum(
+            sizes[order]
+        )  # documents differ a lot: deal out by size, at least one to each section
+        cuts = [0, *np.searchsorted(sizes, ends * sizes[-1]), len(pool)]
+        for i in range(1, len(sections)):
+            cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(pool) - len(sections) + i)
+    dealt = {split: [] for split, _ in sections}
+    for (split, _), (a, b) in zip(sections, itertools.pairwise(cuts)):
+        dealt[split].append(order[a:b])
+    return own | {split: (pool, np.sort(np.concatenate(ids))) for split, ids in dealt.items()}
+
+
+def read_batches(rows, ids, size=256):
+    """The documents with these ids, without the empty ones, in lists: many at a time, for the tokenizer's threads."""
+    for i in range(0, len(ids), size):
+        yield [text for text in rows["text"][ids[i : i + size].tolist()] if text]
+
+
+def make_tokenizer(splits):
+    """-> a fast tokenizer of transformers. Only bpe learns from text, and it sees the train split alone."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not re.fullmatch(r"char|bytes|bpe:\d+", tokenizer):
+        try:
+            Path(tokenizer).exists() or reach_hub()
+            tok = AutoTokenizer.from_pretrained(tokenizer)
+        except Exception as error:  # of many kinds
+            fail(f"{tokenizer=} is no tokenizer, in a folder or on the hub: {str(error).splitlines()[0]}")
+        if not tok.is_fast or tok.eos_token_id is None:
+            fail(f"{tokenizer=} must be a fast tokenizer with an end-of-text token")
+        return tok
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each of the 256 bytes
+    if tokenizer == "char":
+        texts = (text for split in splits.values() for texts in read_batches(*split) for text in texts)
+        vocabulary = sorted(set().union(*map(set, texts)))
+        core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    else:
+        core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer != "bytes")
+        core.decoder = decoders.ByteLevel()
+    if tokenizer.startswith("bpe:"):
+        options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=int(tokenizer[4:]), **options)
+        core.train_from_iterator(
+            (text for texts in read_batches(*splits["train"]) for text in texts), trainer
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
+
+
+def tokenize(tok, rows, ids, path, digest):
+    """Write the tokens of a split to `path`, an end-of-text token behind each document; -> its numbers."""
+    core, count = tok.backend_tokenizer, np.zeros(3, dtype=int)
+    core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
+    # Our own tokenizers never join a line break to what is before it: there long texts are cut, for the threads.
+    own = re.fullmatch(r"bytes|char|bpe:\d+", tokenizer)
+    piece = re.compile(r"[\s\S]{65536,}?\S(?=\n)|[\s\S]+" if own else r"[\s\S]+")
+    with open(path, "wb") as f:
+        for texts in tqdm(
+            read_batches(rows, ids), "tokenizing", -(-len(ids) // 256), disable=None, leave=False
+        ):
+            pieces = [piece.findall(text) for text in texts]
+            try:
+                encoded = iter(
+                    core.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
+                )
+            except Exception as error:  # the library raises no narrower one
+                strange = sorted(set("".join(texts)) - tok.get_vocab().keys())[:5]
+                fail(f"{tokenizer=} cannot represent {strange} ({error}): try --tokenizer=bytes")
+            for text, parts in zip(texts, pieces):
+                tokens = [i for _ in parts for i in next(encoded).ids] + [tok.eos_token_id]
+                tokens = np.array(tokens, dtype=np.uint16 if len(tok) <= 65536 else np.uint32)
+                digest.update(tokens)
+                tokens.tofile(f)
+                count += (1, len(text.encode()), len(tokens))
+    core.encode_special_tokens = False
+    return dict(zip(("documents", "bytes", "tokens"), count.tolist()))
+
+
+def prepare_data():
+    """-> (folder, facts): the cache folder with {split}.bin and the tokenizer, made unless the same was made before."""
+    documents, known = load_documents(), Path(tokenizer, "tokenizer.json")
+    key = [rows._fingerprint for rows in documents.values()] + [
+        known.read_text() if known.exists() else tokenizer
+    ]
+    folder = (
+        CACHE / hashlib.sha256(json.dumps([key, val_fraction, test_fraction, fold]).encode()).hexdigest()[:24]
+    )
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        if not (folder / "facts.json").exists():
+            for old in CACHE.glob("*.tmp"):  # what a killed run left behind
+                if time.time() - old.stat().st_mtime > 86400:
+                    shutil.rmtree(old, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            splits, digest = split_documents(documents), hashlib.sha256()
+            tok = make_tokenizer(splits)
+            counts = {s: tokenize(tok, *splits[s], unfinished / f"{s}.bin", digest) for s in sorted(splits)}
+            tok.save_pretrained(unfinished)
+            begin = next((text[:80] for texts in read_batches(*splits["train"]) for text in texts), "")
+            facts = {
+                "splits": counts,
+                "vocab_size": len(tok),
+                "fingerprint": digest.hexdigest(),
+                "begin": begin,
+            }
+            write_json(unfinished / "facts.json", facts)
+            with contextlib.suppress(OSError):  # another run may have made the same in the meantime
+                unfinished.rename(folder)
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(
+            f"cannot write the tokens to {unfinished}: {error.strerror}; HF_HOME names another place for them"
+        )
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    log(
+        f"data: {dataset}, which begins {facts['begin']!r}; tokenizer {tokenizer}, {facts['vocab_size']:,} tokens"
+    )
+    for split, n in facts["splits"].items():
+        if n["tokens"] <= (block_size if split == "train" else 1):
+            fail(
+                f"the {split} split has only {n['tokens']} tokens: more text, other fractions or a smaller block_size"
+            )
+        size = f"{n['documents']:>9,} documents {n['bytes'] / 1e6:>9.2f} MB {n['tokens']:>13,} tokens"
+        log(f"  {split:10} {size}, {n['bytes'] / n['tokens']:.2f} bytes each")
+    return folder, facts
+
+
+def read_blocks(tokens, starts, T):
+    """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 (no loss) where the text has ended."""
+    rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
+    for row, start in zip(rows, starts):
+        piece = tokens[start : start + T + 1]
+        row[: len(piece)] = piece
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
+
+
+class Tokens(torch.utils.data.Dataset):
+    """
+    The train split as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh offset and
+    goes through them in a fresh order, both functions of (seed, epoch). Sample i of all that ever are is so a function
+    of (seed, i): a resume, another number of processes or micro_batch_size cannot change what a step sees.
+    """
+
+    def __init__(self, path, dtype, T, seed):
+        self.path, self.dtype, self.T, self.seed = path, dtype, T, seed
+        self.n_tokens = os.path.getsize(path) // np.dtype(dtype).itemsize
+        self.n_blocks = max(1, (self.n_tokens - T) // T)  # whole blocks in an epoch, whatever the offset
+        self.tokens = self.epoch = (
+            None  # opened by the worker process that reads: a memory map does not travel
+        )
+
+    def __getitem__(self, samples):
+        """samples: a list of sample numbers -> (x, y), both (len(samples), T)"""
+        self.tokens = np.memmap(self.path, self.dtype, mode="r") if self.tokens is None else self.tokens
+        starts = []
+        for epoch, block in (divmod(i, self.n_blocks) for i in samples):
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.offset = rng.integers(min(self.T, self.n_tokens - self.n_blocks * self.T))
+                self.order, self.epoch = rng.permutation(self.n_blocks), epoch
+            starts.append(self.offset + self.order[block] * self.T)
+        return read_blocks(self.tokens, starts, self.T)
+
+
+def sample_numbers(first_step, last_step, micro, accumulation, rank):
+    """For each micro-batch of this process its samples: rank 0 has the first slice of the global batch, and so on."""
+    for step in range(first_step, last_step):
+        for i in range(accumulation):
+            first = step * batch_size + (rank * accumulation + i) * micro
+            yield list(range(first, first + micro))
+
+
+# -----------------------------------------------------------------------------
+# Optimizers and learning rate
+# -----------------------------------------------------------------------------
+
+
+def make_optimizers(gpt):
+    """
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; it is for the
+    matrices inside the blocks. Embedding and head are tables of vectors, and AdamW's.
+    """
+    if optimizer == "adamw":
+        options = {"betas": (beta1, beta2), "weight_decay": weight_decay, "fused": True}
+        return [torch.optim.AdamW(gpt.parameters(), learning_rate or 0.001, **options)]
+    tables = [{"params": gpt.model["embed_tokens"].parameters(), "lr": embed_lr}]
+    tables += [{"params": gpt.lm_head.parameters(), "lr": head_lr}]
+    matrices = gpt.model["layers"].parameters()
+    muon = torch.optim.Muon(matrices, learning_rate or 0.02, weight_decay=weight_decay, momentum=0.95)
+    return [muon, torch.optim.AdamW(tables, betas=(beta1, beta2), weight_decay=0.0, fused=True)]
+
+
+def lr_at(step, total_steps):
+    """The learning rate of a step as a fraction of its peak."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if lr_schedule == "cosine":
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = (total_steps - step) / max(1, cooldown * total_steps)  # above 1 before the decay begins
+    return min_lr + (1 - min_lr) * min(1.0, left) if lr_schedule == "wsd" else 1.0
+
+
+def set_learning_rates(groups, peaks, step, total_steps):
+    for group, peak in zip(groups, peaks):
+        group["lr"] = peak * lr_at(step, total_steps)
+        if "momentum" in group:  # Muon's memory is short while gradients still turn quickly
+            group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
+
+
+# -----------------------------------------------------------------------------
+# The gradient of a step, and the evaluation
+# -----------------------------------------------------------------------------
+
+
+class NaNFinder(TorchDispatchMode):
+    """Looks at the result of every operation; raises FloatingPointError at the first that made a NaN."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor) and "empty" not in str(func) and t.isnan().any():
+                frame = [f for f in traceback.extract_stack()[:-1] if f.filename == __file__][-1]
+                raise FloatingPointError(f"{func} made a NaN in line {frame.lineno}: {frame.line}")
+        return result
+
+
+def forward_backward(accelerator, model, micro_batches, step):
+    """
+    Add up the gradient of the mean loss over all valid tokens of the global batch; -> that loss, alike on all processes.
+    Dividing by the number of tokens in all processes and micro-batches, before the backward pass, makes the gradient
+    independent of how the batch is cut up; accumulating the losses of micro-batches would give a mean of means.
+    """
+    n_valid = torch.tensor(sum(int((y != -100).sum()) for _, y in micro_batches), device=accelerator.device)
+    n_valid = accelerator.reduce(n_valid, "sum").clamp(min=1)
+    total = torch.zeros((), device=accelerator.device)
+    for i, (x, y) in enumerate(micro_batches):
+        x, y = x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)
+        key = np.random.SeedSequence([seed, step, accelerator.process_index, i])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # for dropout
+        last = i == len(micro_batches) - 1  # gradients travel between processes once a step
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            try:
+                with NaNFinder() if detect_anomaly else contextlib.nullcontext():
+                    loss = model(x, y)
+                accelerator.backward(
+                    loss * accelerator.num_processes / n_valid
+                )  # DDP takes the mean over processes
+            except (FloatingPointError, RuntimeError) as error:
+                if not (
+                    detect_anomaly and "nan" in str(error).lower()
+                ):  # torch's anomaly mode names the backward's
+                    raise
+                raise SystemExit(f"step {step}: {error}") from None
+        total += loss.detach()
+    return accelerator.reduce(total, "sum") / n_valid
+
+
+def evaluate(accelerator, model, name, tokens, n, micro, batches):
+    """
+    -> the loss of a split in three units, or None when a signal asks to stop. Every process takes its share.
+    n: the split's numbers of tokens and bytes. batches: of batch_size blocks, spread evenly over the split; 0: all.
+    """
+    starts = np.arange(0, len(tokens) - 1, block_size)
+    if 0 < batches * batch_size < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, batches * batch_size).astype(int)]
+    at_once = micro * accelerator.num_processes
+    starts = np.append(
+        starts, np.full(-len(starts) % at_once, len(tokens))
+    )  # empty blocks keep the shape constant
+    losses, n_valid = [], 0
+    model.eval()
+    for i in range(accelerator.process_index * micro, len(starts), at_once):
+        if stop_requested(accelerator):
+            break
+        x, y = read_blocks(tokens, starts[i : i + micro], block_size)
+        with torch.no_grad():
+            losses.append(model(x.to(accelerator.device), y.to(accelerator.device)))
+        n_valid += int((y != -100).sum())
+    model.train()
+    if len(losses) * at_once < len(starts):
+        return None
+    shares = gather_object([(torch.stack(losses).cpu().double().sum().item(), n_valid)])
+    loss = sum(loss for loss, _ in shares) / sum(n for _, n in shares)
+    bits = loss / math.log(2) * n["tokens"] / n["bytes"]  # per byte of text: comparable across tokenizers
+    return {
+        f"{name}/loss": loss,
+        f"{name}/perplexity": math.exp(min(loss, 700)),
+        f"{name}/bits_per_byte": bits,
+    }
+
+
+def write_sample(gpt, tok, prompt, step):
+    """Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt."""
+    gpt.eval()
+    generator = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)
+    new = [
+        int(t)
+        for t in gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, generator=generator)
+    ]
+    gpt.train()
+    Path(out_dir, "samples", f"step_{step:08d}.txt").write_text(tok.decode(prompt + new), encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# The run directory: weights that transformers loads, checkpoints that a resume continues bit for bit
+# -----------------------------------------------------------------------------
+STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+DATA_SETTINGS = {"dataset", "text_column", "tokenizer", "val_fraction", "test_fraction", "fold"}
+MODEL_SETTINGS = {"block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "optimizer"}
+
+
+def write_file(path, write):
+    """Let `write(temporary)` make a file, then give it its name: what has the name is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+def complete_checkpoints():
+    """The checkpoints that are whole, by their manifest of sizes, oldest first; others are named and left alone."""
+    complete = []
+    for folder in sorted(Path(out_dir, "checkpoints").glob("step_*")):
+        try:
+            sizes = json.loads((folder / "manifest.json").read_text())
+            if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+                raise ValueError("cut off")
+            complete.append(folder)
+        except (OSError, ValueError, AttributeError):
+            log(f"{folder} is no complete checkpoint: it is left alone")
+    return complete
+
+
+def save_checkpoint(accelerator, model, optimizers, progress):
+    """checkpoints/step_N appears whole or not at all: written under another name, synced to disk, then renamed."""
+    weights, moments = dcp.get_state_dict(model, optimizers, options=STATE)
+    if accelerator.is_main_process:
+        folder = Path(out_dir, "checkpoints", f"step_{progress['step']:08d}")
+        unfinished = folder.with_name("unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        state = {"model": weights, "optimizers": moments, "progress": progress}
+        state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        write_file(unfinished / "state.pt", lambda path: torch.save(state, path))
+        write_json(unfinished / "manifest.json", {"state.pt": (unfinished / "state.pt").stat().st_size})
+        shutil.rmtree(folder, ignore_errors=True)  # a broken one of this name
+        unfinished.rename(folder)
+        for old in complete_checkpoints()[:-keep_checkpoints]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, model, optimizers, folder):
+    """Put back what save_checkpoint wrote, except the optimizers' settings, which are today's; -> progress."""
+    today = [
+        {k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups
+    ]
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizers"]}
+        dcp.set_state_dict(model, optimizers, **states, options=STATE)
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # a foreign file fails in many ways
+        fail(
+            f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to go on from an older one"
+        )
+    for group, values in zip((group for o in optimizers for group in o.param_groups), today):
+        group.update(values)
+    log(f"resumed from {folder}")
+    return state["progress"]
+
+
+def is_native(shape, config):
+    """
+    Whether transformers computes with `config` what our GPT computes: compared on random weights, because the zeros
+    that training starts from would hide most of the model.
+    """
+    from transformers import NanoChatForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        ours, theirs = GPT(shape).eval(), NanoChatForCausalLM(config).eval()
+        for weight in ours.parameters():
+            nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
+        idx = torch.randint(shape.vocab_size, (2, min(64, shape.block_size)))
+        try:
+            theirs.load_state_dict(ours.state_dict())
+            return torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
+        except RuntimeError:  # other names, other sizes
+            return False
+
+
+def write_config(shape, tok):
+    """config.json and generation_config.json: with them the run directory is a model of transformers, if it is native."""
+    from transformers import NanoChatConfig
+
+    # every field of it: the defaults are another model's
+    fields = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.block_size, "dtype": "float32"}
+    fields |= {
+        "hidden_size": shape.n_embd,
+        "intermediate_size": 4 * shape.n_embd,
+        "num_hidden_layers": shape.n_layer,
+    }
+    fields |= {
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_kv_head,
+        "attention_bias": False,
+    }
+    fields |= {"attention_dropout": shape.dropout, "hidden_act": "relu2", "rms_norm_eps": 1e-6}
+    fields |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "final_logit_softcapping": 15.0,
+    }
+    fields |= {"tie_word_embeddings": False, "pad_token_id": None, "architectures": ["NanoChatForCausalLM"]}
+    ends = {"bos_token_id": tok.eos_token_id, "eos_token_id": tok.eos_token_id}
+    config = NanoChatConfig(**fields, **ends)
+    written = config.to_dict()
+    if not is_native(shape, config):
+        del written["model_type"], written["architectures"]
+        log("edited model: only sample.py loads this run")
+    write_json(Path(out_dir, "config.json"), written)
+    write_json(Path(out_dir, "generation_config.json"), ends | {"pad_token_id": tok.eos_token_id})
+
+
+def save_weights(accelerator, model, tok):
+    """Make the run directory a model: its weights and, the first time, what describes them."""
+    weights = dcp.get_model_state_dict(model, options=STATE)
+    if accelerator.is_main_process:
+        if not Path(out_dir, "config.json").exists():
+            write_config(accelerator.unwrap_model(model).shape, tok)
+        write_file(
+            Path(out_dir, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"})
+        )
+    accelerator.wait_for_everyone()
+
+
+def claim_run_dir():
+    """Make out_dir ours, or end the program: it may hold a run, other files, or another trainer at work."""
+    path, lock = Path(out_dir), FileLock(Path(out_dir, "lock"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)  # until this process ends, in whatever way
+        others = {p.name for p in path.iterdir()} - {"lock"}
+    except Timeout:
+        fail(f"another trainer is at work in {out_dir}: choose another --out_dir")
+    except OSError as error:
+        fail(f"cannot write to {out_dir=}: {error.strerror}")
+    if others and not others & {"run.json", "checkpoints"}:
+        fail(f"{out_dir} holds other files, such as {min(others)}: choose another --out_dir")
+    if others and not (resume or overwrite):
+        ways = "--resume=True goes on with it, --overwrite=True deletes it, another --out_dir leaves it alone"
+        fail(f"{out_dir} holds a run already: {ways}")
+    return lock
+
+
+def describe_run(accelerator, shape, facts):
+    """What run.json says: enough to know later what was run; no environment variables, no host name."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    run = {"kind": "lm", "settings": settings(globals()), "command": sys.argv, "commit": commit}
+    packages = ("torch", "transformers", "accelerate", "datasets", "numpy")
+    run["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    run["hardware"] = {
+        "device": device,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+    return run | {
+        "data": {"splits": facts["splits"], "fingerprint": facts["fingerprint"]},
+        "model": asdict(shape),
+    }
+
+
+def start_run(run, tok):
+    """Write down in run.json what this run is; on a resume, compare. -> the checkpoint to go on from, or None."""
+    path = Path(out_dir)
+    for old in [p for p in path.iterdir() if p.name != "lock"] if overwrite else [path / "config.json"]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(
+            missing_ok=True
+        )  # config.json: of the model as it was
+    checkpoints = complete_checkpoints()
+    if checkpoints:
+        try:
+            old = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            before, kind, fingerprint = old["settings"], old["kind"], old["data"]["fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            fail(
+                f"{path / 'run.json'} cannot be read ({error!r}), and without it no checkpoint can be continued"
+            )
+        differ = {
+            k: f"{k} was {before.get(k)!r}, is {v!r}"
+            for k, v in run["settings"].items()
+            if before.get(k) != v
+        }
+        data, model = (
+            "; ".join(differ[k] for k in sorted(names & differ.keys()))
+            for names in (DATA_SETTINGS, MODEL_SETTINGS)
+        )
+        if kind != run["kind"]:
+            fail(f"{out_dir} holds a {kind} run: choose another --out_dir")
+        if fingerprint != run["data"]["fingerprint"]:
+            fail(f"cannot resume on other data ({data or 'its text has changed'}): choose another --out_dir")
+        if model:
+            fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
+        for name in sorted(differ.keys() - {"resume", "overwrite"}):
+            log(f"resume: {differ[name]}")
+    write_json(path / "run.json", run)
+    shutil.copyfile(__file__, path / "train_lm.py")
+    tok.save_pretrained(path)
+    (path / "samples").mkdir(exist_ok=True)
+    return checkpoints[-1] if checkpoints else None
+
+
+def open_metrics(size):
+    """metrics.jsonl without the rows past the checkpoint (from byte `size` on), or half a row that a full disk left."""
+    path = Path(out_dir, "metrics.jsonl")
+    rows = path.read_bytes()[:size] if path.exists() else b""
+    path.write_bytes(rows[: rows.rfind(b"\n") + 1])
+    return open(path, "ab")
+
+
+# -----------------------------------------------------------------------------
+# Starting, stopping, reporting
+# -----------------------------------------------------------------------------
+STOP = {"signal": 0, "time": 0.0, "polled": False}  # polled: from the first step on, the loop looks at it
+LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "4090": 165e12,
+}
+
+
+def log(message):
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def on_signal(signum, frame):
+    """SIGTERM or SIGINT: the loop will save and leave. A second one kills (launchers may pass the first on twice)."""
+    if not STOP["polled"]:
+        log(f"stopped by signal {signum} before the first step: there is nothing to save")
+        raise SystemExit(128 + signum)
+    if STOP["signal"] and time.monotonic() - STOP["time"] > 1:
+        os._exit(128 + signum)
+    STOP.update(signal=int(signum), time=time.monotonic())
+
+
+def stop_requested(accelerator):
+    """The signal that some process got, or 0; all processes agree on it, so that none is left waiting for another."""
+    if LAUNCHED and os.getppid() != PARENT and not STOP["signal"]:
+        STOP["signal"] = int(
+            signal.SIGTERM
+        )  # a one-process `accelerate launch` dies of it without passing it on
+    if accelerator.num_processes == 1:
+        return STOP["signal"]
+    return int(accelerator.gather(torch.tensor([STOP["signal"]], device=accelerator.device)).max())
+
+
+def start_accelerator():
+    """-> an Accelerator on the best device there is, with precision, threads and tracker set; says what it found."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    best = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what `deterministic` needs
+    torch.use_deterministic_algorithms(deterministic)
+    torch.autograd.set_detect_anomaly(detect_anomaly)
+    torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
+    long = InitProcessGroupKwargs(
+        timeout=datetime.timedelta(hours=12)
+    )  # the first process tokenizes, the others wait
+    options = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [long]}
+    precision = best if mixed_precision == "auto" else mixed_precision
+    accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
+    accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
+    kind = accelerator.device.type
+    if kind == "cpu":  # `accelerate launch` leaves a process one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
+    log(f"device: {name} (x {accelerator.num_processes}), precision {accelerator.mixed_precision}")
+    if kind != "cuda":
+        log("warning: no CUDA GPU was found; small models train well without one, large ones take very long")
+    return accelerator
+
+
+def start_tracker(accelerator, run_id):
+    wandb = {"id": run_id, "resume": "allow", "dir": out_dir, "name": Path(out_dir).name}
+    try:
+        accelerator.init_trackers(
+            "train_lm", settings(globals()), {"wandb": wandb} if tracker == "wandb" else {}
+        )
+    except Exception as error:  # no login, no network
+        fail(
+            f"{tracker=} did not start ({error}): WANDB_MODE=offline in the environment keeps its files here"
+        )
+
+
+def divide_batch(processes):
+    """-> (samples of a forward pass, forward passes of a step) of each process."""
+    micro = micro_batch_size or max(1, batch_size // processes)
+    unit = micro * processes
+    if batch_size % unit:
+        near = " or ".join(str(n) for n in (batch_size // unit * unit, (batch_size // unit + 1) * unit) if n)
+        fail(f"{batch_size=} is no multiple of {micro} samples x {processes} processes: use {near}")
+    return micro, batch_size // unit
+
+
+def make_profiler():
+    """torch.profiler over three steps: a trace for chrome://tracing or Perfetto, and a table of the costliest calls."""
+
+    def report(profiler):
+        folder = Path(out_dir, "profile")
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        (folder / "table.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=40))
+        log(f"profile of three steps: {folder}")
+
+    schedule = torch.profiler.schedule(wait=2, warmup=2, active=3, repeat=1)
+    return (
+        torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+        if profile
+        else contextlib.nullcontext()
+    )
+
+
+# -----------------------------------------------------------------------------
+# Training
+# -----------------------------------------------------------------------------
+
+
+def main():
+    check_settings()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+    accelerator = start_accelerator()
+    micro, accumulation = divide_batch(accelerator.num_processes)
+    on_main, device = accelerator.is_main_process, accelerator.device.type
+    lock = claim_run_dir() if on_main else None  # noqa: F841
+
+    # data
+    with accelerator.local_main_process_first():
+        folder, facts = prepare_data()
+    from transformers import AutoTokenizer
+
+    tok, dtype = (
+        AutoTokenizer.from_pretrained(folder),
+        np.uint16 if facts["vocab_size"] <= 65536 else np.uint32,
+    )
+    splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in facts["splits"]}
+    train = Tokens(folder / "train.bin", dtype, block_size, seed)
+    total_steps = math.ceil(epochs * train.n_blocks / batch_size) if epochs else max_steps
+
+    # model and optimizers
+    torch.manual_seed(seed)
+    shape = Shape(facts["vocab_size"], block_size, n_layer, n_head, n_kv_head or n_head, n_embd, dropout)
+    gpt = GPT(shape)
+    gpt.gradient_checkpointing = gradient_checkpointing
+    optimizers = make_optimizers(gpt)
+    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
+    n_parameters = sum(p.numel() for p in gpt.parameters())
+    n_multiplied = n_parameters - gpt.model["embed_tokens"].weight.numel()
+    flops_per_token = (
+        6 * n_multiplied + 12 * n_layer * n_embd * block_size
+    )  # Chowdhery et al. 2022, arXiv:2204.02311
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak_flops = (
+        next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0) * accelerator.num_processes
+    )
+    if compile and device == "cuda" and not detect_anomaly:
+        gpt.compile()  # in place: the parameters keep their names
+    model, *steppers = accelerator.prepare(gpt, *optimizers)
+
+    # the run
+    run = describe_run(accelerator, shape, facts)
+    found = broadcast_object_list([start_run(run, tok) if on_main else None])[0]
+    progress = {"step": 0, "best": math.inf, "waited": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
+    progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
+    if found:
+        progress = load_checkpoint(accelerator, model, optimizers, found)
+    metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
+    if tracker:
+        start_tracker(accelerator, progress["tracker_id"])
+    log(f"model: {n_parameters:,} parameters; peak learning rates {', '.join(f'{peak:g}' for peak in peaks)}")
+    parts = f"{accelerator.num_processes} processes x {accumulation} micro-batches x {micro}"
+    log(f"batch: {batch_size} blocks of {block_size} tokens = {parts}")
+    log(f"length: {total_steps} steps, {total_steps * batch_size / train.n_blocks:.2f} epochs")
+
+    saved, clock = progress["step"], time.monotonic() - progress["seconds"]
+    numbers = sample_numbers(saved, total_steps, micro, accumulation, accelerator.process_index)
+    options = {"num_workers": num_workers, "pin_memory": device == "cuda", "generator": torch.Generator()}
+    batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
+    groups = [group for o in optimizers for group in o.param_groups]
+    prompt = splits.get("validation", splits["train"])[:16].tolist()
+    bar = tqdm(total=total_steps, initial=saved, disable=None if on_main else True, dynamic_ncols=True)
+
+    def report(values):
+        """A row of metrics.jsonl and of the tracker, and a line on the terminal."""
+        step = progress["step"]
+        if on_main:
+            row = {"step": step, "time": round(time.monotonic() - clock, 3), **values}
+            metrics.write(json.dumps(row).encode() + b"\n")
+            metrics.flush()
+        if tracker:
+            accelerator.log(values, step=step)
+        line = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if "train/loss" not in values or bar.disable:
+            log(f"step {step}/{total_steps} {line}")
+        else:
+            bar.set_postfix_str(line)
+
+    STOP["polled"] = True
+    with make_profiler() as profiler:
+        while True:
+            step = progress["step"]
+            done, stop = step >= total_steps, stop_requested(accelerator)
+            eval_due = done or step % eval_interval == 0
+            if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
+                progress |= {
+                    "seconds": time.monotonic() - clock,
+                    "metrics_bytes": metrics.tell() if metrics else 0,
+                }
+                save_checkpoint(accelerator, model, optimizers, progress)
+                saved = step
+                if keep == "last" or "validation" not in splits:
+                    save_weights(accelerator, model, tok)
+            if stop:
+                break
+            if eval_due and "validation" in splits:
+                n = facts["splits"]["validation"]
+                values = evaluate(accelerator, model, "val", splits["validation"], n, micro, eval_batches)
+                if values is None:  # a signal came: save, then leave
+                    continue
+                report(values)
+                better = values["val/loss"] < progress["best"] and (
+                    step > 0 or done
+                )  # nobody wants step 0's weights
+                waited = 0 if better else progress["waited"] + (step > 0)
+                progress |= {"best": values["val/loss"] if better else progress["best"], "waited": waited}
+                if better and keep == "best":
+                    save_weights(accelerator, model, tok)
+            if eval_due and on_main:
+                write_sample(gpt, tok, prompt, step)
+            if done or 0 < patience <= progress["waited"]:
+                break
+            if eval_due or step == saved:
+                window = time.monotonic(), step  # speed is measured between evaluations
+
+            set_learning_rates(groups, peaks, step, total_steps)
+            loss = forward_backward(accelerator, model, [next(batches) for _ in range(accumulation)], step)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
+            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
+            for stepper in steppers:
+                if (
+                    finite or accelerator.scaler
+                ):  # the scaler of fp16 skips such steps itself, and must be asked
+                    stepper.step()
+                stepper.zero_grad()
+            progress["step"] = step = step + 1
+            progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
+            progress["skipped"] += not finite
+            if not finite:
+                log(f"step {step}: loss {loss}, gradient norm {grad_norm}: skipped")
+            if progress["skipped_in_a_row"] == 10:
+                good = f"{out_dir}/checkpoints/step_{saved:08d}" if saved else "none yet"
+                help = "try a lower learning_rate; --detect_anomaly=True names the operation"
+                raise SystemExit(
+                    f"ten steps in a row were not finite; the last good checkpoint is {good}; {help}"
+                )
+            if step % log_interval == 0 or step == total_steps:
+                seconds, (then, first) = time.monotonic() - window[0], window
+                speed = (step - first) * batch_size * block_size / (time.monotonic() - then)
+                window = time.monotonic(), step
+                values = {
+                    "train/loss": loss,
+                    "lr": groups[0]["lr"],
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": speed,
+                }
+                memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
+                values |= {"epoch": step * batch_size / train.n_blocks, "memory": memory / 1e9}
+                report(values | ({"mfu": speed * flops_per_token / peak_flops} if peak_flops else {}))
+            bar.update()
+            if profile:
+                profiler.step()
+    bar.close()
+
+    # the end
+    summary = {"steps": step, "minutes": (time.monotonic() - clock) / 60, "val/loss": progress["best"]}
+    if not stop and Path(out_dir, "model.safetensors").exists():
+        accelerator.wait_for_everyone()
+        dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
+    if not stop and "test" in splits:
+        values = evaluate(accelerator, model, "test", splits["test"], facts["splits"]["test"], micro, 0)
+        stop = stop_requested(accelerator)
+        if not stop:
+            report(values)
+            summary |= values
+    accelerator.end_training()
+    if stop:
+        log(f"stopped at step {step}; the same command with --resume=True goes on")
+        raise SystemExit(128 + stop)
+    if on_main:
+        write_json(Path(out_dir, "run.json"), run | {"summary": summary})
+    for name, value in summary.items():
+        log(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
