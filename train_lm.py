@@ -1,7 +1,7 @@
 """
 Train a language model: one file with the model, the data, the loop.
 
-    accelerate launch train_lm.py                                       # Python's own source code, on any machine
+    accelerate launch train_lm.py                                       # on Python's own source, anywhere
     accelerate launch train_lm.py configs/shakespeare_char.py --n_layer=8
     accelerate launch train_lm.py --dataset=my_texts/ --tokenizer=bpe:4096 --out_dir=out/mine
 
@@ -60,7 +60,7 @@ resume = False  # True: go on from the newest checkpoint in out_dir, or start if
 overwrite = False  # True: delete the run in out_dir and start anew
 seed = 1337  # of the first weights, the order of the data, and dropout
 # data
-dataset = "python"  # "python" (the standard library's source), a file, folder, glob, URL, or hub name:config@revision
+dataset = "python"  # "python" (its own library), a file, folder, glob or URL, or a hub name:config@revision
 text_column = "text"  # the column with the documents, in .jsonl, .parquet, .csv and hub data
 tokenizer = (
     "bpe:1024"  # "bytes", "char", "bpe:N" (N tokens, learned from the train split), a hub name or a folder
@@ -138,16 +138,14 @@ def check_settings():
     if patience and keep == "last":
         fail(f"{patience=} stops long after the best weights, which keep='last' drops: use keep='best'")
     if mixed_precision == "fp16" and (optimizer == "muon" or not torch.cuda.is_available()):
-        fail(
-            "mixed_precision='fp16' works on CUDA alone, and not with muon: use bf16 or no, or optimizer='adamw'"
-        )
+        fail("mixed_precision='fp16' needs CUDA and optimizer='adamw': use bf16 or no")
     if tracker and not importlib.util.find_spec(tracker):
         fail(f"{tracker=} is not installed: pip install {tracker}")
 
 
 # -----------------------------------------------------------------------------
-# Model: RoPE, QK-norm, squared ReLU, no biases, no learned norms; transformers calls this architecture "nanochat",
-# and the parameters have its names, so that a run directory loads in transformers as it is.
+# Model: RoPE, QK-norm, squared ReLU, no biases, no learned norms. Transformers calls this architecture "nanochat";
+# the parameters have its names, so that a run directory loads there as it is.
 # -----------------------------------------------------------------------------
 
 
@@ -169,7 +167,7 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn each pair of channels by an angle that grows with the position."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn pairs of channels by angles that grow with t."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -189,20 +187,18 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
-        q, k = (
-            norm(rotate(q, cos, sin)),
-            norm(rotate(k, cos, sin)),
-        )  # QK-norm keeps the attention logits small
-        if (
-            cache is not None
-        ):  # (2, B, n_kv_head, block_size, D): remember keys and values, use all of them so far
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm bounds the attention logits
+        if cache is not None:  # (2, B, n_kv_head, block_size, D) holds all keys and values so far
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T].to(q.dtype)  # (B, n_kv_head, start + T, D)
-        causal = mask is None and T > 1  # one new token may look at everything that is cached
-        p, gqa = self.dropout if self.training else 0.0, self.n_kv_head != self.n_head
+        causal = mask is None and T > 1  # one new token may look at everything in the cache
+        options = {
+            "dropout_p": self.dropout if self.training else 0.0,
+            "enable_gqa": self.n_kv_head < self.n_head,
+        }
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, enable_gqa=gqa
-        )
+            q, k, v, attn_mask=mask, is_causal=causal, **options
+        )  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -232,19 +228,19 @@ class GPT(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape, self.gradient_checkpointing = shape, False
-        blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.model = nn.ModuleDict(
-            {"embed_tokens": nn.Embedding(shape.vocab_size, shape.n_embd), "layers": blocks}
+            {"embed_tokens": nn.Embedding(shape.vocab_size, shape.n_embd), "layers": layers}
         )
         self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
-        nn.init.zeros_(
-            self.lm_head.weight
-        )  # the first prediction is uniform: the loss starts at ln(vocab_size)
-        for block in blocks:
+        for block in layers:
             for matrix in block.parameters():
                 nn.init.normal_(matrix, std=shape.n_embd**-0.5)
             nn.init.zeros_(block.self_attn.o_proj.weight)  # each block starts as the identity
             nn.init.zeros_(block.mlp.fc2.weight)
+        nn.init.zeros_(
+            self.lm_head.weight
+        )  # all tokens are alike at first: the loss starts at ln(vocab_size)
         head_dim = shape.n_embd // shape.n_head
         frequency = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
         angle = torch.outer(torch.arange(shape.block_size).float(), frequency)  # (block_size, D / 2)
@@ -253,8 +249,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, start=0, mask=None):
         """
-        idx (B, T) -> logits (B, T, vocab_size) in fp32; with targets (B, T), the sum of their losses in nats, -100 ignored.
-        With a cache, idx are the tokens from position `start` on, and the logits are the last token's, (B, 1, vocab_size).
+        idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses in nats, without -100.
+        With a cache, idx holds the tokens from position `start` on; the logits are the last one's, (B, 1, V).
         """
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
         x = F.dropout(x, self.shape.dropout, self.training)
@@ -265,7 +261,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, cos, sin, None if cache is None else cache[i], start, mask)
         x = norm(x if cache is None else x[:, -1:])
-        logits = self.lm_head(x).float()  # (B, T, vocab_size)
+        logits = self.lm_head(x).float()  # (B, T, V)
         logits = 15.0 * torch.tanh(logits / 15.0)  # softcap (Gemma 2, arXiv:2408.00118): no logit runs away
         if targets is None:
             return logits
@@ -276,40 +272,31 @@ class GPT(nn.Module):
         self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None
     ):
         """
-        Yield the next token of each prompt, (B,), until all said `eos` (then it repeats) or max_new_tokens is reached.
-        prompts: lists of token ids, B of them. temperature 0 takes the likeliest token. Text that outgrows block_size
-        goes on from its last half.
+        Yield the next token of each prompt (lists of ids), (B,), max_new_tokens times or until all have said `eos`,
+        which repeats. temperature 0: the likeliest token. Text that outgrows block_size goes on from its last half.
         """
-        limit, device = self.shape.block_size, self.lm_head.weight.device
-        width = max(map(len, prompts))
-        idx = torch.tensor(
-            [[0] * (width - len(p)) + list(p) for p in prompts], device=device
-        )  # padded on the left
-        pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        cache = torch.zeros(
-            self.shape.n_layer,
+        shape, device, width = self.shape, self.lm_head.weight.device, max(map(len, prompts))
+        pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,), on the left
+        idx = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+        sizes = (
+            shape.n_layer,
             2,
             len(prompts),
-            self.shape.n_kv_head,
-            limit,
-            self.shape.n_embd // self.shape.n_head,
-            device=device,
+            shape.n_kv_head,
+            shape.block_size,
+            shape.n_embd // shape.n_head,
         )
-        cached = 0
+        cache, cached, ended = torch.zeros(sizes, device=device), 0, torch.zeros_like(pad, dtype=torch.bool)
         for _ in range(max_new_tokens):
-            if idx.size(1) > limit:
-                drop = idx.size(1) - max(1, limit // 2)
-                idx, pad, cached = idx[:, drop:], (pad - drop).clamp(min=0), 0
+            if width > shape.block_size:
+                drop = width - max(1, shape.block_size // 2)
+                idx, pad, width, cached = idx[:, drop:], (pad - drop).clamp(min=0), width - drop, 0
             mask = None
-            if pad.any():  # hide the padding: query position >= key position >= first real token
-                key = torch.arange(idx.size(1), device=device)
-                mask = (key[cached:, None] >= key) & (key >= pad[:, None, None, None])  # (B, 1, T, start + T)
-            # .forward and not self(): every length would make a compiled model compile again
-            logits = self.forward(idx[:, cached:], cache=cache, start=cached, mask=mask)[
-                :, -1
-            ]  # (B, vocab_size)
-            cached = idx.size(1)
+            if len(set(map(len, prompts))) > 1:  # look at nothing that comes later, and not at the padding
+                key = torch.arange(width, device=device)
+                mask = (key <= key[cached:, None]) & (key >= pad[:, None, None, None])  # (B, 1, T, start + T)
+            # forward() and not self(): each new length would make a compiled model compile again
+            logits = self.forward(idx[:, cached:], cache=cache, start=cached, mask=mask)[:, -1]  # (B, V)
             token = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
@@ -317,11 +304,11 @@ class GPT(nn.Module):
             yield token
             if ended.all():
                 return
-            idx = torch.cat((idx, token[:, None]), dim=1)
+            idx, cached, width = torch.cat((idx, token[:, None]), dim=1), width, width + 1
 
 
 def draw(logits, temperature, top_k, top_p, generator):
-    """One token of each row of logits (B, V): among the top_k, within the likeliest mass top_p (Holtzman et al. 2019)."""
+    """(B, V) -> (B,): one of the top_k, within the likeliest mass top_p (Holtzman et al. 2019, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -330,7 +317,7 @@ def draw(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses the line stays
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses the line stays in
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
@@ -342,12 +329,12 @@ END = "<|endoftext|>"
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet", ".jsonl": "json"}
 SPLITS = {
     "train": "train",
+    "validation": "validation",
     "val": "validation",
     "valid": "validation",
-    "validation": "validation",
     "test": "test",
 }
-NOT_THE_LIBRARY = {
+NOT_LIBRARY = {
     "test",
     "tests",
     "idle_test",
@@ -357,19 +344,19 @@ NOT_THE_LIBRARY = {
     "site-packages",
     "pydoc_data",
 }
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 HOME = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets")), "train_lm")
 
 
 def reach_hub():
-    """The hub's libraries retry for most of a minute; if told that they are offline, they use their cache or fail."""
+    """The hub's libraries retry for most of a minute; told that they are offline, they use their cache or fail."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(HUB, timeout=5).close()
+        urllib.request.urlopen(hub, timeout=5).close()
     except (OSError, ValueError) as error:
         if not isinstance(error, urllib.error.HTTPError):  # which is an answer
             os.environ["HF_HUB_OFFLINE"] = "1"
-            log(f"{HUB} does not answer: trying the local cache")
+            log(f"{hub} does not answer: trying the local cache")
 
 
 def read_text(path):
@@ -381,11 +368,11 @@ def read_text(path):
 
 
 def find_files():
-    """The files that `dataset` names by path, folder, glob or URL; None where it can only be a name on the hub."""
+    """The files that `dataset` names by path, folder, glob or URL; None where it can only be a hub name."""
     path = Path(dataset).expanduser()
     if dataset == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in root.rglob("*.py") if not NOT_THE_LIBRARY & set(p.relative_to(root).parts)]
+        files = [p for p in root.rglob("*.py") if not NOT_LIBRARY & set(p.relative_to(root).parts)]
         return sorted(p for p in files if not p.name.startswith("_sysconfigdata"))  # differs between machines
     if re.match(r"https?://", dataset):
         path = CACHE / hashlib.sha256(dataset.encode()).hexdigest()[:16] / dataset.rsplit("/", 1)[-1]
@@ -403,12 +390,12 @@ def find_files():
 
 
 def load_documents():
-    """{split: datasets.Dataset with a column "text"}: "train" and, where the data has them, "validation" and "test"."""
+    """{split: Dataset with a column "text"}: "train" and, where the data has them, "validation" and "test"."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    column, splits = text_column, {}
+    column, splits, loaded = text_column, {}, {}
     try:
         files = find_files()
         if files is None:
@@ -418,7 +405,7 @@ def load_documents():
         elif any(Path(dataset, name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
             loaded = datasets.load_from_disk(dataset)
         else:
-            # train.txt, val.txt or train-00000-of-00008.parquet are splits, where every file is named like that
+            # train.txt, val.txt or test-00000-of-00008.parquet are splits, where every file has such a name
             names = [SPLITS.get(re.sub(r"-\d+-of-\d+$", "", path.stem)) for path in files]
             for path, split in zip(files, names):
                 splits.setdefault(split if all(names) else "train", []).append(path)
@@ -427,31 +414,25 @@ def load_documents():
                 found = f"mixes {' and '.join(kinds)} files" if kinds else f"holds no {' '.join(KINDS)} file"
                 fail(f"{dataset=} {found}: choose some, as in --dataset='texts/*.txt'")
             if kinds == ["text"]:
-                column, texts = (
-                    "text",
-                    {split: [read_text(path) for path in splits[split]] for split in splits},
-                )
-                loaded = {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
+                column, root = "text", os.path.commonpath([path.parent for path in files])
+                for split, paths in splits.items():
+                    names = [path.relative_to(root).as_posix() for path in paths]
+                    rows = {"text": [read_text(path) for path in paths], "name": names}
+                    loaded[split] = datasets.Dataset.from_dict(rows)
             else:
                 paths = {split: [str(path) for path in splits[split]] for split in splits}
                 loaded = datasets.load_dataset(kinds[0], data_files=paths)
-    except (
-        Exception
-    ) as error:  # of many kinds: by file format, and by what the disk, the hub or the network says
+    except Exception as error:  # of many kinds: by file format, by what the disk, the hub or the network says
         fail(f"cannot load {dataset=}: {str(error.__cause__ or error).splitlines()[0]}")
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     loaded = {SPLITS[split]: rows for split, rows in loaded.items() if split in SPLITS}
-    if "train" not in loaded:
-        fail(f"{dataset=} has no train split")
-    for rows in loaded.values():
+    for rows in loaded.values() if "train" in loaded else fail(f"{dataset=} has no train split"):
         if "string" not in getattr(rows.features.get(column), "dtype", ""):
             near = nearest(column, rows.column_names)
-            fail(
-                f"{dataset=} has no text in a column {column!r}: try --text_column={near} ({rows.column_names})"
-            )
+            fail(f"{dataset=} has no text column {column!r}: try --text_column={near} ({rows.column_names})")
     if column != "text":
-        loaded = {s: rows.select_columns(column).rename_column(column, "text") for s, rows in loaded.items()}
-    return {split: rows.select_columns("text") for split, rows in loaded.items()}
+        return {s: rows.select_columns(column).rename_column(column, "text") for s, rows in loaded.items()}
+    return loaded
 
 
 def split_documents(documents):
@@ -465,19 +446,19 @@ def split_documents(documents):
     part, parts = map(int, fold.split("/")) if fold else (0, 1)
     sections = [("validation" if i + 1 == part else "train", (1 - v - t) / parts) for i in range(parts)]
     sections = [(split, size) for split, size in [*sections, ("validation", v), ("test", t)] if size]
-    ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
     if len(pool) < len(sections):  # too few documents to deal out: cut the text by position
         text = "".join(text or "" for text in pool["text"])
+        ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
         cuts = [0, *(int(end * len(text)) for end in ends), len(text)]
         pool = datasets.Dataset.from_dict({"text": [text[a:b] for a, b in itertools.pairwise(cuts)]})
         order, cuts = np.arange(len(pool)), range(len(sections) + 1)
-    else:
-        order = np.random.default_rng(0).permutation(len(pool))
-        sizes = pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()
-        sizes = np.cumsum(
-            sizes[order]
-        )  # documents differ a lot: deal out by size, at least one to each section
-        cuts = [0, *np.searchsorted(sizes, ends * sizes[-1]), len(pool)]
+    else:  # deal out by size, at least one to each section, ordered by a hash of the name or number
+        names = pool["name"] if "name" in pool.column_names else map(str, range(len(pool)))
+        order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+        sections = sections[1:] + sections[:1]
+        ends = np.cumsum([size for _, size in sections])[:-1]
+        sizes = np.cumsum(pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()[order])
+        cuts = [0, *np.searchsorted(sizes, ends * sizes[-1]) + 1, len(pool)]
         for i in range(1, len(sections)):
             cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(pool) - len(sections) + i)
     dealt = {split: [] for split, _ in sections}

@@ -1,0 +1,14 @@
+out_dir = "out/shakespeare-char-cpu"
+dataset = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+tokenizer = "char"
+val_fraction = 0.1
+test_fraction = 0.0
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 128
+batch_size = 16
+max_steps = 800
+eval_interval = 800
+eval_batches = 0
+log_interval = 100

@@ -1,0 +1,110 @@
+"""What the tests share: they run the real commands, on a CPU, offline, on tiny data that they make themselves."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", CUDA_VISIBLE_DEVICES="")
+
+# A model and a run so small that a step takes a millisecond.
+TINY = """
+tokenizer = "bytes"
+block_size = 32
+n_layer = 2
+n_head = 4
+n_kv_head = 2
+n_embd = 32
+batch_size = 8
+max_steps = 40
+warmup_steps = 5
+eval_interval = 10
+eval_batches = 4
+log_interval = 5
+save_interval = 10
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    """A cache folder of our own, the same for all tests."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ.pop("HF_DATASETS_CACHE", None)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:60000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, text_file):
+    """A config file for a tiny run in tmp_path / "run"."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY + f"out_dir = {str(tmp_path / 'run')!r}\ndataset = {str(text_file)!r}\n")
+    return path
+
+
+def command(*arguments, processes=1):
+    if processes == 1:
+        return [sys.executable, *map(str, arguments)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launch, "--main_process_port", "0", *map(str, arguments)]
+
+
+def start(*arguments, processes=1, cwd=ROOT, **env):
+    """A real command, running."""
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"} * (processes > 1) | env
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
+
+
+def run(*arguments, code=0, **options):
+    """A real command, run to its end; -> its stdout and stderr."""
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def rows(run_dir, *names):
+    """metrics.jsonl without what depends on the clock; with names, only the rows that have them."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time", "tokens_per_s", "memory")
+    rows = [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    return [row for row in rows if not names or set(names) & row.keys()]
+
+
+def last_state(run_dir):
+    import torch
+
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    return torch.load(newest / "state.pt", weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Where two nested states differ, bit for bit; the times in them apart."""
+    import torch
+
+    if isinstance(a, dict):
+        keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes", "tracker_id"}
+        return [d for k in sorted(keys) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [path]
