@@ -126,6 +126,7 @@ def speak(model, tok, ids, limit, device):
                 [ids], max_new_tokens, eos=tok.eos_token_id, generator=generator, **options
             )
             stream(tok, (int(token) for token in tokens))
+            sys.stdout.write("\n")
         else:
             from transformers import TextStreamer
 
@@ -135,7 +136,6 @@ def speak(model, tok, ids, limit, device):
             streamer = TextStreamer(tok, skip_prompt=True, skip_special_tokens=True)
             how = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer} | how
             model.generate(x, attention_mask=torch.ones_like(x), **how)
-        sys.stdout.write("\n")
 
 
 def main():

@@ -62,9 +62,7 @@ seed = 1337  # of the first weights, the order of the data, and dropout
 # data
 dataset = "python"  # "python" (its own library), a file, folder, glob or URL, or a hub name:config@revision
 text_column = "text"  # the column with the documents, in .jsonl, .parquet, .csv and hub data
-tokenizer = (
-    "bpe:1024"  # "bytes", "char", "bpe:N" (N tokens, learned from the train split), a hub name or a folder
-)
+tokenizer = "bpe:1024"  # "bytes", "char", "bpe:N" (N tokens, learned from the train split), hub name, folder
 val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
 test_fraction = 0.05  # likewise for the test split, which is looked at once, at the end (0..<1)
 fold = ""  # "2/5": validate on the second of five parts instead (cross-validation)
@@ -72,16 +70,14 @@ num_workers = 0  # DataLoader processes; 0 is fastest for local files, a few hel
 # model
 block_size = 128  # context length in tokens (1..)
 n_layer = 4  # transformer blocks (1..)
-n_head = 4  # attention heads (1..)
+n_head = 2  # attention heads; of size 64 they are fastest (1..)
 n_kv_head = 0  # heads of keys and values, fewer for grouped-query attention; 0: n_head
 n_embd = 128  # width; n_embd / n_head, the size of a head, must be even (1..)
 dropout = 0.0  # 0 for about one pass over the data, 0.1 to 0.2 where the same text comes by often (0..<1)
 # batch and length
 batch_size = 16  # blocks per optimizer step, over all processes and micro-batches (1..)
-micro_batch_size = (
-    0  # blocks per process and forward pass, fewer where memory is short; 0: as many as batch_size asks
-)
-max_steps = 1600  # optimizer steps; 0: only evaluate
+micro_batch_size = 0  # blocks per process and forward pass, fewer if memory is short; 0: no accumulation
+max_steps = 1400  # optimizer steps; 0: only evaluate
 epochs = 0.0  # passes over the data, instead of max_steps; 0: by max_steps
 # optimizer and learning rate
 optimizer = "muon"  # muon has AdamW beside it, for embedding and head ("muon" | "adamw")
@@ -90,12 +86,10 @@ embed_lr = 0.3  # peak, of the embedding beside muon
 head_lr = 0.004  # peak, of the head beside muon
 beta1 = 0.8  # AdamW's memory of the gradient (0..<1)
 beta2 = 0.95  # AdamW's memory of the squared gradient (0..<1)
-weight_decay = 0.1  # of the matrices in the blocks; with adamw of all weights
-warmup_steps = 50  # steps in which the learning rate rises to its peak
-lr_schedule = (
-    "wsd"  # warm-up, stable, linear decay; or cosine decay; or constant ("wsd" | "cosine" | "constant")
-)
-cooldown = 0.7  # the last part of the steps, in which wsd decays (0..1)
+weight_decay = 0.03  # of the matrices in the blocks; with adamw of all weights
+warmup_steps = 20  # steps in which the learning rate rises to its peak
+lr_schedule = "wsd"  # warm-up, stable, decay; or cosine; or constant ("wsd" | "cosine" | "constant")
+cooldown = 0.9  # the last part of the steps, in which wsd decays (0..1)
 min_lr = 0.02  # learning rate at the end, as a fraction of its peak (0..1)
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 # evaluation, saving, reports
@@ -108,7 +102,7 @@ keep = "best"  # the weights in out_dir: of the best validation loss or of the l
 patience = 0  # stop after so many evaluations without a better validation loss; 0: never
 tracker = ""  # beside metrics.jsonl ("" | "wandb" | "tensorboard")
 # the machine
-mixed_precision = "auto"  # auto: bf16 on a GPU that has it, else no ("auto" | "no" | "bf16" | "fp16")
+mixed_precision = "auto"  # auto: bf16 where the hardware has it, else no ("auto" | "no" | "bf16" | "fp16")
 compile = True  # torch.compile on CUDA: a minute at the start, then much faster; has no effect elsewhere
 gradient_checkpointing = False  # compute activations again in the backward pass: slower, in far less memory
 deterministic = False  # bitwise repeatable on CUDA, at some cost in speed; a CPU is always
@@ -311,7 +305,7 @@ def draw(logits, temperature, top_k, top_p, generator):
     """(B, V) -> (B,): one of the top_k, within the likeliest mass top_p (Holtzman et al. 2019, arXiv:1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = logits.nan_to_num() / temperature  # a broken model babbles, and does not end the run
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -1037,7 +1031,11 @@ def stop_requested(accelerator):
 def start_accelerator():
     """-> an Accelerator on the best device there is, with precision, threads and tracker set; says what it found."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    best = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if cuda or mps:
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what `deterministic` needs
     torch.use_deterministic_algorithms(deterministic)
     torch.autograd.set_detect_anomaly(detect_anomaly)
@@ -1046,7 +1044,6 @@ def start_accelerator():
         timeout=datetime.timedelta(hours=12)
     )  # the first process tokenizes, the others wait
     options = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [long]}
-    precision = best if mixed_precision == "auto" else mixed_precision
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
@@ -1248,8 +1245,7 @@ def main():
                     f"ten steps in a row were not finite; the last good checkpoint is {good}; {help}"
                 )
             if step % log_interval == 0 or step == total_steps:
-                seconds, (then, first) = time.monotonic() - window[0], window
-                speed = (step - first) * batch_size * block_size / (time.monotonic() - then)
+                speed = (step - window[1]) * batch_size * block_size / (time.monotonic() - window[0])
                 window = time.monotonic(), step
                 values = {
                     "train/loss": loss,
