@@ -13,7 +13,6 @@ import os
 PARENT = os.getppid()  # before the slow imports, to notice a launcher that dies during them
 
 import contextlib
-import datetime
 import glob
 import hashlib
 import importlib.metadata
@@ -27,6 +26,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 import urllib.error
@@ -40,7 +40,7 @@ import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
@@ -538,34 +538,24 @@ def prepare_data():
     folder = (
         CACHE / hashlib.sha256(json.dumps([key, val_fraction, test_fraction, fold]).encode()).hexdigest()[:24]
     )
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        if not (folder / "facts.json").exists():
-            for old in CACHE.glob("*.tmp"):  # what a killed run left behind
-                if time.time() - old.stat().st_mtime > 86400:
-                    shutil.rmtree(old, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            splits, digest = split_documents(documents), hashlib.sha256()
-            tok = make_tokenizer(splits)
-            counts = {s: tokenize(tok, *splits[s], unfinished / f"{s}.bin", digest) for s in sorted(splits)}
-            tok.save_pretrained(unfinished)
-            begin = next((text[:80] for texts in read_batches(*splits["train"]) for text in texts), "")
-            facts = {
-                "splits": counts,
-                "vocab_size": len(tok),
-                "fingerprint": digest.hexdigest(),
-                "begin": begin,
-            }
-            write_json(unfinished / "facts.json", facts)
-            with contextlib.suppress(OSError):  # another run may have made the same in the meantime
-                unfinished.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # one process makes it, the others wait
+            if not (folder / "facts.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+                folder.mkdir()
+                splits, digest = split_documents(documents), hashlib.sha256()
+                tok = make_tokenizer(splits)
+                counts = {s: tokenize(tok, *splits[s], folder / f"{s}.bin", digest) for s in sorted(splits)}
+                tok.save_pretrained(folder)
+                begin = next((text[:60] for texts in read_batches(*splits["train"]) for text in texts), "")
+                facts = {"splits": counts, "vocab_size": len(tok), "fingerprint": digest.hexdigest()}
+                write_json(
+                    folder / "facts.json", facts | {"begin": begin}
+                )  # the last file: it says all are there
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     except OSError as error:
-        fail(
-            f"cannot write the tokens to {unfinished}: {error.strerror}; HF_HOME names another place for them"
-        )
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        fail(f"cannot write the tokens to {folder}: {error.strerror}; HF_HOME names another place for them")
     log(
         f"data: {dataset}, which begins {facts['begin']!r}; tokenizer {tokenizer}, {facts['vocab_size']:,} tokens"
     )
@@ -1017,12 +1007,15 @@ def on_signal(signum, frame):
     STOP.update(signal=int(signum), time=time.monotonic())
 
 
+def watch_launcher():
+    """A one-process `accelerate launch` dies of SIGTERM without passing it on: its death counts as one."""
+    while os.getppid() == PARENT:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM) if STOP["polled"] else os._exit(128 + signal.SIGTERM)
+
+
 def stop_requested(accelerator):
     """The signal that some process got, or 0; all processes agree on it, so that none is left waiting for another."""
-    if LAUNCHED and os.getppid() != PARENT and not STOP["signal"]:
-        STOP["signal"] = int(
-            signal.SIGTERM
-        )  # a one-process `accelerate launch` dies of it without passing it on
     if accelerator.num_processes == 1:
         return STOP["signal"]
     return int(accelerator.gather(torch.tensor([STOP["signal"]], device=accelerator.device)).max())
@@ -1040,10 +1033,7 @@ def start_accelerator():
     torch.use_deterministic_algorithms(deterministic)
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
-    long = InitProcessGroupKwargs(
-        timeout=datetime.timedelta(hours=12)
-    )  # the first process tokenizes, the others wait
-    options = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [long]}
+    options = {"log_with": tracker or None, "project_dir": out_dir}
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
@@ -1109,14 +1099,15 @@ def main():
     check_settings()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_signal)
+    if LAUNCHED:
+        threading.Thread(target=watch_launcher, daemon=True).start()
     accelerator = start_accelerator()
     micro, accumulation = divide_batch(accelerator.num_processes)
     on_main, device = accelerator.is_main_process, accelerator.device.type
     lock = claim_run_dir() if on_main else None  # noqa: F841
 
     # data
-    with accelerator.local_main_process_first():
-        folder, facts = prepare_data()
+    folder, facts = prepare_data()
     from transformers import AutoTokenizer
 
     tok, dtype = (
@@ -1272,6 +1263,7 @@ def main():
         if not stop:
             report(values)
             summary |= values
+    accelerator.wait_for_everyone()  # a process that leaves while another still talks to it makes that one crash
     accelerator.end_training()
     if stop:
         log(f"stopped at step {step}; the same command with --resume=True goes on")

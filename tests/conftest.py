@@ -29,6 +29,7 @@ eval_interval = 10
 eval_batches = 4
 log_interval = 5
 save_interval = 10
+mixed_precision = "no"
 """
 
 

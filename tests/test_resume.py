@@ -3,17 +3,15 @@ Nothing is lost: a run that is killed at any moment, stopped by a signal, orphan
 number of processes ends with the weights, optimizers and metrics of an unbroken one.
 """
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from conftest import ROOT, command, differences, last_state, rows, run, start
+from conftest import ROOT, differences, last_state, rows, run, start
 
 import train_lm
 
@@ -65,7 +63,7 @@ def test_killed_again_and_again_is_the_same_as_unbroken(tmp_path, tiny, settings
 
 def test_killed_in_the_middle_of_a_save(tmp_path, tiny):
     """A copy of the script dies between writing a checkpoint and naming it: the one before it counts."""
-    plant = "        unfinished.rename(folder)\n"
+    plant = "        unfinished.rename(folder)\n        for old in"
     source = (ROOT / "train_lm.py").read_text()
     assert source.count(plant) == 1
     (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
@@ -184,7 +182,7 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path, tiny):
     state = last_state(tmp_path / "run")
     assert not differences(last_state(tmp_path / "unbroken")["model"], state["model"])
     assert rows(tmp_path / "run", "train/loss") == rows(tmp_path / "unbroken", "train/loss")
-    assert [r["step"] for r in rows(tmp_path / "run", "val/loss")] == [0, 10, 15, 20, 30, 40]
+    assert [r["step"] for r in rows(tmp_path / "run", "val/loss")] == [0, 10, 20, 30, 40]
 
 
 def test_changed_settings_are_told_and_take_effect(tmp_path, tiny):
@@ -192,9 +190,8 @@ def test_changed_settings_are_told_and_take_effect(tmp_path, tiny):
     out, _ = run("train_lm.py", tiny, "--max_steps=20", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
     assert "resume: max_steps was 10, is 20" in out and "resume: weight_decay was 0.1, is 0.5" in out
     groups = last_state(tmp_path / "run")["optimizers"]["param_groups"]
-    assert {str(k): v for g in [groups] for k, v in g.items()} if isinstance(groups, dict) else groups
-    flat = json.dumps(groups, default=str)
-    assert "0.5" in flat and "0.9" in flat and "0.95" in flat  # Muon's decay and momentum, AdamW's beta2
+    assert [g["weight_decay"] for g in groups] == [0.5, 0, 0]  # Muon's, and AdamW's of embedding and head
+    assert [g["betas"][1] for g in groups if "betas" in g] == [0.9, 0.9]
 
 
 # -----------------------------------------------------------------------------
@@ -219,11 +216,8 @@ def test_a_batch_cut_up_in_any_way_gives_the_same_losses(tmp_path, tiny):
             (r["step"], r.get("train/loss"), r.get("val/loss"), r.get("test/loss")) for r in rows(out)
         ]
     for name in ("1x4", "2x2"):
-        assert len(losses[name]) == len(losses["1x1"])
-        for (step, *a), (other, *b) in zip(losses["1x1"], losses[name]):
-            assert step == other and a == pytest.approx(b, rel=2e-3), (name, step)
-        first = [row[1] for row in (losses["1x1"][1], losses[name][1])]
-        assert first[0] == pytest.approx(first[1], rel=1e-5)
+        for (step, key, loss), (*same, other) in zip(losses["1x1"], losses[name], strict=True):
+            assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else 2e-3)
 
 
 RAGGED = """
@@ -232,6 +226,7 @@ sys.path.insert(0, {root!r})
 import train_lm
 from accelerate import Accelerator
 torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double  # what the model computes in fp32 at least, it computes in fp64 here
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(0)
@@ -248,6 +243,8 @@ model = accelerator.prepare(gpt)
 loss = train_lm.forward_backward(accelerator, model, [(x[i : i + micro], y[i : i + micro]) for i in mine], 0)
 if accelerator.is_main_process:
     torch.save((loss, {{n: p.grad for n, p in gpt.named_parameters()}}), {path!r})
+accelerator.wait_for_everyone()
+accelerator.end_training()
 """
 
 
@@ -284,22 +281,3 @@ def test_two_processes_stop_together(tmp_path, tiny):
     assert "the same command with --resume=True goes on" in out, err
     out, _ = run("train_lm.py", tiny, "--max_steps=30", "--resume=True", processes=2)
     assert "resumed from" in out
-
-
-def test_processes_that_do_not_find_each_other_are_told_how_to(tmp_path, tiny):
-    """torchrun on a CPU without ACCELERATE_USE_CPU gives as many lone trainers: better none."""
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        "train_lm.py",
-        tiny,
-    )
-    env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    done = subprocess.run(command(*torchrun), cwd=ROOT, env=env, check=False, **pipe)
-    lone = "ACCELERATE_USE_CPU=true" in done.stderr
-    assert done.returncode and lone or (tmp_path / "run" / "run.json").exists()

@@ -184,21 +184,18 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(tmp_path, tiny, optimizer):
-    """A weight of Inf from step 15 on, planted in a copy of the script, makes the loss NaN."""
-    plant = "            loss = forward_backward("
+    """A copy of the script in which the loss is NaN at some steps, or from step 15 on."""
+    plant = "                    loss = model(x, y)\n"
     source = (ROOT / "train_lm.py").read_text()
     assert source.count(plant) == 1
-    for name, steps in (("some", "3 < step < 9"), ("all", "step >= 15")):
-        bad = f"            gpt.lm_head.weight.data[0, 0] = math.nan if {steps} else 0.0\n"
-        (tmp_path / "train_lm.py").write_text(source.replace(plant, bad + plant))
-        (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
-        code = {"some": 0, "all": 1}[name]
-        stdout, err = run(
-            tmp_path / "train_lm.py", tiny, "--overwrite=True", f"--optimizer={optimizer}", code=code
-        )
-        skipped = [line for line in stdout.splitlines() if line.endswith("skipped")]
-        assert len(skipped) == {"some": 5, "all": 10}[name]
-    assert "step_00000010" in err and "Traceback" not in err
+    (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
+    for steps, n, code in (("3 < step < 9", 5, 0), ("step >= 15", 10, 1)):
+        bad = f"                    loss = loss * (math.nan if {steps} else 1)\n"
+        (tmp_path / "train_lm.py").write_text(source.replace(plant, plant + bad))
+        how = ("--overwrite=True", f"--optimizer={optimizer}")
+        stdout, err = run(tmp_path / "train_lm.py", tiny, *how, code=code)
+        assert sum(line.endswith("skipped") for line in stdout.splitlines()) == n
+    assert "step_00000020" in err and "Traceback" not in err
     assert all(torch.isfinite(w).all() for w in last_state(tmp_path / "run")["model"].values())
 
 

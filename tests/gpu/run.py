@@ -1,0 +1,162 @@
+"""
+Everything that needs a GPU, in one command of under ten minutes, with one table at the end:
+
+    python tests/gpu/run.py --shakespeare=input.txt [--nanogpt=PATH]
+
+A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), nanoGPT's
+Shakespeare setting to its end, a killed and resumed run against an unbroken one, and nanoGPT beside them where its
+checkout is given. Without a GPU it says so and exits with 1.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+TABLE = []
+
+
+def note(what, value, unit=""):
+    TABLE.append((what, value, unit))
+    print(f"{what}: {value} {unit}", flush=True)
+
+
+def train(out, *arguments, **env):
+    """Run train_lm.py to its end -> (rows of metrics.jsonl, seconds, what it printed)."""
+    began = time.monotonic()
+    command = [sys.executable, str(ROOT / "train_lm.py"), f"--out_dir={out}", *arguments]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return rows, time.monotonic() - began, done.stdout + done.stderr
+
+
+def gpt2(folder):
+    """200 steps of 124 M parameters: speed over the last half, and what was compiled again after the first steps."""
+    shape = [
+        "--block_size=1024",
+        "--n_layer=12",
+        "--n_head=12",
+        "--n_embd=768",
+        "--batch_size=64",
+        "--tokenizer=bpe:32768",
+    ]
+    shape += [
+        "--micro_batch_size=32",
+        "--max_steps=200",
+        "--eval_interval=200",
+        "--eval_batches=2",
+        "--save_interval=200",
+    ]
+    rows, seconds, output = train(folder / "gpt2", *shape, "--test_fraction=0", TORCH_LOGS="recompiles")
+    speeds = [row for row in rows if "tokens_per_s" in row][10:]
+    for name, unit in (("tokens_per_s", "tokens/s"), ("mfu", "of the peak"), ("memory", "GB")):
+        values = sorted(row.get(name, 0) for row in speeds)
+        note(f"GPT-2 124M, bf16, compiled: {name} (median)", values[len(values) // 2], unit)
+    note("GPT-2 124M: recompilations", len(re.findall(r"Recompiling function", output)))
+    note("GPT-2 124M: whole command", round(seconds), "s")
+    note(
+        "GPT-2 124M: validation loss after 200 steps",
+        [row["val/loss"] for row in rows if "val/loss" in row][-1],
+    )
+
+
+def shakespeare(folder, text):
+    rows, seconds, _ = train(
+        folder / "shakespeare", str(ROOT / "configs/shakespeare_char.py"), f"--dataset={text}"
+    )
+    losses = [(row["val/loss"], row["time"]) for row in rows if "val/loss" in row]
+    note("shakespeare_char: best validation loss (nanoGPT documents 1.4697)", min(losses)[0])
+    reached = [when for loss, when in losses if loss <= 1.4697]
+    note("shakespeare_char: seconds of training to 1.4697", reached[0] if reached else "not reached", "s")
+    note("shakespeare_char: whole command", round(seconds), "s")
+
+
+def resume(folder):
+    """Stopped at step 30 and resumed, under deterministic=True, compiled: equal weights and optimizers."""
+    how = [
+        "--deterministic=True",
+        "--max_steps=60",
+        "--save_interval=30",
+        "--eval_interval=30",
+        "--test_fraction=0",
+    ]
+    how += ["--lr_schedule=constant"]
+    train(folder / "unbroken", *how)
+    train(folder / "broken", *how, "--max_steps=30")
+    train(folder / "broken", *how, "--resume=True")
+    states = [folder / name / "checkpoints/step_00000060/state.pt" for name in ("unbroken", "broken")]
+    a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in states)
+    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    note("resume on CUDA, deterministic: weights bitwise equal", equal)
+
+
+def nanogpt(folder, path, text):
+    """Its Shakespeare run and its GPT-2 speed, on this machine in this hour."""
+    data = Path(path, "data/shakespeare_char")
+    (data / "input.txt").write_text(Path(text).read_text())
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
+    began = time.monotonic()
+    command = [
+        sys.executable,
+        "train.py",
+        "config/train_shakespeare_char.py",
+        f"--out_dir={folder / 'nanogpt'}",
+    ]
+    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
+    losses = re.findall(r"val loss ([\d.]+)", done.stdout)
+    note("nanoGPT shakespeare_char: best validation loss", min(losses, default=done.stderr[-300:]))
+    note("nanoGPT shakespeare_char: whole command", round(time.monotonic() - began), "s")
+    code = (
+        "import torch, time; from model import GPT, GPTConfig; torch.set_float32_matmul_precision('high');"
+        "m = GPT(GPTConfig(vocab_size=32768, bias=False, dropout=0.0)).cuda(); m = torch.compile(m);"
+        "o = torch.optim.AdamW(m.parameters(), lr=6e-4, fused=True); x = torch.randint(32768, (32, 1024)).cuda();\n"
+        "def step():\n"
+        "    for _ in range(2):\n"
+        "        with torch.autocast('cuda', torch.bfloat16): loss = m(x, x)[1]\n"
+        "        loss.backward()\n"
+        "    o.step(); o.zero_grad()\n"
+        "[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()\n"
+        "[step() for _ in range(50)]; torch.cuda.synchronize(); print('speed', 50 * 64 * 1024 / (time.time() - t))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, check=False)
+    speed = re.search(r"speed ([\d.]+)", done.stdout)
+    note(
+        "nanoGPT 124M, bf16, compiled, AdamW",
+        round(float(speed[1])) if speed else done.stderr[-300:],
+        "tokens/s",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shakespeare", required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("NO GPU WAS FOUND: nothing of this was tested.", file=sys.stderr)
+        raise SystemExit(1)
+    note("GPU", torch.cuda.get_device_name())
+    note("torch", torch.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        gpt2(folder)
+        resume(folder)
+        shakespeare(folder, arguments.shakespeare)
+        if arguments.nanogpt:
+            nanogpt(folder, arguments.nanogpt, arguments.shakespeare)
+    width = max(len(what) for what, _, _ in TABLE)
+    print("\n" + "\n".join(f"{what:{width}}  {value} {unit}" for what, value, unit in TABLE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""
+Bad input through the real commands: one line that names the remedy, a non-zero exit, no traceback, nothing overwritten.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import run
+
+import train_lm
+
+
+def refused(stdout, err):
+    assert "Traceback" not in err and "Traceback" not in stdout, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files of every kind that cannot be trained on."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"\x00\x01\x02" * 100)
+    (folder / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    (folder / "short.txt").write_text("too short")
+    (folder / "rows.jsonl").write_text('{"body": "some text", "n": 1}\n' * 50)
+    (folder / "broken.jsonl").write_text('{"text": "some text"}\n{"text": \n')
+    (folder / "good.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 500)
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.txt").write_text("text")
+    (folder / "mixed" / "b.jsonl").write_text('{"text": "text"}\n')
+    (folder / "nothing").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.doc").write_text("years of work")
+    return folder
+
+
+TRAINER = [
+    (["--n_embd=100", "--n_head=3"], "must be a multiple of 2 x n_head=3"),
+    (["--n_kv_head=3", "--n_head=4"], "must be a multiple of n_kv_head=3"),
+    (["--optimizer=sgd"], "none of 'muon', 'adamw'"),
+    (["--lerning_rate=1"], "did you mean --learning_rate"),
+    (["--n_layer", "8"], "--n_layer=8"),
+    (["config/shakespeare_char.py"], "did you mean configs/shakespeare_char.py"),
+    (["--mixed_precision=fp16"], "needs CUDA"),
+    (["--val_fraction=0.6", "--test_fraction=0.4"], "leave nothing to train on"),
+    (["--fold=6/5"], "--fold=2/5"),
+    (["--tokenizer=bpe:100"], "at least 257"),
+    (["--resume=True", "--overwrite=True"], "choose one"),
+    (["--patience=3", "--keep=last"], "keep='best'"),
+    (["--micro_batch_size=5"], "use 15 or 20"),
+    (["--dataset={data}/missing.txt"], "no file or folder"),
+    (["--dataset={data}/*.md"], "holds no"),
+    (["--dataset={data}/empty.txt"], "tokens: more text"),
+    (["--dataset={data}/binary.txt"], "binary"),
+    (["--dataset={data}/latin.txt"], "iconv"),
+    (["--dataset={data}/short.txt"], "smaller block_size"),
+    (["--dataset={data}/rows.jsonl"], "--text_column=body"),
+    (["--dataset={data}/rows.jsonl", "--text_column=n"], "no text column 'n'"),
+    (["--dataset={data}/broken.jsonl"], "cannot load"),
+    (["--dataset={data}/mixed"], "mixes"),
+    (["--dataset={data}/nothing"], "holds no"),
+    (["--dataset={data}/good.txt", "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
+    (["--dataset={data}/good.txt", "--out_dir={data}/good.txt"], "cannot write to out_dir"),
+    (["--dataset={data}/good.txt", "--tokenizer={data}/nothing"], "is no tokenizer"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", TRAINER, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_the_trainer_refuses(tmp_path, data, arguments, message):
+    before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
+    arguments = [argument.format(data=data) for argument in arguments]
+    where = [] if any("out_dir" in a for a in arguments) else [f"--out_dir={tmp_path / 'run'}"]
+    default = [] if any("dataset" in a for a in arguments) else [f"--dataset={data / 'good.txt'}"]
+    out, err = run("train_lm.py", *where, *default, *arguments, code=2)
+    assert message in refused(out, err), err
+    assert {p: p.read_bytes() for p in before} == before
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_hub_name_without_a_network_fails_in_seconds(tmp_path):
+    """HF_ENDPOINT is a closed port on this machine."""
+    import time
+
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
+    for arguments in (["--dataset=somebody/some-data"], ["--tokenizer=gpt2"]):
+        began = time.monotonic()
+        out, err = run("train_lm.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2, **closed)
+        assert time.monotonic() - began < 25
+        assert "http://127.0.0.1:9 does not answer" in out and refused(out, err)
+
+
+def test_an_unreadable_file_and_a_read_only_place(tmp_path, data):
+    """root may read anything, so a loop of links stands for the file that cannot be read."""
+    os.symlink(data / "loop.txt", data / "loop.txt")
+    out, err = run("train_lm.py", f"--out_dir={tmp_path / 'run'}", f"--dataset={data}/[l]oop.txt", code=2)
+    assert refused(out, err)
+
+
+@pytest.fixture
+def finished(tmp_path, tiny):
+    run("train_lm.py", tiny, "--max_steps=10", "--tokenizer=char")
+    return tmp_path / "run"
+
+
+def test_a_run_in_use_and_resumes_that_do_not_fit(tmp_path, tiny, finished, data):
+    tiny = (tiny, "--tokenizer=char", "--max_steps=20")
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    for arguments, message in (
+        ([], "--overwrite=True"),
+        (["--resume=True", "--n_layer=3"], "n_layer was 2, is 3"),
+        (["--resume=True", "--optimizer=adamw"], "optimizer was 'muon', is 'adamw'"),
+        (["--resume=True", "--block_size=16"], "block_size was 32, is 16"),
+        (["--resume=True", "--tokenizer=bytes"], "tokenizer was 'char', is 'bytes'"),
+        (["--resume=True", "--val_fraction=0.2"], "val_fraction was 0.05, is 0.2"),
+        (["--resume=True", f"--dataset={data / 'good.txt'}"], "cannot resume on other data (dataset was"),
+        (["--overwrite=True", "--n_layer=0"], "at least 1"),
+        (["--overwrite=True", f"--dataset={data / 'latin.txt'}"], "iconv"),
+    ):
+        out, err = run("train_lm.py", *tiny, *arguments, code=2)
+        assert message in refused(out, err), err
+        now = {p: p.read_bytes() for p in before}
+        changed = [p.name for p in before if now[p] != before[p]]
+        assert not changed, (arguments, changed)
+    # a checkpoint of another model under this run's name
+    run("train_lm.py", tiny[0], "--max_steps=10", "--n_embd=64", f"--out_dir={tmp_path / 'other'}")
+    shutil.copytree(
+        tmp_path / "other" / "checkpoints" / "step_00000010", finished / "checkpoints" / "step_00000019"
+    )
+    out, err = run("train_lm.py", *tiny, "--resume=True", code=2)
+    assert "is of another run" in refused(out, err) and "step_00000019" in err
+    (finished / "run.json").write_text("{")
+    out, err = run("train_lm.py", *tiny, "--resume=True", code=2)
+    assert "run.json cannot be read" in refused(out, err)
+
+
+def test_the_sampler_refuses(tmp_path, finished):
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty.txt").write_text("")
+    for arguments, message in (
+        (["--prompt="], "prompt is empty"),
+        ([f"--prompt=FILE:{tmp_path / 'empty.txt'}"], "prompt is empty"),
+        ([f"--prompt=FILE:{tmp_path / 'none.txt'}"], "cannot read the prompt"),
+        ([f"--prompt=FILE:{tmp_path / 'latin.txt'}"], "cannot read the prompt"),
+        (["--prompt=" + "x" * 33], "at most 32"),
+        (["--prompt=数学"], "cannot represent ['学', '数']"),
+        (["--temperature=-1"], "at least 0"),
+        (["--num_samples=0"], "at least 1"),
+        ([f"--out_dir={tmp_path / 'nowhere'}"], "there is no run"),
+        ([f"--out_dir={tmp_path}"], "neither a run"),
+    ):
+        out, err = run("sample.py", f"--out_dir={finished}", *arguments, code=2)
+        assert message in refused(out, err), err
+    (finished / "model.safetensors").write_bytes(b"not weights")
+    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    assert "cannot be loaded" in refused(out, err)
+    (finished / "model.safetensors").unlink()
+    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    assert "checkpoints/step_00000010" in refused(out, err)
+    facts = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(facts | {"kind": "diffusion"}))
+    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    assert "kind 'diffusion'" in refused(out, err)
+
+
+def test_a_hostile_run_directory_runs_no_code(tmp_path, finished):
+    """A pickle that would run code, in place of the checkpoint: it is refused, by trainer and sampler."""
+    import pickle
+
+    import torch
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    checkpoint = finished / "checkpoints" / "step_00000010"
+    torch.save({"model": Hostile()}, checkpoint / "state.pt", pickle_module=pickle)
+    size = (checkpoint / "state.pt").stat().st_size
+    (checkpoint / "manifest.json").write_text(json.dumps({"state.pt": size}))
+    refused(*run("sample.py", f"--out_dir={checkpoint}", code=2))
+    (finished / "train_lm.py").write_text(
+        f"import os\nos.system('touch {tmp_path / 'owned'}')\nclass GPT: pass\n"
+    )
+    refused(*run("sample.py", f"--out_dir={finished}", code=2))
+    assert not (tmp_path / "owned").exists() and train_lm.END
