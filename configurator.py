@@ -3,7 +3,7 @@ Settings without a framework: the lowercase globals of a script are its settings
 
     python train_lm.py configs/my_experiment.py --n_layer=8 --out_dir=out/wide
 
-Config files (plain Python that assigns settings) and --key=value are applied from left to right; the later wins.
+Config files (plain Python that assigns settings) and --key=value are applied from left to right; later wins.
 A name that is no setting, or a value of another type than the default, stops the program with one line.
 """
 
@@ -41,7 +41,7 @@ def settings(namespace):
 
 
 def checked(name, value, default, source):
-    """`value` as a setting of the default's type (an int widens to a float), or an error that says what to write."""
+    """`value` in the type of the default (an int widens to a float), or an error that says so."""
     kind = type(default)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
@@ -115,7 +115,7 @@ def check_legal(name, value, comment):
 
 
 def configure(namespace, arguments=None):
-    """Override the settings in `namespace` (a script's globals()) by the command line; errors end the program."""
+    """Override the settings in `namespace` (a script's globals()) by the command line, or end the program."""
     values, notes = settings(namespace), comments(namespace)
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:

@@ -5,8 +5,8 @@ Let a trained model speak.
     python sample.py --out_dir=out/mine --prompt=FILE:start.txt --num_samples=3 --temperature=0.8
     python sample.py --out_dir=out/lm/checkpoints/step_00000400 --prompt="class " --seed=2
 
-stdout holds the prompt and its continuation, nothing else. Any folder with a causal language model of transformers
-works as well.
+stdout holds the prompt and its continuation, nothing else. Any folder with a causal language model of
+transformers works as well.
 """
 
 import ast
@@ -38,7 +38,7 @@ def say(message):
 
 
 def model_code(path):
-    """The model in a training script, without comments, docstrings and layout: equal code builds equal models."""
+    """The model in a training script, without comments and layout: equal code builds equal models."""
     names = {"Shape", "norm", "rotate", "Attention", "MLP", "Block", "GPT", "draw"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -48,7 +48,7 @@ def model_code(path):
 
 
 def import_trainer(run_dir):
-    """-> the training script as a module: ours, or the run's own copy where its model is another and it is trusted."""
+    """-> the training script as a module: ours, or the run's own copy where that is trusted."""
     copy, ours = run_dir / "train_lm.py", Path(__file__).with_name("train_lm.py")
     if copy.exists() and not trust_run_code and model_code(copy) != model_code(ours):
         fail(
@@ -106,7 +106,7 @@ def load_run(folder, run_dir, device):
 
 
 def stream(tok, ids):
-    """Print tokens as text while they come; a character that is spread over several tokens waits for the last."""
+    """Print tokens as text while they come; a character of several tokens waits for the last of them."""
     from tokenizers.decoders import DecodeStream
 
     decoder = DecodeStream(skip_special_tokens=True)
@@ -121,10 +121,8 @@ def speak(model, tok, ids, limit, device):
     for i in range(num_samples):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
         if limit:
-            generator = torch.Generator(device).manual_seed(seed + i)
-            tokens = model.generate(
-                [ids], max_new_tokens, eos=tok.eos_token_id, generator=generator, **options
-            )
+            rng = torch.Generator(device).manual_seed(seed + i)
+            tokens = model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **options)
             stream(tok, (int(token) for token in tokens))
             sys.stdout.write("\n")
         else:
@@ -142,7 +140,7 @@ def main():
     folder = Path(out_dir)
     if not folder.is_dir():
         fail(
-            f"there is no run {out_dir!r}: train one with accelerate launch train_lm.py, or name another --out_dir"
+            f"there is no run {out_dir!r}: start with accelerate launch train_lm.py, or name another --out_dir"
         )
     run_dir = folder.parent.parent if (folder / "state.pt").exists() else folder
     text = read_prompt()

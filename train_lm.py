@@ -117,12 +117,8 @@ def check_settings():
         fail(f"{fold=}: write --fold=2/5 for the second of five parts")
     if val_fraction + test_fraction >= 1:
         fail(f"{val_fraction=} and {test_fraction=} leave nothing to train on")
-    if tokenizer.startswith("bpe") and not re.fullmatch(
-        r"bpe:(25[7-9]|2[6-9]\d|[3-9]\d\d|\d{4,6})", tokenizer
-    ):
-        fail(
-            f"{tokenizer=}: write it like bpe:1024, with at least 257 tokens (256 bytes and the end of text)"
-        )
+    if tokenizer.startswith("bpe") and not re.fullmatch(r"bpe:\d{3,6}", tokenizer):
+        fail(f"{tokenizer=}: write it like bpe:1024, with at least 257 tokens (256 bytes, end of text)")
     if n_embd % (2 * n_head):
         fail(f"{n_embd=} must be a multiple of 2 x {n_head=}: every head has the same, even size")
     if n_kv_head and n_head % n_kv_head:
@@ -138,8 +134,8 @@ def check_settings():
 
 
 # -----------------------------------------------------------------------------
-# Model: RoPE, QK-norm, squared ReLU, no biases, no learned norms. Transformers calls this architecture "nanochat";
-# the parameters have its names, so that a run directory loads there as it is.
+# Model: RoPE, QK-norm, squared ReLU, no biases, no learned norms. In transformers it is "nanochat", and the
+# parameters have the names that they have there, so that a run directory loads as it is.
 # -----------------------------------------------------------------------------
 
 
@@ -161,7 +157,7 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn pairs of channels by angles that grow with t."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turn pairs of channels, the further the later."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -186,13 +182,8 @@ class Attention(nn.Module):
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T].to(q.dtype)  # (B, n_kv_head, start + T, D)
         causal = mask is None and T > 1  # one new token may look at everything in the cache
-        options = {
-            "dropout_p": self.dropout if self.training else 0.0,
-            "enable_gqa": self.n_kv_head < self.n_head,
-        }
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, **options
-        )  # (B, n_head, T, D)
+        options = {"dropout_p": self.dropout * self.training, "enable_gqa": self.n_kv_head < self.n_head}
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **options)  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -223,9 +214,8 @@ class GPT(nn.Module):
         super().__init__()
         self.shape, self.gradient_checkpointing = shape, False
         layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
-        self.model = nn.ModuleDict(
-            {"embed_tokens": nn.Embedding(shape.vocab_size, shape.n_embd), "layers": layers}
-        )
+        embedding = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers})
         self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         for block in layers:
             for matrix in block.parameters():
@@ -243,7 +233,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, start=0, mask=None):
         """
-        idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses in nats, without -100.
+        idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses; -100 has none.
         With a cache, idx holds the tokens from position `start` on; the logits are the last one's, (B, 1, V).
         """
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
@@ -262,12 +252,10 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
     @torch.no_grad()
-    def generate(
-        self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None
-    ):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, rng=None):
         """
-        Yield the next token of each prompt (lists of ids), (B,), max_new_tokens times or until all have said `eos`,
-        which repeats. temperature 0: the likeliest token. Text that outgrows block_size goes on from its last half.
+        Yield the next token of each prompt (lists of ids), (B,), until max_new_tokens or all said `eos`.
+        temperature 0: the likeliest token. Text that outgrows block_size goes on from its last half.
         """
         shape, device, width = self.shape, self.lm_head.weight.device, max(map(len, prompts))
         pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,), on the left
@@ -291,7 +279,7 @@ class GPT(nn.Module):
                 mask = (key <= key[cached:, None]) & (key >= pad[:, None, None, None])  # (B, 1, T, start + T)
             # forward() and not self(): each new length would make a compiled model compile again
             logits = self.forward(idx[:, cached:], cache=cache, start=cached, mask=mask)[:, -1]  # (B, V)
-            token = draw(logits, temperature, top_k, top_p, generator)  # (B,)
+            token = draw(logits, temperature, top_k, top_p, rng)  # (B,)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
                 ended = ended | (token == eos)
@@ -301,8 +289,8 @@ class GPT(nn.Module):
             idx, cached, width = torch.cat((idx, token[:, None]), dim=1), width, width + 1
 
 
-def draw(logits, temperature, top_k, top_p, generator):
-    """(B, V) -> (B,): one of the top_k, within the likeliest mass top_p (Holtzman et al. 2019, arXiv:1904.09751)."""
+def draw(logits, temperature, top_k, top_p, rng):
+    """(B, V) -> (B,): one of the top_k, within the likeliest mass top_p (Holtzman et al. 2019)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.nan_to_num() / temperature  # a broken model babbles, and does not end the run
@@ -313,7 +301,7 @@ def draw(logits, temperature, top_k, top_p, generator):
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses the line stays in
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
 
 
 # -----------------------------------------------------------------------------
@@ -343,7 +331,7 @@ CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets"))
 
 
 def reach_hub():
-    """The hub's libraries retry for most of a minute; told that they are offline, they use their cache or fail."""
+    """The hub's libraries retry for most of a minute; told to be offline, they use their cache or fail."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(hub, timeout=5).close()
@@ -384,7 +372,7 @@ def find_files():
 
 
 def load_documents():
-    """{split: Dataset with a column "text"}: "train" and, where the data has them, "validation" and "test"."""
+    """{split: Dataset with a column "text"}: train and, where the data has them, validation and test."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -430,7 +418,7 @@ def load_documents():
 
 
 def split_documents(documents):
-    """{split: Dataset} -> {split: (Dataset, ids)}: a function of the data and the fractions, not of the seed."""
+    """{split: Dataset} -> {split: (Dataset, ids)}: a function of data and fractions, not of the seed."""
     import datasets
     import pyarrow.compute as pc
 
@@ -462,7 +450,7 @@ def split_documents(documents):
 
 
 def read_batches(rows, ids, size=256):
-    """The documents with these ids, without the empty ones, in lists: many at a time, for the tokenizer's threads."""
+    """The documents with these ids, without empty ones, in lists that keep the tokenizer's threads busy."""
     for i in range(0, len(ids), size):
         yield [text for text in rows["text"][ids[i : i + size].tolist()] if text]
 
@@ -494,9 +482,8 @@ def make_tokenizer(splits):
     if tokenizer.startswith("bpe:"):
         options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
         trainer = trainers.BpeTrainer(vocab_size=int(tokenizer[4:]), **options)
-        core.train_from_iterator(
-            (text for texts in read_batches(*splits["train"]) for text in texts), trainer
-        )
+        texts = (text for texts in read_batches(*splits["train"]) for text in texts)
+        core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
 
 
@@ -504,21 +491,19 @@ def tokenize(tok, rows, ids, path, digest):
     """Write the tokens of a split to `path`, an end-of-text token behind each document; -> its numbers."""
     core, count = tok.backend_tokenizer, np.zeros(3, dtype=int)
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
-    # Our own tokenizers never join a line break to what is before it: there long texts are cut, for the threads.
+    # Our own tokenizers never join a line break to what is before it: the threads share long texts there.
     own = re.fullmatch(r"bytes|char|bpe:\d+", tokenizer)
     piece = re.compile(r"[\s\S]{65536,}?\S(?=\n)|[\s\S]+" if own else r"[\s\S]+")
     with open(path, "wb") as f:
-        for texts in tqdm(
-            read_batches(rows, ids), "tokenizing", -(-len(ids) // 256), disable=None, leave=False
-        ):
+        batches = read_batches(rows, ids)
+        for texts in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
             pieces = [piece.findall(text) for text in texts]
             try:
-                encoded = iter(
-                    core.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
-                )
+                encoded = core.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
             except Exception as error:  # the library raises no narrower one
                 strange = sorted(set("".join(texts)) - tok.get_vocab().keys())[:5]
                 fail(f"{tokenizer=} cannot represent {strange} ({error}): try --tokenizer=bytes")
+            encoded = iter(encoded)
             for text, parts in zip(texts, pieces):
                 tokens = [i for _ in parts for i in next(encoded).ids] + [tok.eos_token_id]
                 tokens = np.array(tokens, dtype=np.uint16 if len(tok) <= 65536 else np.uint32)
@@ -530,14 +515,11 @@ def tokenize(tok, rows, ids, path, digest):
 
 
 def prepare_data():
-    """-> (folder, facts): the cache folder with {split}.bin and the tokenizer, made unless the same was made before."""
+    """-> (folder, facts): the folder with {split}.bin and the tokenizer, made once for the same data."""
     documents, known = load_documents(), Path(tokenizer, "tokenizer.json")
-    key = [rows._fingerprint for rows in documents.values()] + [
-        known.read_text() if known.exists() else tokenizer
-    ]
-    folder = (
-        CACHE / hashlib.sha256(json.dumps([key, val_fraction, test_fraction, fold]).encode()).hexdigest()[:24]
-    )
+    known = known.read_text() if known.exists() else tokenizer
+    key = [*(rows._fingerprint for rows in documents.values()), known, val_fraction, test_fraction, fold]
+    folder = CACHE / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # one process makes it, the others wait
@@ -550,27 +532,23 @@ def prepare_data():
                 tok.save_pretrained(folder)
                 begin = next((text[:60] for texts in read_batches(*splits["train"]) for text in texts), "")
                 facts = {"splits": counts, "vocab_size": len(tok), "fingerprint": digest.hexdigest()}
-                write_json(
-                    folder / "facts.json", facts | {"begin": begin}
-                )  # the last file: it says all are there
+                # the last file: where it is, all are
+                write_json(folder / "facts.json", facts | {"begin": begin})
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot write the tokens to {folder}: {error.strerror}; HF_HOME names another place for them")
-    log(
-        f"data: {dataset}, which begins {facts['begin']!r}; tokenizer {tokenizer}, {facts['vocab_size']:,} tokens"
-    )
+    log(f"data: {dataset}, which begins {facts['begin']!r}")
+    log(f"  tokenizer {tokenizer}, {facts['vocab_size']:,} tokens")
     for split, n in facts["splits"].items():
         if n["tokens"] <= (block_size if split == "train" else 1):
-            fail(
-                f"the {split} split has only {n['tokens']} tokens: more text, other fractions or a smaller block_size"
-            )
+            fail(f"the {split} split has only {n['tokens']} tokens: more text, or a smaller block_size")
         size = f"{n['documents']:>9,} documents {n['bytes'] / 1e6:>9.2f} MB {n['tokens']:>13,} tokens"
         log(f"  {split:10} {size}, {n['bytes'] / n['tokens']:.2f} bytes each")
     return folder, facts
 
 
 def read_blocks(tokens, starts, T):
-    """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 (no loss) where the text has ended."""
+    """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 where the text has ended."""
     rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
     for row, start in zip(rows, starts):
         piece = tokens[start : start + T + 1]
@@ -581,9 +559,9 @@ def read_blocks(tokens, starts, T):
 
 class Tokens(torch.utils.data.Dataset):
     """
-    The train split as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh offset and
-    goes through them in a fresh order, both functions of (seed, epoch). Sample i of all that ever are is so a function
-    of (seed, i): a resume, another number of processes or micro_batch_size cannot change what a step sees.
+    The train split as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh
+    offset and goes through them in a fresh order, both functions of (seed, epoch). So sample i of all is a
+    function of (seed, i): a resume, other processes or micro-batches cannot change what a step sees.
     """
 
     def __init__(self, path, dtype, T, seed):
@@ -608,7 +586,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def sample_numbers(first_step, last_step, micro, accumulation, rank):
-    """For each micro-batch of this process its samples: rank 0 has the first slice of the global batch, and so on."""
+    """The samples of each micro-batch of this process: rank 0 has the first slice of the batch, and so on."""
     for step in range(first_step, last_step):
         for i in range(accumulation):
             first = step * batch_size + (rank * accumulation + i) * micro
@@ -622,8 +600,8 @@ def sample_numbers(first_step, last_step, micro, accumulation, rank):
 
 def make_optimizers(gpt):
     """
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; it is for the
-    matrices inside the blocks. Embedding and head are tables of vectors, and AdamW's.
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
+    the matrices in the blocks. Embedding and head are tables of vectors, and AdamW's.
     """
     if optimizer == "adamw":
         options = {"betas": (beta1, beta2), "weight_decay": weight_decay, "fused": True}
@@ -672,9 +650,9 @@ class NaNFinder(TorchDispatchMode):
 
 def forward_backward(accelerator, model, micro_batches, step):
     """
-    Add up the gradient of the mean loss over all valid tokens of the global batch; -> that loss, alike on all processes.
-    Dividing by the number of tokens in all processes and micro-batches, before the backward pass, makes the gradient
-    independent of how the batch is cut up; accumulating the losses of micro-batches would give a mean of means.
+    Add up the gradient of the mean loss over all valid tokens of the global batch; -> that loss.
+    Each backward pass divides by the number of tokens in all processes and micro-batches. So the gradient
+    does not depend on how the batch is cut up, as it would if the mean losses of micro-batches were added up.
     """
     n_valid = torch.tensor(sum(int((y != -100).sum()) for _, y in micro_batches), device=accelerator.device)
     n_valid = accelerator.reduce(n_valid, "sum").clamp(min=1)
@@ -688,31 +666,55 @@ def forward_backward(accelerator, model, micro_batches, step):
             try:
                 with NaNFinder() if detect_anomaly else contextlib.nullcontext():
                     loss = model(x, y)
-                accelerator.backward(
-                    loss * accelerator.num_processes / n_valid
-                )  # DDP takes the mean over processes
-            except (FloatingPointError, RuntimeError) as error:
-                if not (
-                    detect_anomaly and "nan" in str(error).lower()
-                ):  # torch's anomaly mode names the backward's
+                # DDP takes the mean over processes
+                accelerator.backward(loss * accelerator.num_processes / n_valid)
+            except (FloatingPointError, RuntimeError) as error:  # by NaNFinder, or by torch's anomaly mode
+                if not detect_anomaly or "nan" not in str(error).lower():
                     raise
                 raise SystemExit(f"step {step}: {error}") from None
         total += loss.detach()
     return accelerator.reduce(total, "sum") / n_valid
 
 
+def train_step(accelerator, model, steppers, micro_batches, step):
+    """Gradient, clipping, update; -> loss, gradient norm, finite? If they are not, nothing is updated."""
+    loss = forward_backward(accelerator, model, micro_batches, step)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
+    scaler = (
+        accelerator.scaler
+    )  # that of fp16 skips such steps itself, looks for a better scale, and must be asked
+    finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler is not None)
+    for stepper in steppers:
+        if finite or scaler:
+            stepper.step()
+        stepper.zero_grad()
+    return loss, grad_norm, finite
+
+
+def count_skipped(progress, finite, saved):
+    """A step or two may go wrong; after ten in a row the run ends."""
+    progress["skipped"] += not finite
+    progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
+    if not finite:
+        log(f"step {progress['step']}: the loss or the gradient is not finite: skipped")
+    if progress["skipped_in_a_row"] == 10:
+        good = f"{out_dir}/checkpoints/step_{saved:08d}" if saved else "none yet"
+        advice = "lower learning_rate, or find the operation with --detect_anomaly=True"
+        raise SystemExit(f"ten steps in a row were not finite; the last good checkpoint is {good}; {advice}")
+
+
 def evaluate(accelerator, model, name, tokens, n, micro, batches):
     """
     -> the loss of a split in three units, or None when a signal asks to stop. Every process takes its share.
-    n: the split's numbers of tokens and bytes. batches: of batch_size blocks, spread evenly over the split; 0: all.
+    n: how many tokens and bytes the split has. batches: of batch_size blocks, spread evenly; 0: all of it.
     """
     starts = np.arange(0, len(tokens) - 1, block_size)
     if 0 < batches * batch_size < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, batches * batch_size).astype(int)]
     at_once = micro * accelerator.num_processes
-    starts = np.append(
-        starts, np.full(-len(starts) % at_once, len(tokens))
-    )  # empty blocks keep the shape constant
+    # blocks without text keep the shape constant
+    starts = np.append(starts, np.full(-len(starts) % at_once, len(tokens)))
     losses, n_valid = [], 0
     model.eval()
     for i in range(accelerator.process_index * micro, len(starts), at_once):
@@ -738,11 +740,9 @@ def evaluate(accelerator, model, name, tokens, n, micro, batches):
 def write_sample(gpt, tok, prompt, step):
     """Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt."""
     gpt.eval()
-    generator = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)
-    new = [
-        int(t)
-        for t in gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, generator=generator)
-    ]
+    rng = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)
+    tokens = gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, rng=rng)
+    new = [int(token) for token in tokens]
     gpt.train()
     Path(out_dir, "samples", f"step_{step:08d}.txt").write_text(tok.decode(prompt + new), encoding="utf-8")
 
@@ -769,7 +769,7 @@ def write_json(path, value):
 
 
 def complete_checkpoints():
-    """The checkpoints that are whole, by their manifest of sizes, oldest first; others are named and left alone."""
+    """The checkpoints that are whole by their manifest of sizes, oldest first; others are named."""
     complete = []
     for folder in sorted(Path(out_dir, "checkpoints").glob("step_*")):
         try:
@@ -783,7 +783,7 @@ def complete_checkpoints():
 
 
 def save_checkpoint(accelerator, model, optimizers, progress):
-    """checkpoints/step_N appears whole or not at all: written under another name, synced to disk, then renamed."""
+    """checkpoints/step_N appears whole or not at all: written under another name, synced, then renamed."""
     weights, moments = dcp.get_state_dict(model, optimizers, options=STATE)
     if accelerator.is_main_process:
         folder = Path(out_dir, "checkpoints", f"step_{progress['step']:08d}")
@@ -802,7 +802,7 @@ def save_checkpoint(accelerator, model, optimizers, progress):
 
 
 def load_checkpoint(accelerator, model, optimizers, folder):
-    """Put back what save_checkpoint wrote, except the optimizers' settings, which are today's; -> progress."""
+    """Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress."""
     today = [
         {k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups
     ]
@@ -813,9 +813,7 @@ def load_checkpoint(accelerator, model, optimizers, folder):
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
     except Exception as error:  # a foreign file fails in many ways
-        fail(
-            f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to go on from an older one"
-        )
+        fail(f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to use an older one")
     for group, values in zip((group for o in optimizers for group in o.param_groups), today):
         group.update(values)
     log(f"resumed from {folder}")
@@ -824,8 +822,8 @@ def load_checkpoint(accelerator, model, optimizers, folder):
 
 def is_native(shape, config):
     """
-    Whether transformers computes with `config` what our GPT computes: compared on random weights, because the zeros
-    that training starts from would hide most of the model.
+    Whether transformers computes with `config` what our GPT computes: compared on random weights, because the
+    zeros that training starts from would hide most of the model.
     """
     from transformers import NanoChatForCausalLM
 
@@ -843,7 +841,7 @@ def is_native(shape, config):
 
 
 def write_config(shape, tok):
-    """config.json and generation_config.json: with them the run directory is a model of transformers, if it is native."""
+    """config.json and generation_config.json: they make the run directory a model of transformers."""
     from transformers import NanoChatConfig
 
     # every field of it: the defaults are another model's
@@ -880,9 +878,8 @@ def save_weights(accelerator, model, tok):
     if accelerator.is_main_process:
         if not Path(out_dir, "config.json").exists():
             write_config(accelerator.unwrap_model(model).shape, tok)
-        write_file(
-            Path(out_dir, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"})
-        )
+        path = Path(out_dir, "model.safetensors")
+        write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
 
 
@@ -908,51 +905,34 @@ def claim_run_dir():
 def describe_run(accelerator, shape, facts):
     """What run.json says: enough to know later what was run; no environment variables, no host name."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
+    git = git if shutil.which("git") else ["echo"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    run = {"kind": "lm", "settings": settings(globals()), "command": sys.argv, "commit": commit}
     packages = ("torch", "transformers", "accelerate", "datasets", "numpy")
+    run = {"kind": "lm", "settings": settings(globals()), "command": sys.argv, "commit": commit}
     run["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    run["hardware"] = {
-        "device": device,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-    }
-    return run | {
-        "data": {"splits": facts["splits"], "fingerprint": facts["fingerprint"]},
-        "model": asdict(shape),
-    }
+    run |= {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+    run["data"] = {"splits": facts["splits"], "fingerprint": facts["fingerprint"]}
+    return run | {"model": asdict(shape)}
 
 
 def start_run(run, tok):
-    """Write down in run.json what this run is; on a resume, compare. -> the checkpoint to go on from, or None."""
+    """Write down what this run is; on a resume, compare. -> the checkpoint to go on from, or None."""
     path = Path(out_dir)
     for old in [p for p in path.iterdir() if p.name != "lock"] if overwrite else [path / "config.json"]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink(
-            missing_ok=True
-        )  # config.json: of the model as it was
+        # config.json is of the model as it was
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     checkpoints = complete_checkpoints()
     if checkpoints:
         try:
             old = json.loads((path / "run.json").read_text(encoding="utf-8"))
             before, kind, fingerprint = old["settings"], old["kind"], old["data"]["fingerprint"]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            fail(
-                f"{path / 'run.json'} cannot be read ({error!r}), and without it no checkpoint can be continued"
-            )
-        differ = {
-            k: f"{k} was {before.get(k)!r}, is {v!r}"
-            for k, v in run["settings"].items()
-            if before.get(k) != v
-        }
-        data, model = (
-            "; ".join(differ[k] for k in sorted(names & differ.keys()))
-            for names in (DATA_SETTINGS, MODEL_SETTINGS)
-        )
+            fail(f"{path / 'run.json'} cannot be read ({error!r}), and no checkpoint goes on without it")
+        now = run["settings"].items()
+        differ = {k: f"{k} was {before.get(k)!r}, is {v!r}" for k, v in now if before.get(k) != v}
+        data = "; ".join(differ[k] for k in sorted(DATA_SETTINGS & differ.keys()))
+        model = "; ".join(differ[k] for k in sorted(MODEL_SETTINGS & differ.keys()))
         if kind != run["kind"]:
             fail(f"{out_dir} holds a {kind} run: choose another --out_dir")
         if fingerprint != run["data"]["fingerprint"]:
@@ -969,7 +949,7 @@ def start_run(run, tok):
 
 
 def open_metrics(size):
-    """metrics.jsonl without the rows past the checkpoint (from byte `size` on), or half a row that a full disk left."""
+    """metrics.jsonl without what is past the checkpoint (byte `size`), or half a row."""
     path = Path(out_dir, "metrics.jsonl")
     rows = path.read_bytes()[:size] if path.exists() else b""
     path.write_bytes(rows[: rows.rfind(b"\n") + 1])
@@ -998,7 +978,7 @@ def log(message):
 
 
 def on_signal(signum, frame):
-    """SIGTERM or SIGINT: the loop will save and leave. A second one kills (launchers may pass the first on twice)."""
+    """SIGTERM or SIGINT: the loop saves and leaves. A second one kills (launchers may send it twice)."""
     if not STOP["polled"]:
         log(f"stopped by signal {signum} before the first step: there is nothing to save")
         raise SystemExit(128 + signum)
@@ -1015,14 +995,14 @@ def watch_launcher():
 
 
 def stop_requested(accelerator):
-    """The signal that some process got, or 0; all processes agree on it, so that none is left waiting for another."""
+    """The signal that some process got, or 0: all agree on it, so that none waits for another in vain."""
     if accelerator.num_processes == 1:
         return STOP["signal"]
     return int(accelerator.gather(torch.tensor([STOP["signal"]], device=accelerator.device)).max())
 
 
 def start_accelerator():
-    """-> an Accelerator on the best device there is, with precision, threads and tracker set; says what it found."""
+    """-> an Accelerator on the best device there is, with precision, threads and tracker set."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -1052,13 +1032,10 @@ def start_accelerator():
 def start_tracker(accelerator, run_id):
     wandb = {"id": run_id, "resume": "allow", "dir": out_dir, "name": Path(out_dir).name}
     try:
-        accelerator.init_trackers(
-            "train_lm", settings(globals()), {"wandb": wandb} if tracker == "wandb" else {}
-        )
+        options = {"wandb": wandb} if tracker == "wandb" else {}
+        accelerator.init_trackers("train_lm", settings(globals()), options)
     except Exception as error:  # no login, no network
-        fail(
-            f"{tracker=} did not start ({error}): WANDB_MODE=offline in the environment keeps its files here"
-        )
+        fail(f"{tracker=} did not start ({error}): WANDB_MODE=offline in the environment keeps it local")
 
 
 def divide_batch(processes):
@@ -1072,7 +1049,7 @@ def divide_batch(processes):
 
 
 def make_profiler():
-    """torch.profiler over three steps: a trace for chrome://tracing or Perfetto, and a table of the costliest calls."""
+    """torch.profiler over three steps: a trace for chrome://tracing, and a table of the costliest calls."""
 
     def report(profiler):
         folder = Path(out_dir, "profile")
@@ -1110,10 +1087,8 @@ def main():
     folder, facts = prepare_data()
     from transformers import AutoTokenizer
 
-    tok, dtype = (
-        AutoTokenizer.from_pretrained(folder),
-        np.uint16 if facts["vocab_size"] <= 65536 else np.uint32,
-    )
+    tok = AutoTokenizer.from_pretrained(folder)
+    dtype = np.uint16 if facts["vocab_size"] <= 65536 else np.uint32
     splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in facts["splits"]}
     train = Tokens(folder / "train.bin", dtype, block_size, seed)
     total_steps = math.ceil(epochs * train.n_blocks / batch_size) if epochs else max_steps
@@ -1127,13 +1102,10 @@ def main():
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     n_parameters = sum(p.numel() for p in gpt.parameters())
     n_multiplied = n_parameters - gpt.model["embed_tokens"].weight.numel()
-    flops_per_token = (
-        6 * n_multiplied + 12 * n_layer * n_embd * block_size
-    )  # Chowdhery et al. 2022, arXiv:2204.02311
+    # Chowdhery et al. 2022, arXiv:2204.02311
+    flops_per_token = 6 * n_multiplied + 12 * n_layer * n_embd * block_size
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak_flops = (
-        next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0) * accelerator.num_processes
-    )
+    peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
     if compile and device == "cuda" and not detect_anomaly:
         gpt.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(gpt, *optimizers)
@@ -1183,10 +1155,8 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
-                progress |= {
-                    "seconds": time.monotonic() - clock,
-                    "metrics_bytes": metrics.tell() if metrics else 0,
-                }
+                progress["seconds"] = time.monotonic() - clock
+                progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
                 if keep == "last" or "validation" not in splits:
@@ -1199,11 +1169,10 @@ def main():
                 if values is None:  # a signal came: save, then leave
                     continue
                 report(values)
-                better = values["val/loss"] < progress["best"] and (
-                    step > 0 or done
-                )  # nobody wants step 0's weights
-                waited = 0 if better else progress["waited"] + (step > 0)
-                progress |= {"best": values["val/loss"] if better else progress["best"], "waited": waited}
+                # nobody wants the weights of step 0
+                better = values["val/loss"] < progress["best"] and (step > 0 or done)
+                progress["waited"] = 0 if better else progress["waited"] + (step > 0)
+                progress["best"] = values["val/loss"] if better else progress["best"]
                 if better and keep == "best":
                     save_weights(accelerator, model, tok)
             if eval_due and on_main:
@@ -1214,56 +1183,37 @@ def main():
                 window = time.monotonic(), step  # speed is measured between evaluations
 
             set_learning_rates(groups, peaks, step, total_steps)
-            loss = forward_backward(accelerator, model, [next(batches) for _ in range(accumulation)], step)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-            loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
-            finite = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
-            for stepper in steppers:
-                if (
-                    finite or accelerator.scaler
-                ):  # the scaler of fp16 skips such steps itself, and must be asked
-                    stepper.step()
-                stepper.zero_grad()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            loss, grad_norm, finite = train_step(accelerator, model, steppers, micro_batches, step)
             progress["step"] = step = step + 1
-            progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
-            progress["skipped"] += not finite
-            if not finite:
-                log(f"step {step}: loss {loss}, gradient norm {grad_norm}: skipped")
-            if progress["skipped_in_a_row"] == 10:
-                good = f"{out_dir}/checkpoints/step_{saved:08d}" if saved else "none yet"
-                help = "try a lower learning_rate; --detect_anomaly=True names the operation"
-                raise SystemExit(
-                    f"ten steps in a row were not finite; the last good checkpoint is {good}; {help}"
-                )
+            count_skipped(progress, finite, saved)
             if step % log_interval == 0 or step == total_steps:
                 speed = (step - window[1]) * batch_size * block_size / (time.monotonic() - window[0])
                 window = time.monotonic(), step
-                values = {
-                    "train/loss": loss,
-                    "lr": groups[0]["lr"],
-                    "grad_norm": grad_norm,
-                    "tokens_per_s": speed,
-                }
                 memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
-                values |= {"epoch": step * batch_size / train.n_blocks, "memory": memory / 1e9}
-                report(values | ({"mfu": speed * flops_per_token / peak_flops} if peak_flops else {}))
+                values = {"train/loss": loss, "lr": groups[0]["lr"], "grad_norm": grad_norm}
+                values |= {"tokens_per_s": speed, "epoch": step * batch_size / train.n_blocks}
+                values |= {"mfu": speed * flops_per_token / peak_flops} if peak_flops else {}
+                report(values | {"memory": memory / 1e9})
             bar.update()
             if profile:
                 profiler.step()
     bar.close()
 
     # the end
-    summary = {"steps": step, "minutes": (time.monotonic() - clock) / 60, "val/loss": progress["best"]}
-    if not stop and Path(out_dir, "model.safetensors").exists():
-        accelerator.wait_for_everyone()
+    if not stop:
+        if progress["best"] == math.inf:  # no evaluation has kept any weights
+            save_weights(accelerator, model, tok)
         dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
+    summary = {"steps": step, "skipped": progress["skipped"], "minutes": (time.monotonic() - clock) / 60}
+    summary |= {"val/loss": progress["best"]} if progress["best"] < math.inf else {}
     if not stop and "test" in splits:
         values = evaluate(accelerator, model, "test", splits["test"], facts["splits"]["test"], micro, 0)
         stop = stop_requested(accelerator)
         if not stop:
             report(values)
             summary |= values
-    accelerator.wait_for_everyone()  # a process that leaves while another still talks to it makes that one crash
+    accelerator.wait_for_everyone()  # else one that leaves early makes another crash
     accelerator.end_training()
     if stop:
         log(f"stopped at step {step}; the same command with --resume=True goes on")

@@ -101,7 +101,7 @@ def test_draw_follows_the_cut_distribution():
 
     def frequencies(**how):
         how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-        return torch.bincount(draw(logits, generator=generator, **how), minlength=4) / len(logits)
+        return torch.bincount(draw(logits, rng=generator, **how), minlength=4) / len(logits)
 
     def close(a, b):
         return (a - torch.tensor(b)).abs().max() < 0.015  # four standard errors
