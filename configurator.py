@@ -123,7 +123,7 @@ def configure(namespace, arguments=None):
         for name, value in values.items():
             print(f"  --{name}={value!r}".ljust(33), notes.get(name, ""))
         raise SystemExit(0)
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
         name, equals, text = argument.lstrip("-").partition("=")
         if argument.endswith(".py") and not argument.startswith("-") and not equals:
             values |= read_config(argument, values)
@@ -131,7 +131,8 @@ def configure(namespace, arguments=None):
             near = nearest(name, values)
             fail(f"{argument}: no such setting or config file (.py); did you mean --{near}={values[near]}?")
         elif not re.match(r"--[^-]", argument) or not equals:
-            fail(f"{argument}: write it in one word, --{name}={text or values[name]}")
+            value = text or (values[name] if following.startswith("--") else following)
+            fail(f"{argument}: write it in one word, --{name}={value}")
         else:
             values[name] = parsed(name, text, values[name])
     for name, value in values.items():

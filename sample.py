@@ -100,7 +100,7 @@ def load_run(folder, run_dir, device):
         trainer = import_trainer(run_dir)
         model = trainer.GPT(trainer.Shape(**run["model"]))
         model.load_state_dict(weights)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, SyntaxError) as error:
+    except Exception as error:  # a broken or foreign file fails in many ways
         fail(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
     return model.to(device).eval(), run["model"]["block_size"]
 
@@ -139,9 +139,7 @@ def speak(model, tok, ids, limit, device):
 def main():
     folder = Path(out_dir)
     if not folder.is_dir():
-        fail(
-            f"there is no run {out_dir!r}: start with accelerate launch train_lm.py, or name another --out_dir"
-        )
+        fail(f"there is no run {out_dir!r}: train one, or name another --out_dir")
     run_dir = folder.parent.parent if (folder / "state.pt").exists() else folder
     text = read_prompt()
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -337,7 +337,9 @@ def reach_hub():
         urllib.request.urlopen(hub, timeout=5).close()
     except (OSError, ValueError) as error:
         if not isinstance(error, urllib.error.HTTPError):  # which is an answer
-            os.environ["HF_HUB_OFFLINE"] = "1"
+            import huggingface_hub
+
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
             log(f"{hub} does not answer: trying the local cache")
 
 
@@ -368,20 +370,19 @@ def find_files():
     looks_local = path.suffix.lower() in KINDS or dataset[:1] in ("", ".", "/", "~") or dataset.count("/") > 1
     if looks_local and not path.exists():
         fail(f"there is no file or folder {dataset!r}")
-    return [path] if path.exists() else None
+    return [path] if path.exists() else reach_hub()
 
 
 def load_documents():
     """{split: Dataset with a column "text"}: train and, where the data has them, validation and test."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     column, splits, loaded = text_column, {}, {}
     try:
         files = find_files()
+        import datasets  # which looks once, now, whether the hub was found to be out of reach
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if files is None:
-            reach_hub()
             name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
             loaded = datasets.load_dataset(name, config or None, revision=revision or None)
         elif any(Path(dataset, name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
@@ -919,9 +920,8 @@ def describe_run(accelerator, shape, facts):
 def start_run(run, tok):
     """Write down what this run is; on a resume, compare. -> the checkpoint to go on from, or None."""
     path = Path(out_dir)
-    for old in [p for p in path.iterdir() if p.name != "lock"] if overwrite else [path / "config.json"]:
-        # config.json is of the model as it was
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for old in [p for p in path.iterdir() if p.name != "lock"] if overwrite else []:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     checkpoints = complete_checkpoints()
     if checkpoints:
         try:
@@ -941,6 +941,7 @@ def start_run(run, tok):
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
+    (path / "config.json").unlink(missing_ok=True)  # made again, for the model as it is now
     write_json(path / "run.json", run)
     shutil.copyfile(__file__, path / "train_lm.py")
     tok.save_pretrained(path)
@@ -1213,15 +1214,20 @@ def main():
         if not stop:
             report(values)
             summary |= values
-    accelerator.wait_for_everyone()  # else one that leaves early makes another crash
-    accelerator.end_training()
     if stop:
         log(f"stopped at step {step}; the same command with --resume=True goes on")
-        raise SystemExit(128 + stop)
-    if on_main:
-        write_json(Path(out_dir, "run.json"), run | {"summary": summary})
-    for name, value in summary.items():
-        log(f"{name}: {value}")
+    else:
+        for name, value in summary.items():
+            log(f"{name}: {value}")
+        if on_main:
+            write_json(Path(out_dir, "run.json"), run | {"summary": summary})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if (
+        accelerator.num_processes > 1
+    ):  # gloo's threads now and then abort a process that ends in the usual way
+        os._exit(128 + stop if stop else 0)
+    raise SystemExit(128 + stop if stop else 0)
 
 
 if __name__ == "__main__":
