@@ -117,7 +117,8 @@ def check_settings():
         fail(f"{fold=}: write --fold=2/5 for the second of five parts")
     if val_fraction + test_fraction >= 1:
         fail(f"{val_fraction=} and {test_fraction=} leave nothing to train on")
-    if tokenizer.startswith("bpe") and not re.fullmatch(r"bpe:\d{3,6}", tokenizer):
+    size = re.fullmatch(r"bpe:(\d+)", tokenizer)
+    if tokenizer.startswith("bpe") and not (size and 257 <= int(size[1]) < 1_000_000):
         fail(f"{tokenizer=}: write it like bpe:1024, with at least 257 tokens (256 bytes, end of text)")
     if n_embd % (2 * n_head):
         fail(f"{n_embd=} must be a multiple of 2 x {n_head=}: every head has the same, even size")
@@ -308,14 +309,9 @@ def draw(logits, temperature, top_k, top_p, rng):
 # Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`
 # -----------------------------------------------------------------------------
 END = "<|endoftext|>"
-KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet", ".jsonl": "json"}
-SPLITS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "test": "test",
-}
+KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet"}
+KINDS |= {".jsonl": "json", ".json": "json"}
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 NOT_LIBRARY = {
     "test",
     "tests",
@@ -337,9 +333,9 @@ def reach_hub():
         urllib.request.urlopen(hub, timeout=5).close()
     except (OSError, ValueError) as error:
         if not isinstance(error, urllib.error.HTTPError):  # which is an answer
-            import huggingface_hub
+            from huggingface_hub import constants
 
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
+            constants.HF_HUB_OFFLINE = True
             log(f"{hub} does not answer: trying the local cache")
 
 
@@ -941,8 +937,10 @@ def start_run(run, tok):
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
-    (path / "config.json").unlink(missing_ok=True)  # made again, for the model as it is now
     write_json(path / "run.json", run)
+    script = path / "train_lm.py"
+    if script.exists() and script.read_bytes() != Path(__file__).read_bytes():
+        (path / "config.json").unlink(missing_ok=True)  # to be made again, for the model as it is now
     shutil.copyfile(__file__, path / "train_lm.py")
     tok.save_pretrained(path)
     (path / "samples").mkdir(exist_ok=True)
@@ -1205,6 +1203,8 @@ def main():
     if not stop:
         if progress["best"] == math.inf:  # no evaluation has kept any weights
             save_weights(accelerator, model, tok)
+        if on_main and not Path(out_dir, "config.json").exists():
+            write_config(shape, tok)
         dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
     summary = {"steps": step, "skipped": progress["skipped"], "minutes": (time.monotonic() - clock) / 60}
     summary |= {"val/loss": progress["best"]} if progress["best"] < math.inf else {}
@@ -1223,9 +1223,7 @@ def main():
             write_json(Path(out_dir, "run.json"), run | {"summary": summary})
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if (
-        accelerator.num_processes > 1
-    ):  # gloo's threads now and then abort a process that ends in the usual way
+    if accelerator.num_processes > 1:  # gloo's threads may abort a process that ends in the usual way
         os._exit(128 + stop if stop else 0)
     raise SystemExit(128 + stop if stop else 0)
 
