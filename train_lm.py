@@ -603,9 +603,9 @@ def make_optimizers(gpt):
     if optimizer == "adamw":
         options = {"betas": (beta1, beta2), "weight_decay": weight_decay, "fused": True}
         return [torch.optim.AdamW(gpt.parameters(), learning_rate or 0.001, **options)]
-    tables = [{"params": gpt.model["embed_tokens"].parameters(), "lr": embed_lr}]
+    tables = [{"params": gpt.model.embed_tokens.parameters(), "lr": embed_lr}]
     tables += [{"params": gpt.lm_head.parameters(), "lr": head_lr}]
-    matrices = gpt.model["layers"].parameters()
+    matrices = gpt.model.layers.parameters()
     muon = torch.optim.Muon(matrices, learning_rate or 0.02, weight_decay=weight_decay, momentum=0.95)
     return [muon, torch.optim.AdamW(tables, betas=(beta1, beta2), weight_decay=0.0, fused=True)]
 
@@ -899,7 +899,7 @@ def claim_run_dir():
     return lock
 
 
-def describe_run(accelerator, shape, facts):
+def describe_run(accelerator, gpt, facts):
     """What run.json says: enough to know later what was run; no environment variables, no host name."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = git if shutil.which("git") else ["echo"]
@@ -910,7 +910,7 @@ def describe_run(accelerator, shape, facts):
     run["versions"] = {name: importlib.metadata.version(name) for name in packages}
     run |= {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
     run["data"] = {"splits": facts["splits"], "fingerprint": facts["fingerprint"]}
-    return run | {"model": asdict(shape)}
+    return run | {"model": asdict(gpt.shape), "parameters": sum(p.numel() for p in gpt.parameters())}
 
 
 def start_run(run, tok):
@@ -1099,8 +1099,7 @@ def main():
     gpt.gradient_checkpointing = gradient_checkpointing
     optimizers = make_optimizers(gpt)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    n_parameters = sum(p.numel() for p in gpt.parameters())
-    n_multiplied = n_parameters - gpt.model["embed_tokens"].weight.numel()
+    n_multiplied = sum(p.numel() for p in gpt.parameters()) - gpt.model.embed_tokens.weight.numel()
     # Chowdhery et al. 2022, arXiv:2204.02311
     flops_per_token = 6 * n_multiplied + 12 * n_layer * n_embd * block_size
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -1110,7 +1109,7 @@ def main():
     model, *steppers = accelerator.prepare(gpt, *optimizers)
 
     # the run
-    run = describe_run(accelerator, shape, facts)
+    run = describe_run(accelerator, gpt, facts)
     found = broadcast_object_list([start_run(run, tok) if on_main else None])[0]
     progress = {"step": 0, "best": math.inf, "waited": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
@@ -1119,7 +1118,9 @@ def main():
     metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
     if tracker:
         start_tracker(accelerator, progress["tracker_id"])
-    log(f"model: {n_parameters:,} parameters; peak learning rates {', '.join(f'{peak:g}' for peak in peaks)}")
+    log(
+        f"model: {run['parameters']:,} parameters; peak learning rates {', '.join(f'{peak:g}' for peak in peaks)}"
+    )
     parts = f"{accelerator.num_processes} processes x {accumulation} micro-batches x {micro}"
     log(f"batch: {batch_size} blocks of {block_size} tokens = {parts}")
     log(f"length: {total_steps} steps, {total_steps * batch_size / train.n_blocks:.2f} epochs")

@@ -12,7 +12,7 @@ tokenizer = "char"
 val_fraction = 0.1  # the last tenth of the text, as nanoGPT has it
 test_fraction = 0.0
 
-max_steps = 750
-eval_interval = 250
+max_steps = 800
+eval_interval = 400
 eval_batches = 0  # the whole split
-save_interval = 250
+save_interval = 400
