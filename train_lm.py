@@ -363,7 +363,8 @@ def find_files():
         return sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
     if any(c in dataset for c in "*?["):
         return sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-    looks_local = path.suffix.lower() in KINDS or dataset[:1] in ("", ".", "/", "~") or dataset.count("/") > 1
+    name = re.split("[:@]", dataset)[0]
+    looks_local = path.suffix.lower() in KINDS or name[:1] in ("", ".", "/", "~") or name.count("/") > 1
     if looks_local and not path.exists():
         fail(f"there is no file or folder {dataset!r}")
     return [path] if path.exists() else reach_hub()
@@ -433,7 +434,7 @@ def split_documents(documents):
         order, cuts = np.arange(len(pool)), range(len(sections) + 1)
     else:  # deal out by size, at least one to each section, ordered by a hash of the name or number
         names = pool["name"] if "name" in pool.column_names else map(str, range(len(pool)))
-        order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+        order = np.argsort([int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names])
         sections = sections[1:] + sections[:1]
         ends = np.cumsum([size for _, size in sections])[:-1]
         sizes = np.cumsum(pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()[order])

@@ -265,8 +265,17 @@ def test_trackers(tmp_path, tiny):
 
 
 def test_bf16_and_gradient_checkpointing_train_as_well(tmp_path, tiny):
-    run("train_lm.py", tiny, "--mixed_precision=bf16", "--gradient_checkpointing=True", "--dropout=0.1")
+    how = ("--mixed_precision=bf16", "--gradient_checkpointing=True", "--dropout=0.1", "--deterministic=True")
+    run("train_lm.py", tiny, *how)
     assert rows(tmp_path / "run", "val/loss")[-1]["val/loss"] < 4.5
     assert all(
         w.dtype == torch.float32 for w in train_lm.load_file(tmp_path / "run" / "model.safetensors").values()
     )
+
+
+def test_a_tracker_that_is_not_installed_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(train_lm, "tracker", "tensorboard")
+    monkeypatch.setattr(train_lm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        train_lm.check_settings()
+    assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
