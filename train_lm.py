@@ -309,6 +309,7 @@ def draw(logits, temperature, top_k, top_p, rng):
 # Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`
 # -----------------------------------------------------------------------------
 END = "<|endoftext|>"
+OWN_TOKENIZER = re.compile(r"bytes|char|bpe:\d+")
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet"}
 KINDS |= {".jsonl": "json", ".json": "json"}
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
@@ -458,7 +459,7 @@ def make_tokenizer(splits):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not re.fullmatch(r"char|bytes|bpe:\d+", tokenizer):
+    if not OWN_TOKENIZER.fullmatch(tokenizer):
         try:
             Path(tokenizer).exists() or reach_hub()
             tok = AutoTokenizer.from_pretrained(tokenizer)
@@ -485,12 +486,16 @@ def make_tokenizer(splits):
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
 
 
+def token_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 65536 else np.uint32
+
+
 def tokenize(tok, rows, ids, path, digest):
     """Write the tokens of a split to `path`, an end-of-text token behind each document; -> its numbers."""
     core, count = tok.backend_tokenizer, np.zeros(3, dtype=int)
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
     # Our own tokenizers never join a line break to what is before it: the threads share long texts there.
-    own = re.fullmatch(r"bytes|char|bpe:\d+", tokenizer)
+    own = OWN_TOKENIZER.fullmatch(tokenizer)
     piece = re.compile(r"[\s\S]{65536,}?\S(?=\n)|[\s\S]+" if own else r"[\s\S]+")
     with open(path, "wb") as f:
         batches = read_batches(rows, ids)
@@ -504,7 +509,7 @@ def tokenize(tok, rows, ids, path, digest):
             encoded = iter(encoded)
             for text, parts in zip(texts, pieces):
                 tokens = [i for _ in parts for i in next(encoded).ids] + [tok.eos_token_id]
-                tokens = np.array(tokens, dtype=np.uint16 if len(tok) <= 65536 else np.uint32)
+                tokens = np.array(tokens, token_dtype(len(tok)))
                 digest.update(tokens)
                 tokens.tofile(f)
                 count += (1, len(text.encode()), len(tokens))
@@ -1088,7 +1093,7 @@ def main():
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(folder)
-    dtype = np.uint16 if facts["vocab_size"] <= 65536 else np.uint32
+    dtype = token_dtype(facts["vocab_size"])
     splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in facts["splits"]}
     train = Tokens(folder / "train.bin", dtype, block_size, seed)
     total_steps = math.ceil(epochs * train.n_blocks / batch_size) if epochs else max_steps

@@ -9,8 +9,6 @@ import shutil
 import pytest
 from conftest import run
 
-import train_lm
-
 
 def refused(stdout, err):
     assert "Traceback" not in err and "Traceback" not in stdout, err
@@ -189,4 +187,4 @@ def test_a_hostile_run_directory_runs_no_code(tmp_path, finished):
         f"import os\nos.system('touch {tmp_path / 'owned'}')\nclass GPT: pass\n"
     )
     refused(*run("sample.py", f"--out_dir={finished}", code=2))
-    assert not (tmp_path / "owned").exists() and train_lm.END
+    assert not (tmp_path / "owned").exists()
