@@ -100,14 +100,14 @@ def comments(namespace):
 
 
 def check_legal(name, value, comment):
-    """A comment may end in the legal values, as (1..), (0..<1) or ("a" | "b"); numbers are never negative."""
+    """A comment may end in the legal values, as (1..), (0..<1) or ("a" | "b"); other numbers are never negative."""
     if choices := re.search(r'\(("[^"]*"(?: \| "[^"]*")+)\)$', comment):
         choices = re.findall(r'"([^"]*)"', choices[1])
         if value not in choices:
             near = nearest(value, choices)
             fail(f"{name}={value!r} is none of {', '.join(map(repr, choices))}; did you mean {near!r}?")
     if type(value) in (int, float):
-        bounds = re.search(r"\((\d+)\.\.(<?)(\d*)\)$", comment)
+        bounds = re.search(r"\((-?\d+)\.\.(<?)(\d*)\)$", comment)
         low, below, high = bounds.groups() if bounds else ("0", "", "")
         if value < float(low) or (high and (value > float(high) or (below and value == float(high)))):
             bound = f" and {'below' if below else 'at most'} {high}" if high else ""

@@ -1,12 +1,13 @@
 """
-Let a trained model speak.
+Let a trained model speak, or draw.
 
     python sample.py --prompt="def "                                      # the run in out/lm
     python sample.py --out_dir=out/mine --prompt=FILE:start.txt --num_samples=3 --temperature=0.8
     python sample.py --out_dir=out/lm/checkpoints/step_00000400 --prompt="class " --seed=2
+    python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
 
-stdout holds the prompt and its continuation, nothing else. Any folder with a causal language model of
-transformers works as well.
+A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal language
+model of transformers works as well. A diffusion model writes a PNG: a grid of all classes, or of the one asked for.
 """
 
 import ast
@@ -17,29 +18,53 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, fail
+from configurator import configure, fail, nearest
 
 # -----------------------------------------------------------------------------
 # Settings
 # -----------------------------------------------------------------------------
 out_dir = "out/lm"  # a run, one of its checkpoints, or a folder with a model of transformers
+num_samples = 0  # texts or pictures; 0: one text; a picture of each class, or 16
+seed = 1337  # the same seed, the same text or picture
+trust_run_code = False  # run the model code that lies in out_dir: only for runs whose author you trust
+# text
 prompt = "\n"  # the text to go on from; FILE:x.txt reads it from a file
-num_samples = 1  # continuations, one after the other (1..)
 max_new_tokens = 300  # length of each (1..)
 temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above: wilder
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that make up this share of the probability (0..1)
-seed = 1337  # the same seed, the same text
-trust_run_code = False  # run the model code that lies in out_dir: only for runs whose author you trust
+# pictures
+class_label = ""  # the name or number of a class; "": all of them
+steps = 0  # from noise to picture; more are finer and slower; 0: as the run has it (0..1000)
+guidance = 0.0  # how much to exaggerate what is typical of the class; 1: not at all; 0: as the run has it
+sampler = ""  # euler, heun (flow), euler, ddpm, ddim, dpm++, unipc (eps, v); "": as the run has it
+output = "sample.png"  # where the grid goes
 
 
 def say(message):
     print(message, file=sys.stderr, flush=True)
 
 
-def model_code(path):
+# what makes the weights of a run a model, by the kind of the run
+MODEL_CODE = {
+    "lm": {"Shape", "norm", "rotate", "Attention", "MLP", "Block", "GPT", "draw"},
+    "diffusion": {
+        "Shape",
+        "norm",
+        "rotate",
+        "Attention",
+        "MLP",
+        "Block",
+        "DiT",
+        "Process",
+        "sample",
+        "decode",
+    },
+}
+
+
+def model_code(path, names):
     """The model in a training script, without comments and layout: equal code builds equal models."""
-    names = {"Shape", "norm", "rotate", "Attention", "MLP", "Block", "GPT", "draw"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
@@ -47,17 +72,18 @@ def model_code(path):
     return [ast.dump(node) for node in tree.body if getattr(node, "name", "") in names]
 
 
-def import_trainer(run_dir):
+def import_trainer(run_dir, kind):
     """-> the training script as a module: ours, or the run's own copy where that is trusted."""
-    copy, ours = run_dir / "train_lm.py", Path(__file__).with_name("train_lm.py")
-    if copy.exists() and not trust_run_code and model_code(copy) != model_code(ours):
+    name, names = f"train_{kind}", MODEL_CODE[kind]
+    copy, ours = run_dir / f"{name}.py", Path(__file__).with_name(f"{name}.py")
+    if copy.exists() and not trust_run_code and model_code(copy, names) != model_code(ours, names):
         fail(
             f"the model in {copy} is not the one in {ours.name} here: --trust_run_code=True runs that file, "
             "if you trust its author"
         )
     path = copy if copy.exists() and trust_run_code else ours
-    spec = importlib.util.spec_from_file_location("train_lm", path)
-    sys.modules["train_lm"] = module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -82,27 +108,32 @@ def load_tokenizer(folder):
 
 
 def load_run(folder, run_dir, device):
-    """-> (model, its context length) of a run of train_lm.py, with the weights of `folder`."""
+    """-> (run.json, the training script as a module, the model with the weights of `folder`)"""
     from safetensors.torch import load_file
 
     try:
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        if run["kind"] != "lm":
-            fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of train_lm.py")
+        if run["kind"] not in MODEL_CODE:
+            fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of one of the trainers here")
         if (folder / "state.pt").exists():
-            weights = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["model"]
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         elif (folder / "model.safetensors").exists():
-            weights = load_file(folder / "model.safetensors")
+            state = {"model": load_file(folder / "model.safetensors"), "progress": {}}
         else:
             found = sorted(run_dir.glob("checkpoints/step_*"))
             last = f"; try --out_dir={found[-1]}" if found else ""
             fail(f"{folder} has no weights yet: they are kept from the first evaluation on{last}")
-        trainer = import_trainer(run_dir)
-        model = trainer.GPT(trainer.Shape(**run["model"]))
-        model.load_state_dict(weights)
+        trainer = import_trainer(run_dir, run["kind"])
+        shape = trainer.Shape(**run["model"])
+        model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
+        model.load_state_dict(state["model"])
+        if "ema" in state["progress"]:  # a diffusion model draws from the average of its weights
+            average = state["progress"]["ema"]["shadow_params"]
+            names = [name for name, _ in model.named_parameters()]
+            model.load_state_dict(dict(zip(names, average, strict=True)))
     except Exception as error:  # a broken or foreign file fails in many ways
         fail(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
-    return model.to(device).eval(), run["model"]["block_size"]
+    return run, trainer, model.to(device).eval()
 
 
 def stream(tok, ids):
@@ -118,7 +149,7 @@ def stream(tok, ids):
 def speak(model, tok, ids, limit, device):
     """Print each continuation of `ids`, by our own generate() or by that of transformers."""
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for i in range(num_samples):
+    for i in range(num_samples or 1):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
         if limit:
             rng = torch.Generator(device).manual_seed(seed + i)
@@ -136,19 +167,67 @@ def speak(model, tok, ids, limit, device):
             model.generate(x, attention_mask=torch.ones_like(x), **how)
 
 
+def find_class(classes):
+    """The number of the class that class_label names, or tells by number."""
+    if class_label in classes:
+        return classes.index(class_label)
+    if class_label.isdecimal() and int(class_label) < len(classes):
+        return int(class_label)
+    if not classes:
+        fail(f"{class_label=}: this model was trained without classes")
+    near = nearest(class_label, classes)
+    fail(f"{class_label=} is no class of this run: try {near}, or a number from 0 to {len(classes) - 1}")
+
+
+def draw(run, trainer, model, device):
+    """Write a grid of pictures to `output`."""
+    classes, process, trained = run["classes"], trainer.Process(**run["process"]), run["settings"]
+    n = num_samples or (1 if class_label else len(classes) or 16)
+    y = [find_class(classes)] * n if class_label else [i % len(classes) if classes else -1 for i in range(n)]
+    scale = guidance or (trained["guidance"] if classes else 1.0)
+    if scale != 1 and not (classes and trained["label_dropout"]):
+        lacks = "label_dropout=0, so it does not know pictures without a class" if classes else "no classes"
+        fail(f"{guidance=} cannot be had: this model was trained with {lacks}; use --guidance=1")
+    if sampler and sampler not in process.samplers:
+        fail(f"{sampler=} does not fit this model ({process}): use {' or '.join(process.samplers)}")
+    autoencoder = trainer.load_autoencoder(trained["vae"], device) if trained["vae"] else None
+    size = (model.shape.channels, model.shape.size, model.shape.size)
+    how = {
+        "steps": steps or trained["sample_steps"],
+        "guidance": scale,
+        "sampler": sampler or trained["sampler"],
+    }
+    say(f"{out_dir} on {device}, seed {seed}, {how}")
+    pictures = []
+    for i in range(0, n, 64):
+        labels = torch.tensor(y[i : i + 64], device=device)
+        seeds = range(seed + i, seed + i + len(labels))
+        pictures.append(trainer.draw_pictures(model, process, size, labels, seeds, autoencoder, **how))
+    try:
+        trainer.make_grid(torch.cat(pictures)).save(output)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a place that cannot be written to, a format that PIL does not know
+        fail(f"cannot write the grid to {output=}: {error}")
+    say(f"{n} pictures: {output}")
+
+
 def main():
     folder = Path(out_dir)
     if not folder.is_dir():
         fail(f"there is no run {out_dir!r}: train one, or name another --out_dir")
     run_dir = folder.parent.parent if (folder / "state.pt").exists() else folder
-    text = read_prompt()
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     is_run = (run_dir / "run.json").exists()
     if not is_run and not (folder / "config.json").exists():
         fail(f"{out_dir} holds neither a run (run.json) nor a model of transformers (config.json)")
-    tok = load_tokenizer(run_dir)
+    text = read_prompt()
     if is_run:
-        model, limit = load_run(folder, run_dir, device)
+        run, trainer, model = load_run(folder, run_dir, device)
+        if run["kind"] == "diffusion":
+            return draw(run, trainer, model, device)
+        limit = run["model"]["block_size"]
     else:
         from transformers import AutoModelForCausalLM
 
@@ -156,6 +235,7 @@ def main():
             model, limit = AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), 0
         except Exception as error:  # of many kinds
             fail(f"{out_dir} holds no causal language model: {str(error).splitlines()[0]}")
+    tok = load_tokenizer(run_dir)
     try:
         ids = tok(text, add_special_tokens=not is_run)["input_ids"]
     except Exception as error:  # the tokenizers library raises no narrower one

@@ -223,9 +223,7 @@ class GPT(nn.Module):
                 nn.init.normal_(matrix, std=shape.n_embd**-0.5)
             nn.init.zeros_(block.self_attn.o_proj.weight)  # each block starts as the identity
             nn.init.zeros_(block.mlp.fc2.weight)
-        nn.init.zeros_(
-            self.lm_head.weight
-        )  # all tokens are alike at first: the loss starts at ln(vocab_size)
+        nn.init.zeros_(self.lm_head.weight)  # all tokens alike: the loss starts at ln(vocab_size)
         head_dim = shape.n_embd // shape.n_head
         frequency = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
         angle = torch.outer(torch.arange(shape.block_size).float(), frequency)  # (block_size, D / 2)
@@ -261,14 +259,8 @@ class GPT(nn.Module):
         shape, device, width = self.shape, self.lm_head.weight.device, max(map(len, prompts))
         pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,), on the left
         idx = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-        sizes = (
-            shape.n_layer,
-            2,
-            len(prompts),
-            shape.n_kv_head,
-            shape.block_size,
-            shape.n_embd // shape.n_head,
-        )
+        sizes = (shape.n_layer, 2, len(prompts), shape.n_kv_head, shape.block_size)
+        sizes += (shape.n_embd // shape.n_head,)
         cache, cached, ended = torch.zeros(sizes, device=device), 0, torch.zeros_like(pad, dtype=torch.bool)
         for _ in range(max_new_tokens):
             if width > shape.block_size:
@@ -312,19 +304,12 @@ END = "<|endoftext|>"
 OWN_TOKENIZER = re.compile(r"bytes|char|bpe:\d+")
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet"}
 KINDS |= {".jsonl": "json", ".json": "json"}
+OWN_KIND = "text"  # the kind that read_files reads; the others are for `datasets`
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
-NOT_LIBRARY = {
-    "test",
-    "tests",
-    "idle_test",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "pydoc_data",
-}
+NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages"}
+NOT_LIBRARY |= {"pydoc_data"}  # generated
 HOME = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets")), "train_lm")
+CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets")), Path(__file__).stem)
 
 
 def reach_hub():
@@ -340,21 +325,9 @@ def reach_hub():
             log(f"{hub} does not answer: trying the local cache")
 
 
-def read_text(path):
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig") if b"\0" not in raw else fail(f"{path} is a binary file, not text")
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 text (byte {error.start}): convert it, as with iconv -f latin1 -t utf-8")
-
-
 def find_files():
     """The files that `dataset` names by path, folder, glob or URL; None where it can only be a hub name."""
     path = Path(dataset).expanduser()
-    if dataset == "python":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in root.rglob("*.py") if not NOT_LIBRARY & set(p.relative_to(root).parts)]
-        return sorted(p for p in files if not p.name.startswith("_sysconfigdata"))  # differs between machines
     if re.match(r"https?://", dataset):
         path = CACHE / hashlib.sha256(dataset.encode()).hexdigest()[:16] / dataset.rsplit("/", 1)[-1]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,35 +344,54 @@ def find_files():
     return [path] if path.exists() else reach_hub()
 
 
-def load_documents():
-    """{split: Dataset with a column "text"}: train and, where the data has them, validation and test."""
-    column, splits, loaded = text_column, {}, {}
+def name_split(path, root):
+    """The split that a file's name or folder tells: train.txt, val/a.png, test-00000-of-00008.parquet."""
+    names = (re.sub(r"-\d+-of-\d+$", "", path.stem), *path.relative_to(root).parts[:-1])
+    return next((SPLITS[name] for name in names if name in SPLITS), None)
+
+
+def read_text(path):
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig") if b"\0" not in raw else fail(f"{path} is a binary file, not text")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 text (byte {error.start}): convert it, as with iconv -f latin1 -t utf-8")
+
+
+def read_files(paths, root):
+    """Text files below `root` -> a Dataset with a document for each, and its name."""
+    import datasets
+
+    rows = {text_column: [read_text(path) for path in paths]}
+    return datasets.Dataset.from_dict(rows | {"name": [path.relative_to(root).as_posix() for path in paths]})
+
+
+def load_splits():
+    """{split: Dataset}: what `dataset` names, in the splits that it has itself."""
+    splits, loaded = {}, {}
     try:
         files = find_files()
         import datasets  # which looks once, now, whether the hub was found to be out of reach
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        folder = Path(dataset).expanduser()
         if files is None:
             name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
             loaded = datasets.load_dataset(name, config or None, revision=revision or None)
-        elif any(Path(dataset, name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
-            loaded = datasets.load_from_disk(dataset)
+        elif any(Path(folder, name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
+            loaded = datasets.load_from_disk(folder)
         else:
-            # train.txt, val.txt or test-00000-of-00008.parquet are splits, where every file has such a name
-            names = [SPLITS.get(re.sub(r"-\d+-of-\d+$", "", path.stem)) for path in files]
-            for path, split in zip(files, names):
-                splits.setdefault(split if all(names) else "train", []).append(path)
-            kinds = sorted({KINDS.get(path.suffix.lower(), "text") for path in files})
+            kinds = sorted({KINDS.get(path.suffix.lower(), OWN_KIND) for path in files})
             if len(kinds) != 1:
                 found = f"mixes {' and '.join(kinds)} files" if kinds else f"holds no {' '.join(KINDS)} file"
-                fail(f"{dataset=} {found}: choose some, as in --dataset='texts/*.txt'")
-            if kinds == ["text"]:
-                column, root = "text", os.path.commonpath([path.parent for path in files])
-                for split, paths in splits.items():
-                    names = [path.relative_to(root).as_posix() for path in paths]
-                    rows = {"text": [read_text(path) for path in paths], "name": names}
-                    loaded[split] = datasets.Dataset.from_dict(rows)
+                fail(f"{dataset=} {found}: choose some, as in --dataset='folder/*{min(KINDS)}'")
+            root = folder if folder.is_dir() else Path(os.path.commonpath([path.parent for path in files]))
+            names = [name_split(path, root) for path in files]
+            for path, split in zip(files, names):
+                splits.setdefault(split if all(names) else "train", []).append(path)
+            if kinds == [OWN_KIND]:
+                loaded = {split: read_files(paths, root) for split, paths in splits.items()}
             else:
                 paths = {split: [str(path) for path in splits[split]] for split in splits}
                 loaded = datasets.load_dataset(kinds[0], data_files=paths)
@@ -407,7 +399,35 @@ def load_documents():
         fail(f"cannot load {dataset=}: {str(error.__cause__ or error).splitlines()[0]}")
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     loaded = {SPLITS[split]: rows for split, rows in loaded.items() if split in SPLITS}
-    for rows in loaded.values() if "train" in loaded else fail(f"{dataset=} has no train split"):
+    return loaded if "train" in loaded else fail(f"{dataset=} has no train split")
+
+
+def plan_splits(found):
+    """
+    found: the splits that the data has itself -> those of them that stay as they are, and into which sections
+    the train split is cut: [(split, share of it)], in order of position.
+    """
+    share = {"validation": 0.0 if fold else val_fraction, "test": test_fraction}
+    own = [split for split in found if share.get(split)]
+    v, t = (0.0 if split in own else fraction for split, fraction in share.items())
+    part, parts = map(int, fold.split("/")) if fold else (0, 1)
+    sections = [("validation" if i + 1 == part else "train", (1 - v - t) / parts) for i in range(parts)]
+    return own, [(split, size) for split, size in [*sections, ("validation", v), ("test", t)] if size]
+
+
+def load_library():
+    """-> a Dataset with the source of Python's own library, which is on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(p.relative_to(root).parts)]
+    return read_files(
+        [p for p in paths if not p.name.startswith("_sysconfigdata")], root
+    )  # differs between machines
+
+
+def load_documents():
+    """{split: Dataset with a column "text"}: train and, where the data has them, validation and test."""
+    loaded, column = {"train": load_library()} if dataset == "python" else load_splits(), text_column
+    for rows in loaded.values():
         if "string" not in getattr(rows.features.get(column), "dtype", ""):
             near = nearest(column, rows.column_names)
             fail(f"{dataset=} has no text column {column!r}: try --text_column={near} ({rows.column_names})")
@@ -421,12 +441,11 @@ def split_documents(documents):
     import datasets
     import pyarrow.compute as pc
 
-    pool, share = documents["train"], {"validation": 0.0 if fold else val_fraction, "test": test_fraction}
-    own = {split: (rows, np.arange(len(rows))) for split, rows in documents.items() if share.get(split)}
-    v, t = (0.0 if split in own else fraction for split, fraction in share.items())
-    part, parts = map(int, fold.split("/")) if fold else (0, 1)
-    sections = [("validation" if i + 1 == part else "train", (1 - v - t) / parts) for i in range(parts)]
-    sections = [(split, size) for split, size in [*sections, ("validation", v), ("test", t)] if size]
+    own, sections = plan_splits(documents)
+    pool, own = (
+        documents["train"],
+        {split: (documents[split], np.arange(len(documents[split]))) for split in own},
+    )
     if len(pool) < len(sections):  # too few documents to deal out: cut the text by position
         text = "".join(text or "" for text in pool["text"])
         ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
@@ -571,9 +590,7 @@ class Tokens(torch.utils.data.Dataset):
         self.path, self.dtype, self.T, self.seed = path, dtype, T, seed
         self.n_tokens = os.path.getsize(path) // np.dtype(dtype).itemsize
         self.n_blocks = max(1, (self.n_tokens - T) // T)  # whole blocks in an epoch, whatever the offset
-        self.tokens = self.epoch = (
-            None  # opened by the worker process that reads: a memory map does not travel
-        )
+        self.epoch = self.tokens = None  # opened by the process that reads: a memory map does not travel
 
     def __getitem__(self, samples):
         """samples: a list of sample numbers -> (x, y), both (len(samples), T)"""
@@ -684,9 +701,7 @@ def train_step(accelerator, model, steppers, micro_batches, step):
     loss = forward_backward(accelerator, model, micro_batches, step)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
-    scaler = (
-        accelerator.scaler
-    )  # that of fp16 skips such steps itself, looks for a better scale, and must be asked
+    scaler = accelerator.scaler  # that of fp16 must be asked: it skips such steps itself and adapts its scale
     finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler is not None)
     for stepper in steppers:
         if finite or scaler:
@@ -733,11 +748,8 @@ def evaluate(accelerator, model, name, tokens, n, micro, batches):
     shares = gather_object([(torch.stack(losses).cpu().double().sum().item(), n_valid)])
     loss = sum(loss for loss, _ in shares) / sum(n for _, n in shares)
     bits = loss / math.log(2) * n["tokens"] / n["bytes"]  # per byte of text: comparable across tokenizers
-    return {
-        f"{name}/loss": loss,
-        f"{name}/perplexity": math.exp(min(loss, 700)),
-        f"{name}/bits_per_byte": bits,
-    }
+    perplexity = math.exp(min(loss, 700))
+    return {f"{name}/loss": loss, f"{name}/perplexity": perplexity, f"{name}/bits_per_byte": bits}
 
 
 def write_sample(gpt, tok, prompt, step):
@@ -753,6 +765,8 @@ def write_sample(gpt, tok, prompt, step):
 # -----------------------------------------------------------------------------
 # The run directory: weights that transformers loads, checkpoints that a resume continues bit for bit
 # -----------------------------------------------------------------------------
+KIND = "lm"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 DATA_SETTINGS = {"dataset", "text_column", "tokenizer", "val_fraction", "test_fraction", "fold"}
 MODEL_SETTINGS = {"block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "optimizer"}
@@ -806,9 +820,8 @@ def save_checkpoint(accelerator, model, optimizers, progress):
 
 def load_checkpoint(accelerator, model, optimizers, folder):
     """Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress."""
-    today = [
-        {k: v for k, v in group.items() if k != "params"} for o in optimizers for group in o.param_groups
-    ]
+    groups = [group for o in optimizers for group in o.param_groups]
+    today = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizers"]}
@@ -849,21 +862,12 @@ def write_config(shape, tok):
 
     # every field of it: the defaults are another model's
     fields = {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.block_size, "dtype": "float32"}
-    fields |= {
-        "hidden_size": shape.n_embd,
-        "intermediate_size": 4 * shape.n_embd,
-        "num_hidden_layers": shape.n_layer,
-    }
-    fields |= {
-        "num_attention_heads": shape.n_head,
-        "num_key_value_heads": shape.n_kv_head,
-        "attention_bias": False,
-    }
+    fields |= {"hidden_size": shape.n_embd, "intermediate_size": 4 * shape.n_embd}
+    fields |= {"num_attention_heads": shape.n_head, "num_key_value_heads": shape.n_kv_head}
+    fields |= {"num_hidden_layers": shape.n_layer, "attention_bias": False}
     fields |= {"attention_dropout": shape.dropout, "hidden_act": "relu2", "rms_norm_eps": 1e-6}
-    fields |= {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "final_logit_softcapping": 15.0,
-    }
+    fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    fields |= {"final_logit_softcapping": 15.0}
     fields |= {"tie_word_embeddings": False, "pad_token_id": None, "architectures": ["NanoChatForCausalLM"]}
     ends = {"bos_token_id": tok.eos_token_id, "eos_token_id": tok.eos_token_id}
     config = NanoChatConfig(**fields, **ends)
@@ -905,21 +909,20 @@ def claim_run_dir():
     return lock
 
 
-def describe_run(accelerator, gpt, facts):
+def describe_run(accelerator, model, facts):
     """What run.json says: enough to know later what was run; no environment variables, no host name."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     git = git if shutil.which("git") else ["echo"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    packages = ("torch", "transformers", "accelerate", "datasets", "numpy")
-    run = {"kind": "lm", "settings": settings(globals()), "command": sys.argv, "commit": commit}
-    run["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    run = {"kind": KIND, "settings": settings(globals()), "command": sys.argv, "commit": commit}
+    run["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     run |= {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
     run["data"] = {"splits": facts["splits"], "fingerprint": facts["fingerprint"]}
-    return run | {"model": asdict(gpt.shape), "parameters": sum(p.numel() for p in gpt.parameters())}
+    return run | {"model": asdict(model.shape), "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def start_run(run, tok):
+def start_run(run):
     """Write down what this run is; on a resume, compare. -> the checkpoint to go on from, or None."""
     path = Path(out_dir)
     for old in [p for p in path.iterdir() if p.name != "lock"] if overwrite else []:
@@ -938,19 +941,25 @@ def start_run(run, tok):
         if kind != run["kind"]:
             fail(f"{out_dir} holds a {kind} run: choose another --out_dir")
         if fingerprint != run["data"]["fingerprint"]:
-            fail(f"cannot resume on other data ({data or 'its text has changed'}): choose another --out_dir")
+            fail(
+                f"cannot resume on other data ({data or 'its files have changed'}): choose another --out_dir"
+            )
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)
-    script = path / "train_lm.py"
-    if script.exists() and script.read_bytes() != Path(__file__).read_bytes():
-        (path / "config.json").unlink(missing_ok=True)  # to be made again, for the model as it is now
-    shutil.copyfile(__file__, path / "train_lm.py")
-    tok.save_pretrained(path)
     (path / "samples").mkdir(exist_ok=True)
     return checkpoints[-1] if checkpoints else None
+
+
+def keep_script(tok):
+    """The script as it runs, and the tokenizer, beside run.json."""
+    script = Path(out_dir, "train_lm.py")
+    if script.exists() and script.read_bytes() != Path(__file__).read_bytes():
+        Path(out_dir, "config.json").unlink(missing_ok=True)  # to be made again, for the model as it is now
+    shutil.copyfile(__file__, script)
+    tok.save_pretrained(out_dir)
 
 
 def open_metrics(size):
@@ -966,14 +975,8 @@ def open_metrics(size):
 # -----------------------------------------------------------------------------
 STOP = {"signal": 0, "time": 0.0, "polled": False}  # polled: from the first step on, the loop looks at it
 LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "4090": 165e12,
-}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
+PEAK_FLOPS |= {"4090": 165e12}  # in bf16, by part of the GPU's name; the first that fits
 
 
 def log(message):
@@ -1038,7 +1041,7 @@ def start_tracker(accelerator, run_id):
     wandb = {"id": run_id, "resume": "allow", "dir": out_dir, "name": Path(out_dir).name}
     try:
         options = {"wandb": wandb} if tracker == "wandb" else {}
-        accelerator.init_trackers("train_lm", settings(globals()), options)
+        accelerator.init_trackers(Path(__file__).stem, settings(globals()), options)
     except Exception as error:  # no login, no network
         fail(f"{tracker=} did not start ({error}): WANDB_MODE=offline in the environment keeps it local")
 
@@ -1065,11 +1068,8 @@ def make_profiler():
         log(f"profile of three steps: {folder}")
 
     schedule = torch.profiler.schedule(wait=2, warmup=2, active=3, repeat=1)
-    return (
-        torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-        if profile
-        else contextlib.nullcontext()
-    )
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+    return profiler if profile else contextlib.nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -1116,7 +1116,9 @@ def main():
 
     # the run
     run = describe_run(accelerator, gpt, facts)
-    found = broadcast_object_list([start_run(run, tok) if on_main else None])[0]
+    found = broadcast_object_list([start_run(run) if on_main else None])[0]
+    if on_main:
+        keep_script(tok)
     progress = {"step": 0, "best": math.inf, "waited": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
     if found:
@@ -1124,9 +1126,7 @@ def main():
     metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
     if tracker:
         start_tracker(accelerator, progress["tracker_id"])
-    log(
-        f"model: {run['parameters']:,} parameters; peak learning rates {', '.join(f'{peak:g}' for peak in peaks)}"
-    )
+    log(f"model: {run['parameters']:,} parameters; peak learning rates {', '.join(f'{p:g}' for p in peaks)}")
     parts = f"{accelerator.num_processes} processes x {accumulation} micro-batches x {micro}"
     log(f"batch: {batch_size} blocks of {block_size} tokens = {parts}")
     log(f"length: {total_steps} steps, {total_steps * batch_size / train.n_blocks:.2f} epochs")

@@ -13,20 +13,31 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", CUDA_VISIBLE_DEVICES="")
 
-# A model and a run so small that a step takes a millisecond.
-TINY = """
+# Models and runs so small that a step takes some milliseconds.
+TINY_MODEL = {
+    "train_lm.py": """
 tokenizer = "bytes"
 block_size = 32
-n_layer = 2
 n_head = 4
 n_kv_head = 2
+eval_batches = 4
+""",
+    "train_diffusion.py": """
+image_size = 8
+n_head = 2
+sample_steps = 2
+sampler = "euler"
+eval_batches = 2
+""",
+}
+TINY = """
+n_layer = 2
 n_embd = 32
 batch_size = 8
 max_steps = 40
 warmup_steps = 5
 weight_decay = 0.1
 eval_interval = 10
-eval_batches = 4
 log_interval = 5
 save_interval = 10
 mixed_precision = "no"
@@ -37,6 +48,9 @@ mixed_precision = "no"
 def home(tmp_path_factory):
     """A cache folder of our own, the same for all tests."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
+    import torch
+
+    torch.set_num_threads(1)  # as one_core() below says
     os.environ.pop("HF_DATASETS_CACHE", None)
 
 
@@ -47,11 +61,32 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """120 pictures of 8 x 8 in three classes: red, green and blue, each with a bright half and some noise."""
+    import numpy as np
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(120):
+        name, pixels = ("red", "green", "blue")[i % 3], rng.integers(0, 60, (8, 8, 3))
+        pixels[:, : 4 + i % 2, i % 3] = 220
+        (folder / name).mkdir(exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:03}.png")
+    return folder
+
+
 @pytest.fixture
-def tiny(tmp_path, text_file):
-    """A config file for a tiny run in tmp_path / "run"."""
-    path = tmp_path / "tiny.py"
-    path.write_text(TINY + f"out_dir = {str(tmp_path / 'run')!r}\ndataset = {str(text_file)!r}\n")
+def trainer():
+    return "train_lm.py"
+
+
+@pytest.fixture
+def tiny(tmp_path, trainer, text_file, picture_folder):
+    """A config file for a tiny run of the trainer in tmp_path / "run"."""
+    path, data = tmp_path / "tiny.py", text_file if trainer == "train_lm.py" else picture_folder
+    where = f"out_dir = {str(tmp_path / 'run')!r}\ndataset = {str(data)!r}\n"
+    path.write_text(TINY_MODEL[trainer] + TINY + where)
     return path
 
 
@@ -87,10 +122,10 @@ def start(*arguments, processes=1, cwd=ROOT, **env):
     return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
 
 
-def run(*arguments, code=0, **options):
+def run(*arguments, code=0, seconds=300, **options):
     """A real command, run to its end; -> its stdout and stderr."""
     process = start(*arguments, **options)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 
@@ -98,7 +133,7 @@ def run(*arguments, code=0, **options):
 def rows(run_dir, *names):
     """metrics.jsonl without what depends on the clock; with names, only the rows that have them."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "tokens_per_s", "memory")
+    timing = ("time", "tokens_per_s", "images_per_s", "memory")
     rows = [{k: v for k, v in row.items() if k not in timing} for row in rows]
     return [row for row in rows if not names or set(names) & row.keys()]
 
@@ -117,5 +152,18 @@ def differences(a, b, path=""):
     if isinstance(a, dict):
         keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes", "tracker_id"}
         return [d for k in sorted(keys) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if same else [path]
+
+
+def read_grid(path, size, n):
+    """The pictures in a grid: rows of ceil(sqrt(n)), no padding."""
+    import numpy as np
+    from PIL import Image
+
+    grid, columns = np.asarray(Image.open(path)), int(np.ceil(np.sqrt(n)))
+    assert grid.shape[:2] == (int(np.ceil(n / columns)) * size, columns * size)
+    places = [divmod(i, columns) for i in range(n)]
+    return [grid[r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in places]

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from conftest import run
+from PIL import Image
 
 
 def refused(stdout, err):
@@ -38,7 +39,7 @@ def data(tmp_path):
     return folder
 
 
-TRAINER = [
+LM = [
     (["--n_embd=100", "--n_head=3"], "must be a multiple of 2 x n_head=3"),
     (["--n_kv_head=3", "--n_head=4"], "must be a multiple of n_kv_head=3"),
     (["--optimizer=sgd"], "none of 'muon', 'adamw'"),
@@ -69,15 +70,76 @@ TRAINER = [
 ]
 
 
+DIFFUSION = [
+    (["--n_embd=100", "--n_head=3"], "must be a multiple of 4 x n_head=3"),
+    (["--objective=noise"], "none of 'flow', 'eps', 'v'"),
+    (["--guidence=3"], "did you mean --guidance"),
+    (["config/cifar10.py"], "did you mean configs/cifar10.py"),
+    (["--image_size=15"], "use 14 or 16"),
+    (["--image_size=1"], "use 2"),
+    (["--sampler=ddim"], "use heun or euler"),
+    (["--sampler=heun", "--objective=v"], "use dpm++ or"),
+    (["--min_snr=5"], "flow has time_mean and time_std"),
+    (["--zero_snr=True", "--objective=eps"], "needs objective='v'"),
+    (["--label_dropout=0"], "needs label_dropout above 0"),
+    (["--time_mean=-10"], "at least -9"),
+    (["--vae={data}/nothing"], "is no AutoencoderKL"),
+    (["--vae={data}/nothing", "--crop=random"], "use crop='center'"),
+    (["--resume=True", "--overwrite=True"], "choose one"),
+    (["--micro_batch_size=5"], "use 60 or 65"),
+    (["--dataset={data}/missing"], "no file or folder"),
+    (["--dataset={data}/missing.png"], "no file or folder"),
+    (["--dataset={data}/nothing"], "holds no .png"),
+    (["--dataset={data}/empty.parquet"], "cannot load"),
+    (["--dataset={data}/no_pictures"], "2 of 2 pictures cannot be read, such as {data}/no_pictures/a.png"),
+    (["--dataset={data}/flat"], "no column 'label'"),
+    (["--dataset={data}/flat"], "--label_column= to train without classes"),
+    (["--dataset={data}/rows.parquet"], "--image_column=picture"),
+    (["--dataset={data}/rows.parquet", "--image_column=picture"], "--label_column=lable"),
+    (["--dataset={data}/rows.parquet", "--image_column=picture", "--label_column=price"], "holds no classes"),
+    (
+        ["--dataset={data}/rows.parquet", "--image_column=picture", "--label_column=caption"],
+        "holds no classes",
+    ),
+    (["--dataset={data}/rows.parquet", "--image_column=price"], "holds no pictures"),
+    (["--dataset={data}/flat", "--label_column=", "--test_fraction=0.5"], "1 pictures are too few"),
+    (["--dataset={data}/described"], "cannot load"),
+    (["--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
+]
+REFUSED = [("train_lm.py", *case) for case in LM] + [("train_diffusion.py", *case) for case in DIFFUSION]
+
+
+@pytest.fixture
+def pictures(data):
+    """Pictures, and what only looks like pictures."""
+    import datasets
+
+    picture = Image.new("RGB", (16, 16), "red")
+    (data / "flat").mkdir()
+    picture.save(data / "flat" / "one.png")
+    (data / "no_pictures").mkdir()
+    for name in "ab":
+        (data / "no_pictures" / f"{name}.png").write_text("a picture of a pipe")
+    (data / "described").mkdir()
+    picture.save(data / "described" / "one.png")
+    (data / "described" / "metadata.jsonl").write_text('{"file_name": "one.png", "label":\n')
+    (data / "empty.parquet").write_bytes(b"")
+    rows = {"picture": [picture] * 400, "lable": [1, 2] * 200, "price": [0.5] * 400}
+    rows["caption"] = [f"red, number {i}" for i in range(400)]
+    datasets.Dataset.from_dict(rows).to_parquet(data / "rows.parquet")
+
+
 @pytest.mark.parametrize(
-    "arguments, message", TRAINER, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+    "trainer, arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else x[:12]
 )
-def test_the_trainer_refuses(tmp_path, data, arguments, message):
+def test_the_trainer_refuses(tmp_path, data, pictures, trainer, arguments, message):
+    message = message.format(data=data)
     before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     arguments = [argument.format(data=data) for argument in arguments]
     where = [] if any("out_dir" in a for a in arguments) else [f"--out_dir={tmp_path / 'run'}"]
-    default = [] if any("dataset" in a for a in arguments) else [f"--dataset={data / 'good.txt'}"]
-    out, err = run("train_lm.py", *where, *default, *arguments, code=2)
+    good = f"--dataset={data / ('good.txt' if trainer == 'train_lm.py' else 'flat')}"
+    default = [] if any("dataset" in a for a in arguments) else [good]
+    out, err = run(trainer, *where, *default, *arguments, code=2)
     assert message in refused(out, err), err
     assert {p: p.read_bytes() for p in before} == before
     assert not (tmp_path / "run" / "run.json").exists()
@@ -88,9 +150,14 @@ def test_a_hub_name_without_a_network_fails_in_seconds(tmp_path):
     import time
 
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": None}
-    for arguments in (["--dataset=somebody/some-data"], ["--tokenizer=gpt2"]):
+    for trainer, argument in (
+        ("train_lm.py", "--dataset=somebody/some-data"),
+        ("train_lm.py", "--tokenizer=gpt2"),
+        ("train_diffusion.py", "--dataset=somebody/some-data"),
+        ("train_diffusion.py", "--vae=somebody/some-vae"),
+    ):
         began = time.monotonic()
-        out, err = run("train_lm.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2, **closed)
+        out, err = run(trainer, f"--out_dir={tmp_path / 'run'}", argument, code=2, **closed)
         assert time.monotonic() - began < 15
         assert "http://127.0.0.1:9 does not answer" in out and refused(out, err)
 
@@ -163,9 +230,56 @@ def test_the_sampler_refuses(tmp_path, finished):
     out, err = run("sample.py", f"--out_dir={finished}", code=2)
     assert "checkpoints/step_00000010" in refused(out, err)
     facts = json.loads((finished / "run.json").read_text())
-    (finished / "run.json").write_text(json.dumps(facts | {"kind": "diffusion"}))
+    (finished / "run.json").write_text(json.dumps(facts | {"kind": "music"}))
     out, err = run("sample.py", f"--out_dir={finished}", code=2)
-    assert "kind 'diffusion'" in refused(out, err)
+    assert "kind 'music'" in refused(out, err)
+
+
+@pytest.mark.parametrize("trainer", ["train_diffusion.py"])
+def test_the_sampler_of_pictures_refuses(tmp_path, tiny, trainer):
+    run(trainer, tiny, "--max_steps=1")
+    for arguments, message in (
+        (["--class_label=rad"], "try red, or a number from 0 to 2"),
+        (["--class_label=3"], "a number from 0 to 2"),
+        (["--sampler=ddim"], "use heun or euler"),
+        (["--sampler=hun"], "use heun or euler"),
+        (["--steps=1001"], "at most 1000"),
+        (["--guidance=-1"], "at least 0"),
+        ([f"--output={tmp_path}/nowhere/grid.png"], "cannot write the grid"),
+        ([f"--output={tmp_path}/grid.xyz"], "cannot write the grid"),
+    ):
+        out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
+        assert message in refused("", err.splitlines()[-1] + "\n"), err
+    run(trainer, tiny, "--max_steps=1", "--label_column=", "--overwrite=True")
+    for arguments, message in (
+        (["--guidance=2"], "no classes; use --guidance=1"),
+        (["--class_label=red"], "without classes"),
+    ):
+        out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
+        assert message in refused(out, err), err
+    run(trainer, tiny, "--max_steps=1", "--label_dropout=0", "--guidance=1", "--overwrite=True")
+    out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", "--guidance=2", code=2)
+    assert "label_dropout=0" in refused(out, err)
+
+
+@pytest.mark.parametrize("trainer", ["train_diffusion.py"])
+def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pictures, data):
+    run(trainer, tiny, "--max_steps=1")
+    for argument, message in (
+        ("--objective=v", "objective was 'flow', is 'v'"),
+        ("--n_layer=3", "n_layer was 2, is 3"),
+        ("--image_size=16", "image_size was 8, is 16"),
+        ("--label_column=", "label_column was 'label', is ''"),
+        (f"--dataset={data / 'flat'}", "cannot resume on other data"),
+    ):
+        more = (
+            ["--sampler=", "--val_fraction=0", "--test_fraction=0"]
+            if "flat" in argument or "=v" in argument
+            else []
+        )
+        more += ["--label_column="] if "flat" in argument else []
+        out, err = run(trainer, tiny, "--max_steps=2", "--resume=True", argument, *more, code=2)
+        assert message in refused(out, err), err
 
 
 def test_a_hostile_run_directory_runs_no_code(tmp_path, finished):

@@ -1,5 +1,9 @@
-"""The tree: ruff is content, every config is legal, the README tells the true line counts and CI runs its command."""
+"""
+The tree: ruff is content, every config is legal, the README tells the true line counts, CI runs its command, and what
+the two trainers repeat is the same in both.
+"""
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,13 +35,54 @@ def test_ci_runs_the_command_of_the_readme():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_every_config_is_legal(tmp_path, path):
-    """It gets as far as the data, which is not there."""
-    _, err = run(
-        "train_lm.py", path, f"--dataset={tmp_path}/none.txt", f"--out_dir={tmp_path / 'run'}", code=2
-    )
+    """It gets as far as the data, which is not there, with the trainer that its first command names."""
+    trainer = re.search(r"train_\w+\.py", path.read_text())[0]
+    nothing = (f"--dataset={tmp_path}/none.parquet", f"--out_dir={tmp_path / 'run'}")
+    _, err = run(trainer, path, *nothing, *(["--vae="] if trainer == "train_diffusion.py" else []), code=2)
     assert "there is no file or folder" in err
 
 
 def test_the_gpu_runner_says_loudly_that_there_is_none():
     _, err = run("tests/gpu/run.py", "--shakespeare=none", code=1)
     assert "NO GPU WAS FOUND" in err
+
+
+# Functions that both trainers have under this name, but each for its own model and data.
+OWN = {
+    "Shape",
+    "Attention",
+    "MLP",
+    "Block",
+    "make_optimizers",
+    "forward_backward",
+    "evaluate",
+    "write_sample",
+}
+OWN |= {"check_settings", "read_files", "prepare_data", "save_weights", "main"}
+
+
+def definitions(name):
+    """{name: source} of what a trainer defines at its top level, in order."""
+    source = (ROOT / name).read_text()
+    return {
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if hasattr(node, "name")
+    }
+
+
+def test_what_the_trainers_repeat_is_the_same_in_both_and_in_the_same_order():
+    lm, diffusion = definitions("train_lm.py"), definitions("train_diffusion.py")
+    both = [name for name in lm if name in diffusion]
+    assert both == [name for name in diffusion if name in lm]
+    assert {name for name in both if lm[name] != diffusion[name]} == OWN
+    assert {"lr_at", "train_step", "save_checkpoint", "load_checkpoint", "stop_requested"} < set(both) - OWN
+
+
+def test_settings_of_the_same_name_stand_in_the_same_order():
+    names = [
+        re.findall(r"^([a-z]\w*) = .*  # ", (ROOT / f"train_{kind}.py").read_text(), re.MULTILINE)
+        for kind in ("lm", "diffusion")
+    ]
+    lm, diffusion = ([name for name in one if name in other] for one, other in (names, names[::-1]))
+    assert lm == diffusion and len(lm) > 35

@@ -1,11 +1,12 @@
 """
 Everything that needs a GPU, in one command of under ten minutes, with one table at the end:
 
-    python tests/gpu/run.py --shakespeare=input.txt [--nanogpt=PATH]
+    python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
 A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), nanoGPT's
-Shakespeare setting to its end, a killed and resumed run against an unbroken one, and nanoGPT beside them where its
-checkout is given. Without a GPU it says so and exits with 1.
+Shakespeare setting to its end, CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory),
+a killed and resumed run of each trainer against an unbroken one, and nanoGPT beside them where its checkout is given.
+Without a GPU it says so and exits with 1.
 """
 
 import argparse
@@ -29,10 +30,10 @@ def note(what, value, unit=""):
     print(f"{what}: {value} {unit}", flush=True)
 
 
-def train(out, *arguments, **env):
-    """Run train_lm.py to its end -> (rows of metrics.jsonl, seconds, what it printed)."""
+def train(out, *arguments, trainer="train_lm.py", **env):
+    """Run a trainer to its end -> (rows of metrics.jsonl, seconds, what it printed)."""
     began = time.monotonic()
-    command = [sys.executable, str(ROOT / "train_lm.py"), f"--out_dir={out}", *arguments]
+    command = [sys.executable, str(ROOT / trainer), f"--out_dir={out}", *arguments]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -58,10 +59,7 @@ def gpt2(folder):
         "--save_interval=200",
     ]
     rows, seconds, output = train(folder / "gpt2", *shape, "--test_fraction=0", TORCH_LOGS="recompiles")
-    speeds = [row for row in rows if "tokens_per_s" in row][10:]
-    for name, unit in (("tokens_per_s", "tokens/s"), ("mfu", "of the peak"), ("memory", "GB")):
-        values = sorted(row.get(name, 0) for row in speeds)
-        note(f"GPT-2 124M, bf16, compiled: {name} (median)", values[len(values) // 2], unit)
+    speed("GPT-2 124M", rows, "tokens_per_s")
     note("GPT-2 124M: recompilations", len(re.findall(r"Recompiling function", output)))
     note("GPT-2 124M: whole command", round(seconds), "s")
     note(
@@ -81,7 +79,33 @@ def shakespeare(folder, text):
     note("shakespeare_char: whole command", round(seconds), "s")
 
 
-def resume(folder):
+def speed(what, rows, per_second):
+    """Medians over the rows after the first, in which the model was compiled."""
+    rows = [row for row in rows if per_second in row][10:]
+    for name, unit in ((per_second, "/s"), ("mfu", "of the peak"), ("memory", "GB")):
+        values = sorted(row.get(name, 0) for row in rows)
+        note(f"{what}, bf16, compiled: {name} (median)", values[len(values) // 2], unit)
+
+
+def cifar10(folder, data):
+    """The shape of configs/cifar10.py for about two minutes; the last grid of pictures stays in the current folder."""
+    how = [str(ROOT / "configs/cifar10.py"), f"--dataset={data}", "--image_column=image", "--fd_samples=0"]
+    how += ["--max_steps=2000", "--save_interval=2000", "--eval_interval=1000"]
+    rows, seconds, output = train(
+        folder / "cifar10", *how, trainer="train_diffusion.py", TORCH_LOGS="recompiles"
+    )
+    speed("CIFAR-10, 57 M parameters", rows, "images_per_s")
+    note("CIFAR-10: recompilations", len(re.findall(r"Recompiling function", output)))
+    note(
+        "CIFAR-10: validation loss after 2,000 steps",
+        [row["val/loss"] for row in rows if "val/loss" in row][-1],
+    )
+    note("CIFAR-10: whole command", round(seconds), "s")
+    grid = max((folder / "cifar10" / "samples").iterdir())
+    Path("gpu_cifar10.png").write_bytes(grid.read_bytes())
+
+
+def resume(folder, trainer):
     """Stopped at step 30 and resumed, under deterministic=True, compiled: equal weights and optimizers."""
     how = [
         "--deterministic=True",
@@ -91,13 +115,14 @@ def resume(folder):
         "--test_fraction=0",
     ]
     how += ["--lr_schedule=constant"]
-    train(folder / "unbroken", *how)
-    train(folder / "broken", *how, "--max_steps=30")
-    train(folder / "broken", *how, "--resume=True")
-    states = [folder / name / "checkpoints/step_00000060/state.pt" for name in ("unbroken", "broken")]
+    unbroken, broken = folder / f"{trainer} unbroken", folder / f"{trainer} broken"
+    train(unbroken, *how, trainer=trainer)
+    train(broken, *how, "--max_steps=30", trainer=trainer)
+    train(broken, *how, "--resume=True", trainer=trainer)
+    states = [out / "checkpoints/step_00000060/state.pt" for out in (unbroken, broken)]
     a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in states)
     equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    note("resume on CUDA, deterministic: weights bitwise equal", equal)
+    note(f"{trainer}: resume on CUDA, deterministic: weights bitwise equal", equal)
 
 
 def nanogpt(folder, path, text):
@@ -140,6 +165,7 @@ def nanogpt(folder, path, text):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shakespeare", required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--cifar10", help="a folder with the parquet files of CIFAR-10")
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -150,7 +176,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         gpt2(folder)
-        resume(folder)
+        resume(folder, "train_lm.py")
+        resume(folder, "train_diffusion.py")
+        if arguments.cifar10:
+            cifar10(folder, arguments.cifar10)
         shakespeare(folder, arguments.shakespeare)
         if arguments.nanogpt:
             nanogpt(folder, arguments.nanogpt, arguments.shakespeare)

@@ -1,0 +1,53 @@
+"""
+The first thing that a newcomer sees: the default run of train_diffusion.py, a little shortened, draws letters and
+digits that a classifier reads as the class asked for. The classifier has only seen freshly drawn ones.
+"""
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import read_grid, run
+
+from train_diffusion import CHARACTERS, draw_glyph
+
+
+def draw_fresh(n, seed):
+    rng, y = np.random.default_rng(seed), torch.arange(n) % len(CHARACTERS)
+    return torch.stack([to_input(draw_glyph(CHARACTERS[i], 16, rng)) for i in y]), y
+
+
+def to_input(picture):
+    return torch.from_numpy(np.array(picture))[None].float() / 127.5 - 1
+
+
+def train_reader():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    net.extend([nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
+    net.extend([nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, len(CHARACTERS))])
+    (x, y), n = draw_fresh(7200, seed=1), 500
+    optimizer = torch.optim.AdamW(net.parameters())
+    for i in range(n):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / n)
+        batch = torch.randint(len(x), (128,))
+        F.cross_entropy(net(x[batch]), y[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net
+
+
+@torch.no_grad()
+def accuracy(net, x, y):
+    return (net(x).argmax(1) == y).float().mean().item()
+
+
+def test_what_the_default_run_draws_can_be_read(tmp_path):
+    out, grid = tmp_path / "run", tmp_path / "grid.png"
+    how = ("--max_steps=550", "--eval_interval=550", "--save_interval=550")
+    run("train_diffusion.py", f"--out_dir={out}", *how, seconds=600)
+    run("sample.py", f"--out_dir={out}", "--num_samples=216", "--sampler=euler", f"--output={grid}")
+    net = train_reader()
+    assert accuracy(net, *draw_fresh(360, seed=2)) > 0.99  # it can read
+    drawn = torch.stack([to_input(picture) for picture in read_grid(grid, 16, 216)])
+    assert accuracy(net, drawn, torch.arange(216) % len(CHARACTERS)) >= 0.95
