@@ -100,7 +100,7 @@ def comments(namespace):
 
 
 def check_legal(name, value, comment):
-    """A comment may end in the legal values, as (1..), (0..<1) or ("a" | "b"); other numbers are never negative."""
+    """A comment may end in legal values, as (1..), (0..<1) or ("a" | "b"); without, no number is negative."""
     if choices := re.search(r'\(("[^"]*"(?: \| "[^"]*")+)\)$', comment):
         choices = re.findall(r'"([^"]*)"', choices[1])
         if value not in choices:

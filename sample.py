@@ -6,8 +6,8 @@ Let a trained model speak, or draw.
     python sample.py --out_dir=out/lm/checkpoints/step_00000400 --prompt="class " --seed=2
     python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
 
-A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal language
-model of transformers works as well. A diffusion model writes a PNG: a grid of all classes, or of the one asked for.
+A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal
+language model of transformers works as well. A diffusion model writes a PNG: a grid of all classes or one.
 """
 
 import ast

@@ -304,7 +304,7 @@ class DiT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Forward and reverse process. At time t in 0..1 a picture x_0 is x_t = alpha_t x_0 + sigma_t eps, eps ~ N(0, 1)
+# Forward and reverse process. At time t in 0..1 picture x_0 is x_t = alpha_t x_0 + sigma_t eps, eps ~ N(0, I)
 #   flow  alpha = 1 - t, sigma = t, target eps - x_0: straight lines (Liu et al. 2022, arXiv:2209.03003),
 #         times from a logit-normal distribution (Esser et al. 2024, arXiv:2403.03206)
 #   eps   alpha^2 = the product of all 1 - beta so far, alpha^2 + sigma^2 = 1, target eps (Ho et al. 2020,
@@ -582,15 +582,17 @@ def read_files(paths, root):
 
 
 def load_pictures():
-    """-> {split: (Dataset of undecoded pictures, their classes (N,), -1: none)}, and the names of the classes."""
+    """-> {split: (Dataset of undecoded pictures, their classes (N,), -1: none)}, names of the classes"""
     import datasets
 
     loaded = {"train": draw_glyphs()} if dataset == "glyphs" else load_splits()
     pictures, values = {}, {}
     for split, rows in loaded.items():
-        for which, column in (("image", image_column), ("label", label_column)):
+        kinds = {"image": (image_column, datasets.Image), "label": (label_column, datasets.ClassLabel)}
+        for which, (column, kind) in kinds.items():
             if column and column not in rows.column_names:
-                near = nearest(column, rows.column_names)
+                likely = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+                near = nearest(column, likely or rows.column_names)
                 none = ", or --label_column= to train without classes" if which == "label" else ""
                 found = f"has no column {column!r} in its {split} split, but {rows.column_names}"
                 fail(f"{dataset=} {found}: try --{which}_column={near}{none}")
@@ -753,8 +755,8 @@ def prepare_data(autoencoder):
 class Pictures(torch.utils.data.Dataset):
     """
     A split as the samples of a run. Each epoch goes through it in a fresh order, a function of (seed, epoch);
-    place of the crop and mirroring are functions of (seed, sample number). So sample i of all is a function of
-    (seed, i): a resume, other processes or micro-batches cannot change what a step sees.
+    place of the crop and mirroring are functions of (seed, sample number). So sample i of all is a function
+    of (seed, i): a resume, other processes or micro-batches cannot change what a step sees.
     """
 
     def __init__(self, path, size, channels, latent, seed, flip):
@@ -946,8 +948,8 @@ def count_skipped(progress, finite, saved):
 
 def spread(accelerator, n, count, micro):
     """
-    `count` of n pictures, spread evenly (0: all), in portions of `micro` for this process: (ids, which count).
-    The last are filled up, so that all processes have as many portions of the same size.
+    `count` of n pictures, spread evenly (0: all), in portions for this process: (ids, whether each counts).
+    All have `micro` pictures and all processes have as many: the last are filled up with what does not count.
     """
     ids = np.linspace(0, n - 1, count).astype(int) if 0 < count < n else np.arange(n)
     at_once = micro * accelerator.num_processes

@@ -2,12 +2,14 @@
 Bad input through the real commands: one line that names the remedy, a non-zero exit, no traceback, nothing overwritten.
 """
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 
@@ -91,17 +93,23 @@ DIFFUSION = [
     (["--dataset={data}/missing.png"], "no file or folder"),
     (["--dataset={data}/nothing"], "holds no .png"),
     (["--dataset={data}/empty.parquet"], "cannot load"),
-    (["--dataset={data}/no_pictures"], "2 of 2 pictures cannot be read, such as {data}/no_pictures/a.png"),
+    (
+        ["--dataset={data}/no_pictures", "--label_column="],
+        "8 of 8 pictures cannot be read, such as {data}/no",
+    ),
     (["--dataset={data}/flat"], "no column 'label'"),
     (["--dataset={data}/flat"], "--label_column= to train without classes"),
     (["--dataset={data}/rows.parquet"], "--image_column=picture"),
     (["--dataset={data}/rows.parquet", "--image_column=picture"], "--label_column=lable"),
-    (["--dataset={data}/rows.parquet", "--image_column=picture", "--label_column=price"], "holds no classes"),
+    (
+        ["--dataset={data}/rows.parquet", "--image_column=picture", "--label_column=price"],
+        "no classes: name another",
+    ),
     (
         ["--dataset={data}/rows.parquet", "--image_column=picture", "--label_column=caption"],
-        "holds no classes",
+        "no classes: name another",
     ),
-    (["--dataset={data}/rows.parquet", "--image_column=price"], "holds no pictures"),
+    (["--dataset={data}/rows.parquet", "--image_column=price", "--label_column="], "holds no pictures"),
     (["--dataset={data}/flat", "--label_column=", "--test_fraction=0.5"], "1 pictures are too few"),
     (["--dataset={data}/described"], "cannot load"),
     (["--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
@@ -118,7 +126,7 @@ def pictures(data):
     (data / "flat").mkdir()
     picture.save(data / "flat" / "one.png")
     (data / "no_pictures").mkdir()
-    for name in "ab":
+    for name in "abcdefgh":
         (data / "no_pictures" / f"{name}.png").write_text("a picture of a pipe")
     (data / "described").mkdir()
     picture.save(data / "described" / "one.png")
@@ -129,20 +137,51 @@ def pictures(data):
     datasets.Dataset.from_dict(rows).to_parquet(data / "rows.parquet")
 
 
-@pytest.mark.parametrize(
-    "trainer, arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else x[:12]
-)
-def test_the_trainer_refuses(tmp_path, data, pictures, trainer, arguments, message):
-    message = message.format(data=data)
-    before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
-    arguments = [argument.format(data=data) for argument in arguments]
+def fill_in(tmp_path, data, trainer, arguments):
+    """The arguments with what they leave out: a place to run, and data that could be trained on."""
     where = [] if any("out_dir" in a for a in arguments) else [f"--out_dir={tmp_path / 'run'}"]
     good = f"--dataset={data / ('good.txt' if trainer == 'train_lm.py' else 'flat')}"
     default = [] if any("dataset" in a for a in arguments) else [good]
-    out, err = run(trainer, *where, *default, *arguments, code=2)
-    assert message in refused(out, err), err
+    return [*where, *default, *(argument.format(data=data) for argument in arguments)]
+
+
+def up_to_the_data(trainer, arguments):
+    """What the command does until it has read its data, in this process: seventy starts would take minutes."""
+    spec = importlib.util.spec_from_file_location("fresh", ROOT / trainer)
+    sys.modules["fresh"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.configure(vars(module), arguments)
+    module.check_settings()
+    module.divide_batch(1)
+    lock = module.claim_run_dir()
+    if trainer == "train_lm.py":
+        module.prepare_data()
+    else:
+        module.prepare_data(module.load_autoencoder(module.vae, "cpu") if module.vae else None)
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    "trainer, arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else x[:12]
+)
+def test_the_trainer_refuses(tmp_path, data, pictures, monkeypatch, capsys, trainer, arguments, message):
+    before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
+    arguments = fill_in(tmp_path, data, trainer, arguments)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / trainer)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        up_to_the_data(trainer, arguments)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and message.format(data=data) in refused(out, err), err
     assert {p: p.read_bytes() for p in before} == before
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("trainer, arguments, message", REFUSED[::9], ids=lambda x: "")
+def test_the_command_refuses(tmp_path, data, pictures, trainer, arguments, message):
+    """Some of the same, as a whole process."""
+    out, err = run(trainer, *fill_in(tmp_path, data, trainer, arguments), code=2)
+    assert message.format(data=data) in refused(out, err), err
 
 
 def test_a_hub_name_without_a_network_fails_in_seconds(tmp_path):

@@ -165,6 +165,12 @@ def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
     for name in names.values():
         folder, _, tokens = prepare(dataset=name, text_column="body", test_fraction=0.2, val_fraction=0.2)
         assert sorted(sum((decoded(folder, part) for part in tokens.values()), [])) == sorted(texts), name
+    for i, text in enumerate(texts):  # splits by folder
+        split = tmp_path / "by_folder" / ("train" if i < 8 else "val" if i < 10 else "test")
+        split.mkdir(parents=True, exist_ok=True)
+        (split / f"{i:02}.md").write_text(text, newline="")
+    folder, _, tokens = prepare(dataset=tmp_path / "by_folder")
+    assert decoded(folder, tokens["test"]) == texts[10:] and decoded(folder, tokens["train"]) == texts[:8]
     folder, _, tokens = prepare(dataset=forms["splits"] / "x", text_column="body")
     assert decoded(folder, tokens["test"]) == texts[10:] and decoded(folder, tokens["train"]) == texts[:8]
 

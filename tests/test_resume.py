@@ -94,7 +94,10 @@ def test_killed_in_the_middle_of_a_save(tmp_path, tiny, trainer):
     equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [(TRAINERS[0], signal.SIGTERM), (TRAINERS[0], signal.SIGINT), (TRAINERS[1], signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("trainer, signum", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, trainer, signum):
     run(trainer, tiny, *LONG, f"--out_dir={tmp_path / 'unbroken'}")
     process = start(trainer, tiny, *LONG)
