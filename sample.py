@@ -46,21 +46,8 @@ def say(message):
 
 
 # what makes the weights of a run a model, by the kind of the run
-MODEL_CODE = {
-    "lm": {"Shape", "norm", "rotate", "Attention", "MLP", "Block", "GPT", "draw"},
-    "diffusion": {
-        "Shape",
-        "norm",
-        "rotate",
-        "Attention",
-        "MLP",
-        "Block",
-        "DiT",
-        "Process",
-        "sample",
-        "decode",
-    },
-}
+BOTH = {"Shape", "norm", "rotate", "Attention", "MLP", "Block"}
+MODEL_CODE = {"lm": BOTH | {"GPT", "draw"}, "diffusion": BOTH | {"DiT", "Process", "sample", "decode"}}
 
 
 def model_code(path, names):
@@ -190,13 +177,12 @@ def draw(run, trainer, model, device):
         fail(f"{guidance=} cannot be had: this model was trained with {lacks}; use --guidance=1")
     if sampler and sampler not in process.samplers:
         fail(f"{sampler=} does not fit this model ({process}): use {' or '.join(process.samplers)}")
+    if not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
+        fail(f"{output=} must be a .png in a folder that exists")
     autoencoder = trainer.load_autoencoder(trained["vae"], device) if trained["vae"] else None
     size = (model.shape.channels, model.shape.size, model.shape.size)
-    how = {
-        "steps": steps or trained["sample_steps"],
-        "guidance": scale,
-        "sampler": sampler or trained["sampler"],
-    }
+    how = {"steps": steps or trained["sample_steps"], "guidance": scale}
+    how["sampler"] = sampler or trained["sampler"] or process.samplers[0]
     say(f"{out_dir} on {device}, seed {seed}, {how}")
     pictures = []
     for i in range(0, n, 64):
@@ -205,10 +191,7 @@ def draw(run, trainer, model, device):
         pictures.append(trainer.draw_pictures(model, process, size, labels, seeds, autoencoder, **how))
     try:
         trainer.make_grid(torch.cat(pictures)).save(output)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a place that cannot be written to, a format that PIL does not know
+    except OSError as error:
         fail(f"cannot write the grid to {output=}: {error}")
     say(f"{n} pictures: {output}")
 

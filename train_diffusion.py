@@ -34,6 +34,7 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -479,6 +480,39 @@ def name_split(path, root):
     return next((SPLITS[name] for name in names if name in SPLITS), None)
 
 
+@functools.cache
+def read_metadata(root):
+    """{path: its row} of every metadata.jsonl below root; the rows have a file_name beside other columns."""
+    rows = {}
+    for path in sorted(root.rglob("metadata.jsonl")):
+        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+            rows[path.parent / row.pop("file_name")] = row
+    missing = [path for path in rows if not path.exists()]
+    if missing:
+        log(f"metadata.jsonl: {len(missing)} rows name no picture, such as {missing[0]}")
+    return rows
+
+
+def read_files(paths, root):
+    """
+    Pictures below `root` -> a Dataset. The column "label" is the name of their folder; metadata.jsonl adds
+    columns, and so does a .txt file beside a picture, named "text".
+    """
+    import datasets
+
+    folders, rows = [path.relative_to(root).parts[:-1] for path in paths], []
+    of_split = all(folder and folder[0] in SPLITS for folder in folders)  # train/cat/1.png
+    for path, folder in zip(paths, folders):
+        stat, sidecar = path.stat(), path.with_suffix(".txt")
+        row = {image_column: str(path), "label": "/".join(folder[of_split:]) or None}
+        row |= {"stamp": f"{stat.st_size} {stat.st_mtime_ns}"}  # so that a changed picture is noticed
+        row |= {"text": sidecar.read_text(encoding="utf-8").strip()} if sidecar.exists() else {}
+        rows.append(row | read_metadata(root).get(path, {}))
+    columns = dict.fromkeys(column for row in rows for column in row if row[column] is not None)
+    return datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+
+
 def load_splits():
     """{split: Dataset}: what `dataset` names, in the splits that it has itself."""
     splits, loaded = {}, {}
@@ -546,39 +580,6 @@ def draw_glyphs(each=256):
     glyphs = [draw_glyph(CHARACTERS[label], image_size, rng) for label in labels]
     features = {image_column: datasets.Image(), "label": datasets.ClassLabel(names=list(CHARACTERS))}
     return datasets.Dataset.from_dict({image_column: glyphs, "label": labels}, datasets.Features(features))
-
-
-@functools.cache
-def read_metadata(root):
-    """{path: its row} of every metadata.jsonl below root; the rows have a file_name beside other columns."""
-    rows = {}
-    for path in sorted(root.rglob("metadata.jsonl")):
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-            row = json.loads(line)
-            rows[path.parent / row.pop("file_name")] = row
-    missing = [path for path in rows if not path.exists()]
-    if missing:
-        log(f"metadata.jsonl: {len(missing)} rows name no picture, such as {missing[0]}")
-    return rows
-
-
-def read_files(paths, root):
-    """
-    Pictures below `root` -> a Dataset. The column "label" is the name of their folder; metadata.jsonl adds
-    columns, and so does a .txt file beside a picture, named "text".
-    """
-    import datasets
-
-    folders, rows = [path.relative_to(root).parts[:-1] for path in paths], []
-    of_split = all(folder and folder[0] in SPLITS for folder in folders)  # train/cat/1.png
-    for path, folder in zip(paths, folders):
-        stat, sidecar = path.stat(), path.with_suffix(".txt")
-        row = {image_column: str(path), "label": "/".join(folder[of_split:]) or None}
-        row |= {"stamp": f"{stat.st_size} {stat.st_mtime_ns}"}  # so that a changed picture is noticed
-        row |= {"text": sidecar.read_text(encoding="utf-8").strip()} if sidecar.exists() else {}
-        rows.append(row | read_metadata(root).get(path, {}))
-    columns = dict.fromkeys(column for row in rows for column in row if row[column] is not None)
-    return datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
 def load_pictures():
@@ -683,7 +684,8 @@ def load_autoencoder(name, device):
 
     try:
         Path(name).exists() or reach_hub()
-        autoencoder = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
+        with warnings.catch_warnings(action="ignore"):  # about how diffusers itself calls the hub
+            autoencoder = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
     except Exception as error:  # of many kinds
         fail(f"vae={name!r} is no AutoencoderKL, in a folder or on the hub: {str(error).splitlines()[0]}")
     return autoencoder.to(device).eval().requires_grad_(False)
@@ -1321,8 +1323,8 @@ def main():
     autoencoder = load_autoencoder(vae, accelerator.device) if vae else None
     if autoencoder is not None:  # it halves height and width between its blocks
         check_image_size(2 ** (len(autoencoder.config.block_out_channels) - 1) * patch_size)
-    vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     folder, facts = prepare_data(autoencoder)
+    vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     n_classes, (channels, size) = len(facts["classes"]), facts["shape"]
     options = {"channels": channels, "size": size, "latent": bool(vae), "seed": seed, "flip": flip}
     splits = {split: Pictures(folder / f"{split}.bin", **options) for split in facts["splits"]}

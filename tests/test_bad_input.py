@@ -256,7 +256,7 @@ def test_the_sampler_refuses(tmp_path, finished):
         (["--prompt=" + "x" * 33], "at most 32"),
         (["--prompt=数学"], "cannot represent ['学', '数']"),
         (["--temperature=-1"], "at least 0"),
-        (["--num_samples=0"], "at least 1"),
+        (["--num_samples=-1"], "at least 0"),
         ([f"--out_dir={tmp_path / 'nowhere'}"], "there is no run"),
         ([f"--out_dir={tmp_path}"], "neither a run"),
     ):
@@ -281,11 +281,8 @@ def test_the_sampler_of_pictures_refuses(tmp_path, tiny, trainer):
         (["--class_label=rad"], "try red, or a number from 0 to 2"),
         (["--class_label=3"], "a number from 0 to 2"),
         (["--sampler=ddim"], "use heun or euler"),
-        (["--sampler=hun"], "use heun or euler"),
-        (["--steps=1001"], "at most 1000"),
-        (["--guidance=-1"], "at least 0"),
-        ([f"--output={tmp_path}/nowhere/grid.png"], "cannot write the grid"),
-        ([f"--output={tmp_path}/grid.xyz"], "cannot write the grid"),
+        ([f"--output={tmp_path}/nowhere/grid.png"], "must be a .png in a folder that exists"),
+        ([f"--output={tmp_path}/grid.xyz"], "must be a .png"),
     ):
         out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
         assert message in refused("", err.splitlines()[-1] + "\n"), err
@@ -311,12 +308,8 @@ def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pic
         ("--label_column=", "label_column was 'label', is ''"),
         (f"--dataset={data / 'flat'}", "cannot resume on other data"),
     ):
-        more = (
-            ["--sampler=", "--val_fraction=0", "--test_fraction=0"]
-            if "flat" in argument or "=v" in argument
-            else []
-        )
-        more += ["--label_column="] if "flat" in argument else []
+        more = ["--sampler="] if "=v" in argument else []
+        more += ["--label_column=", "--val_fraction=0", "--test_fraction=0"] if "flat" in argument else []
         out, err = run(trainer, tiny, "--max_steps=2", "--resume=True", argument, *more, code=2)
         assert message in refused(out, err), err
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, last_state, rows, run
+from conftest import ROOT, TINY, TINY_MODEL, last_state, rows, run
 
 import train_lm
 
@@ -19,7 +19,9 @@ def trained(tmp_path_factory, text_file):
     """A finished tiny run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     config = out.with_name("config.py")
-    config.write_text(TINY + f"dataset = {str(text_file)!r}\nlearning_rate = 0.05\n")
+    config.write_text(
+        TINY_MODEL["train_lm.py"] + TINY + f"dataset = {str(text_file)!r}\nlearning_rate = 0.05\n"
+    )
     stdout, _ = run("train_lm.py", config, f"--out_dir={out}")
     return out, stdout
 
