@@ -221,9 +221,7 @@ def test_a_run_in_use_and_resumes_that_do_not_fit(tmp_path, tiny, finished, data
         ([], "--overwrite=True"),
         (["--resume=True", "--n_layer=3"], "n_layer was 2, is 3"),
         (["--resume=True", "--optimizer=adamw"], "optimizer was 'muon', is 'adamw'"),
-        (["--resume=True", "--block_size=16"], "block_size was 32, is 16"),
         (["--resume=True", "--tokenizer=bytes"], "tokenizer was 'char', is 'bytes'"),
-        (["--resume=True", "--val_fraction=0.2"], "val_fraction was 0.05, is 0.2"),
         (["--resume=True", f"--dataset={data / 'good.txt'}"], "cannot resume on other data (dataset was"),
         (["--overwrite=True", "--n_layer=0"], "at least 1"),
         (["--overwrite=True", f"--dataset={data / 'latin.txt'}"], "iconv"),
@@ -279,7 +277,6 @@ def test_the_sampler_of_pictures_refuses(tmp_path, tiny, trainer):
     run(trainer, tiny, "--max_steps=1")
     for arguments, message in (
         (["--class_label=rad"], "try red, or a number from 0 to 2"),
-        (["--class_label=3"], "a number from 0 to 2"),
         (["--sampler=ddim"], "use heun or euler"),
         ([f"--output={tmp_path}/nowhere/grid.png"], "must be a .png in a folder that exists"),
         ([f"--output={tmp_path}/grid.xyz"], "must be a .png"),
@@ -303,9 +300,7 @@ def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pic
     run(trainer, tiny, "--max_steps=1")
     for argument, message in (
         ("--objective=v", "objective was 'flow', is 'v'"),
-        ("--n_layer=3", "n_layer was 2, is 3"),
         ("--image_size=16", "image_size was 8, is 16"),
-        ("--label_column=", "label_column was 'label', is ''"),
         (f"--dataset={data / 'flat'}", "cannot resume on other data"),
     ):
         more = ["--sampler="] if "=v" in argument else []

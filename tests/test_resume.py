@@ -49,8 +49,7 @@ def wait_for_step(out, step, process, seconds=120):
 
 EPOCHS = ("--optimizer=adamw", "--batch_size=64", "--micro_batch_size=16")  # the data comes by several times
 KILLED = [
-    ("train_lm.py", ("--num_workers=2", "--dropout=0.2")),
-    ("train_lm.py", EPOCHS),
+    ("train_lm.py", ("--num_workers=2", "--dropout=0.2", *EPOCHS)),
     ("train_diffusion.py", ("--num_workers=2", "--flip=True", "--crop=random", "--objective=v", *EPOCHS)),
 ]
 
@@ -77,6 +76,7 @@ def test_killed_again_and_again_is_the_same_as_unbroken(tmp_path, tiny, trainer,
     equal_runs(unbroken, broken)
 
 
+@LM_IS_ENOUGH
 def test_killed_in_the_middle_of_a_save(tmp_path, tiny, trainer):
     """A copy of the script dies between writing a checkpoint and naming it: the one before it counts."""
     plant = "        unfinished.rename(folder)\n        for old in"
@@ -132,6 +132,7 @@ def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(tmp_path, tiny, tr
     assert process.returncode == 143 and time.monotonic() - began < 10 and "stopped at step 0" in out
 
 
+@LM_IS_ENOUGH
 def test_a_launcher_that_dies_leaves_no_orphan(tmp_path, tiny, trainer):
     """SIGTERM to a one-process `accelerate launch` ends the launcher alone; the trainer notices, saves and leaves."""
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "1", trainer, tiny)
@@ -158,7 +159,7 @@ def test_accelerate_launch_passes_the_result_on(tmp_path, tiny, trainer):
 def test_a_second_trainer_is_kept_out(tmp_path, tiny, trainer):
     process = start(trainer, tiny, "--max_steps=100000")
     wait_for_step(tmp_path / "run", 5, process)
-    for way in ("--resume=True", "--overwrite=True", "--seed=2"):
+    for way in ("--resume=True", "--overwrite=True"):
         _, err = run(trainer, tiny, way, code=2)
         assert "another trainer is at work" in err and err.count("\n") == 1
     process.kill()
@@ -166,6 +167,7 @@ def test_a_second_trainer_is_kept_out(tmp_path, tiny, trainer):
     run(trainer, tiny, "--resume=True", "--max_steps=10")  # a killed one leaves no lock behind
 
 
+@LM_IS_ENOUGH
 def test_broken_checkpoints_are_named_and_the_newest_complete_one_is_used(tmp_path, tiny, trainer):
     run(trainer, tiny, "--keep_checkpoints=3", f"--out_dir={tmp_path / 'unbroken'}")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "run")
@@ -182,6 +184,7 @@ def test_broken_checkpoints_are_named_and_the_newest_complete_one_is_used(tmp_pa
     equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
+@LM_IS_ENOUGH
 def test_a_finished_run_goes_on_with_more_steps(tmp_path, tiny, trainer):
     """Under a constant learning rate, in three parts as in one."""
     how = ("--lr_schedule=constant",)
@@ -211,16 +214,15 @@ def test_changed_settings_are_told_and_take_effect(tmp_path, tiny, trainer):
 
 
 def test_a_batch_cut_up_in_any_way_gives_the_same_losses(tmp_path, tiny, trainer):
-    """1 process x 1 micro-batch, 1 x 4 and 2 x 2."""
+    """1 process x 1 micro-batch and 2 x 2."""
     losses = {}
-    for name, processes, micro in (("1x1", 1, 8), ("1x4", 1, 2), ("2x2", 2, 2)):
+    for name, processes, micro in (("1x1", 1, 8), ("2x2", 2, 2)):
         out = tmp_path / name
         how = (f"--out_dir={out}", f"--micro_batch_size={micro}", "--mixed_precision=no")
         run(trainer, tiny, *how, processes=processes)
         losses[name] = [(r["step"], k, r[k]) for r in rows(out) for k in sorted(r) if k.endswith("/loss")]
-    for name in ("1x4", "2x2"):
-        for (step, key, loss), (*same, other) in zip(losses["1x1"], losses[name], strict=True):
-            assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else 1e-2)
+    for (step, key, loss), (*same, other) in zip(losses["1x1"], losses["2x2"], strict=True):
+        assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else 1e-2)
 
 
 NOISY = """
@@ -298,7 +300,8 @@ def test_a_run_moves_between_one_process_and_two(tmp_path, tiny, trainer):
     """Stopped on two processes, it goes on with one, and back: same order of the data, same curve."""
     how = ("--micro_batch_size=2", "--mixed_precision=no", "--lr_schedule=constant")
     run(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
-    for steps, processes in ((12, 2), (25, 1), (40, 2)):
+    moves = ((12, 2), (25, 1), (40, 2)) if trainer == "train_lm.py" else ((20, 2), (40, 1))
+    for steps, processes in moves:
         run(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True", processes=processes)
     a, b = (rows(tmp_path / name, "train/loss") for name in ("unbroken", "run"))
     assert [r["step"] for r in a] == [r["step"] for r in b if r["step"] % 5 == 0]
