@@ -419,9 +419,8 @@ def load_library():
     """-> a Dataset with the source of Python's own library, which is on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(p.relative_to(root).parts)]
-    return read_files(
-        [p for p in paths if not p.name.startswith("_sysconfigdata")], root
-    )  # differs between machines
+    paths = [p for p in paths if not p.name.startswith("_sysconfigdata")]  # differs between machines
+    return read_files(paths, root)
 
 
 def load_documents():
@@ -442,10 +441,8 @@ def split_documents(documents):
     import pyarrow.compute as pc
 
     own, sections = plan_splits(documents)
-    pool, own = (
-        documents["train"],
-        {split: (documents[split], np.arange(len(documents[split]))) for split in own},
-    )
+    own = {split: (documents[split], np.arange(len(documents[split]))) for split in own}
+    pool = documents["train"]
     if len(pool) < len(sections):  # too few documents to deal out: cut the text by position
         text = "".join(text or "" for text in pool["text"])
         ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
