@@ -1338,12 +1338,12 @@ def main():
     process = Process(objective, beta_schedule, zero_snr)
     optimizers = make_optimizers(dit)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    # the counter knows matrix products alone, so attention has to be made of them here
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        dit(torch.zeros(1, channels, size, size), torch.zeros(1), torch.full((1,), -1))
-    flops_per_picture = 3 * counter.get_total_flops()  # the backward pass takes twice the forward's
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
+    if peak_flops:  # the counter knows matrix products alone, so attention has to be made of them here
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            dit(torch.zeros(1, channels, size, size), torch.zeros(1), torch.full((1,), -1))
+        flops_per_picture = 3 * counter.get_total_flops()  # the backward pass takes twice the forward's
     if compile and device == "cuda" and not detect_anomaly:
         dit.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(dit, *optimizers)
@@ -1376,8 +1376,8 @@ def main():
     batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
     groups = [group for o in optimizers for group in o.param_groups]
     how = {"steps": sample_steps, "guidance": guidance if n_classes else 1.0, "sampler": sampler}
-    # forward() and not dit(): a batch of another size would make a compiled model compile again
     how |= {"autoencoder": autoencoder}
+    # forward() and not dit(): a batch of another size would make a compiled model compile again
     draw = functools.partial(draw_pictures, dit.forward, process, (channels, size, size), **how)
     bar = tqdm(total=total_steps, initial=saved, disable=None if on_main else True, dynamic_ncols=True)
 

@@ -15,6 +15,7 @@ from conftest import ROOT, differences, last_state, rows, run, start
 from safetensors.torch import load_file
 
 TRAINERS = ("train_lm.py", "train_diffusion.py")
+DRIFT = {"train_lm.py": 2e-3, "train_diffusion.py": 1e-2}  # rounding, grown over forty steps
 LONG = ("--max_steps=240", "--eval_interval=40", "--save_interval=20", "--log_interval=10")
 
 
@@ -159,7 +160,7 @@ def test_accelerate_launch_passes_the_result_on(tmp_path, tiny, trainer):
 def test_a_second_trainer_is_kept_out(tmp_path, tiny, trainer):
     process = start(trainer, tiny, "--max_steps=100000")
     wait_for_step(tmp_path / "run", 5, process)
-    for way in ("--resume=True", "--overwrite=True"):
+    for way in ("--resume=True", "--overwrite=True", "--seed=2"):
         _, err = run(trainer, tiny, way, code=2)
         assert "another trainer is at work" in err and err.count("\n") == 1
     process.kill()
@@ -204,8 +205,8 @@ def test_changed_settings_are_told_and_take_effect(tmp_path, tiny, trainer):
     out, _ = run(trainer, tiny, "--max_steps=20", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
     assert "resume: max_steps was 10, is 20" in out and "resume: weight_decay was 0.1, is 0.5" in out
     groups = last_state(tmp_path / "run")["optimizers"]["param_groups"]
-    assert groups[0]["weight_decay"] == 0.5  # Muon's
-    assert {g["betas"][1] for g in groups[1:]} == {0.9}  # AdamW's
+    assert [g["weight_decay"] for g in groups] == [0.5, 0, 0]  # Muon's, and AdamW's of embedding and head
+    assert [g["betas"][1] for g in groups if "betas" in g] == [0.9, 0.9]
 
 
 # -----------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_a_batch_cut_up_in_any_way_gives_the_same_losses(tmp_path, tiny, trainer
         run(trainer, tiny, *how, processes=processes)
         losses[name] = [(r["step"], k, r[k]) for r in rows(out) for k in sorted(r) if k.endswith("/loss")]
     for (step, key, loss), (*same, other) in zip(losses["1x1"], losses["2x2"], strict=True):
-        assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else 1e-2)
+        assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else DRIFT[trainer])
 
 
 NOISY = """
@@ -306,7 +307,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path, tiny, trainer):
     a, b = (rows(tmp_path / name, "train/loss") for name in ("unbroken", "run"))
     assert [r["step"] for r in a] == [r["step"] for r in b if r["step"] % 5 == 0]
     for row, other in zip(a, (r for r in b if r["step"] % 5 == 0)):
-        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-2)
+        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=DRIFT[trainer])
 
 
 def test_two_processes_stop_together(tmp_path, tiny, trainer):
