@@ -4,14 +4,17 @@ Let a trained model speak, or draw.
     python sample.py --prompt="def "                                      # the run in out/lm
     python sample.py --out_dir=out/mine --prompt=FILE:start.txt --num_samples=3 --temperature=0.8
     python sample.py --out_dir=out/lm/checkpoints/step_00000400 --prompt="class " --seed=2
+    python sample.py --out_dir=out/lora-chat --chat=True                  # a conversation in the terminal
+    python sample.py --out_dir=out/lora-chat --merge=merged/              # model and adapter as one model
     python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
 
 A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal
-language model of transformers works as well. A diffusion model writes a PNG: a grid of all classes or one.
+language model of transformers, or an adapter of peft, works as well. A diffusion model writes a PNG: a grid.
 """
 
 import ast
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -33,6 +36,8 @@ max_new_tokens = 300  # length of each (1..)
 temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above: wilder
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that make up this share of the probability (0..1)
+chat = False  # answer line after line of stdin, by the chat template; a prompt is the first line
+merge = ""  # a new folder: write the model with its LoRA adapter merged into it there, and say nothing
 # pictures
 class_label = ""  # the name or number of a class; "": all of them
 steps = 0  # from noise to picture; more are finer and slower; 0: as the run has it (0..1000)
@@ -59,9 +64,9 @@ def model_code(path, names):
     return [ast.dump(node) for node in tree.body if getattr(node, "name", "") in names]
 
 
-def import_trainer(run_dir, kind):
-    """-> the training script as a module: ours, or the run's own copy where that is trusted."""
-    name, names = f"train_{kind}", MODEL_CODE[kind]
+def import_trainer(run_dir, kind, names):
+    """-> the training script as a module: ours, if it has the same code by these names, or the run's own copy."""
+    name = f"train_{kind}"
     copy, ours = run_dir / f"{name}.py", Path(__file__).with_name(f"{name}.py")
     if copy.exists() and not trust_run_code and model_code(copy, names) != model_code(ours, names):
         fail(
@@ -102,15 +107,19 @@ def load_run(folder, run_dir, device):
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         if run["kind"] not in MODEL_CODE:
             fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of one of the trainers here")
-        if (folder / "state.pt").exists():
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        elif (folder / "model.safetensors").exists():
-            state = {"model": load_file(folder / "model.safetensors"), "progress": {}}
-        else:
-            found = sorted(run_dir.glob("checkpoints/step_*"))
+        found = sorted(run_dir.glob("checkpoints/step_*"))
+        kept = ("state.pt", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+        if not any((folder / name).exists() for name in kept):
             last = f"; try --out_dir={found[-1]}" if found else ""
             fail(f"{folder} has no weights yet: they are kept from the first evaluation on{last}")
-        trainer = import_trainer(run_dir, run["kind"])
+        pretrained = "fingerprint" in run["model"]  # then its code is that of transformers
+        names = {"add_adapter"} if pretrained else MODEL_CODE[run["kind"]]
+        trainer, state = import_trainer(run_dir, run["kind"], names), None
+        if (folder / "state.pt").exists():
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if pretrained:
+            return run, trainer, load_finetuned(run, trainer, folder, state).to(device).eval()
+        state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
         shape = trainer.Shape(**run["model"])
         model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
         model.load_state_dict(state["model"])
@@ -123,35 +132,154 @@ def load_run(folder, run_dir, device):
     return run, trainer, model.to(device).eval()
 
 
+def load_finetuned(run, trainer, folder, state):
+    """-> the model of transformers that a run went on from, as it became: from a checkpoint's `state`, or None."""
+    kind, dtype, base = run["settings"]["adapter"], run["settings"]["base_dtype"], run["model"]["name"]
+    if not kind and not state:
+        return trainer.load_causal_lm(str(folder), dtype)
+    lm = trainer.load_causal_lm(base, dtype)
+    if trainer.fingerprint(lm) != run["model"]["fingerprint"]:
+        fail(f"the weights of {base} have changed since {folder} was trained on them")
+    if not state:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(lm, folder)
+    if kind:
+        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "virtual_tokens")
+        lm = trainer.add_adapter(lm, kind, *(run["settings"][name] for name in names))
+    weights = {name.removeprefix("lm."): weight for name, weight in state["model"].items()}
+    unknown = lm.load_state_dict(weights, strict=False).unexpected_keys  # not there: what was not trained
+    return lm if not unknown else fail(f"{folder} holds weights of another model: {unknown[0]}")
+
+
+def load_plain(folder, device):
+    """-> a model of transformers in a folder that is no run of ours, or one under an adapter of peft."""
+    try:
+        if (folder / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM as Auto
+        else:
+            from transformers import AutoModelForCausalLM as Auto
+        from transformers import logging
+
+        logging.disable_progress_bar()
+        return Auto.from_pretrained(folder).to(device).eval()
+    except Exception as error:  # of many kinds
+        fail(f"{out_dir} holds no causal language model: {str(error).splitlines()[0]}")
+
+
+def positions(model):
+    """How many tokens a text can have; 0: no limit. A prompt of p_tuning takes some of them."""
+    if not hasattr(model, "config"):
+        return model.shape.block_size
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    return limit and limit - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+
+
 def stream(tok, ids):
-    """Print tokens as text while they come; a character of several tokens waits for the last of them."""
+    """Print tokens as text while they come; a character of several tokens waits for the last of them. -> the ids"""
     from tokenizers.decoders import DecodeStream
 
-    decoder = DecodeStream(skip_special_tokens=True)
+    decoder, said = DecodeStream(skip_special_tokens=True), []
     for i in ids:
+        said.append(i)
         sys.stdout.write(decoder.step(tok.backend_tokenizer, i) or "")
         sys.stdout.flush()
+    sys.stdout.write("\n")
+    return said
 
 
-def speak(model, tok, ids, limit, device):
-    """Print each continuation of `ids`, by our own generate() or by that of transformers."""
+def go_on(model, tok, ids, limit, device, seed):
+    """Print what follows `ids`, by our own generate() or by that of transformers; -> its ids."""
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if not hasattr(model, "config"):
+        rng = torch.Generator(device).manual_seed(seed)
+        tokens = model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **options)
+        return stream(tok, (int(token) for token in tokens))
+    from transformers import TextStreamer
+
+    torch.manual_seed(seed)
+    ends = model.generation_config.eos_token_id
+    ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    how = options if temperature else {"temperature": None, "top_k": None, "top_p": None}
+    how |= {"do_sample": temperature > 0, "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
+    how["max_new_tokens"] = min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens
+    x = torch.tensor([ids], device=device)
+    streamer = TextStreamer(tok, skip_prompt=True, skip_special_tokens=True)
+    new = model.generate(input_ids=x, attention_mask=torch.ones_like(x), streamer=streamer, **how)
+    return new[0, len(ids) :].tolist()
+
+
+def speak(model, tok, limit, device):
+    """Print the prompt and each continuation of it."""
+    text = read_prompt()
+    try:
+        ids = tok(text)["input_ids"]
+    except Exception as error:  # the tokenizers library raises no narrower one
+        strange = sorted(set(text) - tok.get_vocab().keys())
+        fail(f"the run's tokenizer cannot represent {strange} in the prompt ({error})")
+    # our own generate() slides on where a text outgrows the model
+    room = (limit if not hasattr(model, "config") else limit - 1) if limit else len(ids)
+    if not ids or len(ids) > room:
+        fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {room}")
     for i in range(num_samples or 1):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
-        if limit:
-            rng = torch.Generator(device).manual_seed(seed + i)
-            tokens = model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **options)
-            stream(tok, (int(token) for token in tokens))
-            sys.stdout.write("\n")
-        else:
-            from transformers import TextStreamer
+        go_on(model, tok, ids, limit, device, seed + i)
 
-            torch.manual_seed(seed + i)
-            how = options if temperature else {"temperature": None, "top_k": None, "top_p": None}
-            x = torch.tensor([ids], device=device)
-            streamer = TextStreamer(tok, skip_prompt=True, skip_special_tokens=True)
-            how = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer} | how
-            model.generate(x, attention_mask=torch.ones_like(x), **how)
+
+def read_lines():
+    """The lines of stdin; a terminal is asked for each."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def converse(model, tok, limit, device):
+    """Answer line after line; all that was said before, as far as it fits, is the prompt of an answer."""
+    if not tok.chat_template:
+        fail(
+            f"the tokenizer in {out_dir} has no chat template: without --chat=True the model goes on from a text"
+        )
+    messages = []
+    for line in itertools.chain([read_prompt()] if prompt.strip() else [], read_lines()):
+        messages.append({"role": "user", "content": line})
+        while True:
+            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tok(text, add_special_tokens=False)["input_ids"]
+            if not limit or len(ids) < limit or len(messages) == 1:
+                break
+            del messages[:2]
+            say("(the beginning of the conversation no longer fits, and is forgotten)")
+        if limit and len(ids) >= limit:
+            say(f"(these are {len(ids)} tokens; the model takes fewer than {limit})")
+            messages.pop()
+            continue
+        new = go_on(model, tok, ids, limit, device, seed + len(messages))
+        messages.append({"role": "assistant", "content": tok.decode(new, skip_special_tokens=True).strip()})
+
+
+def merge_adapter(model, tok):
+    """Write a model with its LoRA adapter merged into its weights: a plain model of transformers."""
+    if not hasattr(model, "merge_and_unload"):
+        fail(f"{out_dir} has no LoRA adapter that could be merged")
+    if Path(merge).exists():
+        fail(f"{merge=} exists already: name a new folder")
+    base = model.float().get_base_model()
+    table, head = (
+        getattr(m, "base_layer", m) for m in (base.get_input_embeddings(), base.get_output_embeddings())
+    )
+    adapted = any(
+        hasattr(m, "base_layer") for m in (base.get_input_embeddings(), base.get_output_embeddings())
+    )
+    if adapted and table.weight is head.weight:  # what is added to one of the two is not for the other
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    model.merge_and_unload().save_pretrained(merge)
+    tok.save_pretrained(merge)
+    say(f"merged: {merge}")
 
 
 def find_class(classes):
@@ -202,35 +330,24 @@ def main():
         fail(f"there is no run {out_dir!r}: train one, or name another --out_dir")
     run_dir = folder.parent.parent if (folder / "state.pt").exists() else folder
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    is_run = (run_dir / "run.json").exists()
-    if not is_run and not (folder / "config.json").exists():
-        fail(f"{out_dir} holds neither a run (run.json) nor a model of transformers (config.json)")
-    text = read_prompt()
-    if is_run:
+    if (run_dir / "run.json").exists():
         run, trainer, model = load_run(folder, run_dir, device)
         if run["kind"] == "diffusion":
             return draw(run, trainer, model, device)
-        limit = run["model"]["block_size"]
+    elif (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        model = load_plain(folder, device)
     else:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            model, limit = AutoModelForCausalLM.from_pretrained(folder).to(device).eval(), 0
-        except Exception as error:  # of many kinds
-            fail(f"{out_dir} holds no causal language model: {str(error).splitlines()[0]}")
-    tok = load_tokenizer(run_dir)
-    try:
-        ids = tok(text, add_special_tokens=not is_run)["input_ids"]
-    except Exception as error:  # the tokenizers library raises no narrower one
-        strange = sorted(set(text) - tok.get_vocab().keys())
-        fail(f"the run's tokenizer cannot represent {strange} in the prompt ({error})")
-    room = limit or getattr(model.config, "max_position_embeddings", 0) or len(ids)
-    if not ids or len(ids) > room:
-        fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {room}")
+        fail(f"{out_dir} holds neither a run (run.json) nor a model of transformers (config.json)")
+    tok, limit = load_tokenizer(run_dir), positions(model)
+    if merge:
+        return merge_adapter(model, tok)
     say(f"{out_dir} on {device}, seed {seed}, temperature {temperature}")
-    speak(model, tok, ids, limit, device)
+    (converse if chat else speak)(model, tok, limit, device)
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the way to leave a chat
+        raise SystemExit(130) from None

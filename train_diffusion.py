@@ -1084,9 +1084,17 @@ def complete_checkpoints():
     return complete
 
 
+def frozen_weights(accelerator, model):
+    """{name: weight} of all that is not trained, under each of its names where there are several."""
+    named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
+    return {name: weight for name, weight in named if not weight.requires_grad}
+
+
 def save_checkpoint(accelerator, model, optimizers, progress):
     """checkpoints/step_N appears whole or not at all: written under another name, synced, then renamed."""
     weights, moments = dcp.get_state_dict(model, optimizers, options=STATE)
+    frozen = frozen_weights(accelerator, model)
+    weights = {name: weight for name, weight in weights.items() if name not in frozen}
     if accelerator.is_main_process:
         folder = Path(out_dir, "checkpoints", f"step_{progress['step']:08d}")
         unfinished = folder.with_name("unfinished")
@@ -1109,7 +1117,8 @@ def load_checkpoint(accelerator, model, optimizers, folder):
     today = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizers"]}
+        weights = state["model"] | frozen_weights(accelerator, model)
+        states = {"model_state_dict": weights, "optim_state_dict": state["optimizers"]}
         dcp.set_state_dict(model, optimizers, **states, options=STATE)
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -1159,7 +1168,9 @@ def describe_run(accelerator, model, facts):
     run["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     run |= {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
     run["data"] = {"splits": facts["splits"], "fingerprint": facts["fingerprint"]}
-    return run | {"model": asdict(model.shape), "parameters": sum(p.numel() for p in model.parameters())}
+    weights = list(model.parameters())
+    run |= {"model": asdict(model.shape), "parameters": sum(p.numel() for p in weights)}
+    return run | {"trained_parameters": sum(p.numel() for p in weights if p.requires_grad)}
 
 
 def start_run(run):
@@ -1172,6 +1183,7 @@ def start_run(run):
         try:
             old = json.loads((path / "run.json").read_text(encoding="utf-8"))
             before, kind, fingerprint = old["settings"], old["kind"], old["data"]["fingerprint"]
+            base = old["model"].get("fingerprint")
         except (OSError, ValueError, LookupError, TypeError) as error:
             fail(f"{path / 'run.json'} cannot be read ({error!r}), and no checkpoint goes on without it")
         now = run["settings"].items()
@@ -1186,6 +1198,10 @@ def start_run(run):
             )
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
+        if base != run["model"].get("fingerprint"):
+            fail(
+                f"cannot resume: the weights of {run['settings']['init_from']} have changed since the run began"
+            )
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)
@@ -1457,7 +1473,7 @@ def main():
 
     # the end
     if not stop:
-        if progress["best"] == math.inf:  # no evaluation has kept any weights
+        if progress["best"] == math.inf or step == 0:  # no weights have been kept
             with averaged(ema, dit):
                 save_weights(accelerator, model)
         dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)

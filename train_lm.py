@@ -4,6 +4,7 @@ Train a language model: one file with the model, the data, the loop.
     accelerate launch train_lm.py                                       # on Python's own source, anywhere
     accelerate launch train_lm.py configs/shakespeare_char.py --n_layer=8
     accelerate launch train_lm.py --dataset=my_texts/ --tokenizer=bpe:4096 --out_dir=out/mine
+    accelerate launch train_lm.py configs/lora_chat.py                  # a pretrained model, taught to chat
 
 Then `python sample.py --out_dir=out/lm --prompt="def "` speaks from it. Ctrl-C saves; --resume=True goes on.
 """
@@ -17,6 +18,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -32,7 +34,8 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,31 +65,48 @@ seed = 1337  # of the first weights, the order of the data, and dropout
 # data
 dataset = "python"  # "python" (its own library), a file, folder, glob or URL, or a hub name:config@revision
 text_column = "text"  # the column with the documents, in .jsonl, .parquet, .csv and hub data
-tokenizer = "bpe:1024"  # "bytes", "char", "bpe:N" (N tokens, learned from the train split), hub name, folder
+prompt_column = "prompt"  # where there is this column and the next one, the completion of a prompt is learned
+completion_column = "completion"  # see above
+messages_column = (
+    "messages"  # likewise conversations, of {"role", "content"}: the assistant's turns are learned
+)
+too_long = "cut"  # prompts and conversations beyond block_size: cut on the left, or dropped ("cut" | "drop")
+tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens, of the train split), hub name, folder; "": bpe:1024, or init_from's
 val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
 test_fraction = 0.05  # likewise for the test split, which is looked at once, at the end (0..<1)
 fold = ""  # "2/5": validate on the second of five parts instead (cross-validation)
 num_workers = 0  # DataLoader processes; 0 is fastest for local files, a few help on network disks
-# model
+# model (with init_from, the next five lines alone: the others are as that model has them)
+init_from = "scratch"  # or a causal language model to go on from: a hub name, a folder, a run of ours
+base_dtype = (
+    "fp32"  # of init_from's weights; bf16 halves their memory, best under an adapter ("fp32" | "bf16")
+)
+adapter = ""  # train a few new weights, and leave those of init_from alone ("" | "lora" | "p_tuning")
 block_size = 128  # context length in tokens (1..)
+dropout = 0.0  # 0 for about one pass over the data, 0.1 to 0.2 where the same text comes by often (0..<1)
 n_layer = 4  # transformer blocks (1..)
 n_head = 2  # attention heads; of size 64 they are fastest (1..)
 n_kv_head = 0  # heads of keys and values, fewer for grouped-query attention; 0: n_head
 n_embd = 128  # width; n_embd / n_head, the size of a head, must be even (1..)
-dropout = 0.0  # 0 for about one pass over the data, 0.1 to 0.2 where the same text comes by often (0..<1)
+# adapter
+lora_rank = 16  # of the two matrices whose product is added to a frozen one: how much can be learned (1..)
+lora_alpha = 32.0  # the product counts lora_alpha / lora_rank times
+lora_dropout = 0.0  # before the product (0..<1)
+lora_targets = "all-linear"  # the layers that get one: all but the head, or names of layers, as q_proj,v_proj
+virtual_tokens = 20  # p_tuning: how many learned vectors stand before every text (1..)
 # batch and length
 batch_size = 16  # blocks per optimizer step, over all processes and micro-batches (1..)
 micro_batch_size = 0  # blocks per process and forward pass, fewer if memory is short; 0: no accumulation
 max_steps = 1400  # optimizer steps; 0: only evaluate
 epochs = 0.0  # passes over the data, instead of max_steps; 0: by max_steps
 # optimizer and learning rate
-optimizer = "muon"  # muon has AdamW beside it, for embedding and head ("muon" | "adamw")
-learning_rate = 0.0  # peak; 0: 0.02 for muon, 0.001 for adamw
+optimizer = "muon"  # with AdamW for embedding and head; with init_from always AdamW ("muon" | "adamw")
+learning_rate = 0.0  # peak; 0: muon 0.02, adamw 0.001, with init_from 5e-5, lora 2e-4, p_tuning 0.001
 embed_lr = 0.3  # peak, of the embedding beside muon
 head_lr = 0.004  # peak, of the head beside muon
 beta1 = 0.8  # AdamW's memory of the gradient (0..<1)
 beta2 = 0.95  # AdamW's memory of the squared gradient (0..<1)
-weight_decay = 0.03  # of the matrices in the blocks; with adamw of all weights
+weight_decay = 0.03  # of the matrices in the blocks; with adamw of all matrices
 warmup_steps = 20  # steps in which the learning rate rises to its peak
 lr_schedule = "wsd"  # warm-up, stable, decay; or cosine; or constant ("wsd" | "cosine" | "constant")
 cooldown = 0.9  # the last part of the steps, in which wsd decays (0..1)
@@ -117,6 +137,12 @@ def check_settings():
         fail(f"{fold=}: write --fold=2/5 for the second of five parts")
     if val_fraction + test_fraction >= 1:
         fail(f"{val_fraction=} and {test_fraction=} leave nothing to train on")
+    if init_from == "scratch" and (adapter or base_dtype != "fp32"):
+        fail(f"{adapter=} and {base_dtype=} are for a pretrained model: name it, as in --init_from=gpt2")
+    if init_from != "scratch" and Path(init_from).expanduser().resolve() == Path(out_dir).resolve():
+        fail(f"{init_from=} is out_dir: go on with that run by --resume=True, or choose another --out_dir")
+    if init_from != "scratch" and OWN_TOKENIZER.fullmatch(tokenizer):
+        fail(f"{tokenizer=} is not what {init_from} was trained with: leave it out")
     size = re.fullmatch(r"bpe:(\d+)", tokenizer)
     if tokenizer.startswith("bpe") and not (size and 257 <= int(size[1]) < 1_000_000):
         fail(f"{tokenizer=}: write it like bpe:1024, with at least 257 tokens (256 bytes, end of text)")
@@ -128,7 +154,9 @@ def check_settings():
         fail("resume=True goes on with the run that overwrite=True deletes: choose one of them")
     if patience and keep == "last":
         fail(f"{patience=} stops long after the best weights, which keep='last' drops: use keep='best'")
-    if mixed_precision == "fp16" and (optimizer == "muon" or not torch.cuda.is_available()):
+    if mixed_precision == "fp16" and (
+        (optimizer == "muon" and init_from == "scratch") or not torch.cuda.is_available()
+    ):
         fail("mixed_precision='fp16' needs CUDA and optimizer='adamw': use bf16 or no")
     if tracker and not importlib.util.find_spec(tracker):
         fail(f"{tracker=} is not installed: pip install {tracker}")
@@ -230,9 +258,10 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, idx, targets=None, cache=None, start=0, mask=None):
+    def forward(self, idx, targets=None, kept=None, cache=None, start=0, mask=None):
         """
         idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses; -100 has none.
+        kept (K,): the positions where some row has a target, if not all: the head is applied there alone.
         With a cache, idx holds the tokens from position `start` on; the logits are the last one's, (B, 1, V).
         """
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
@@ -244,11 +273,16 @@ class GPT(nn.Module):
             else:
                 x = block(x, cos, sin, None if cache is None else cache[i], start, mask)
         x = norm(x if cache is None else x[:, -1:])
+        if kept is not None:
+            x, targets = x[:, kept], targets[:, kept]  # (B, K, C), (B, K)
         logits = self.lm_head(x).float()  # (B, T, V)
         logits = 15.0 * torch.tanh(logits / 15.0)  # softcap (Gemma 2, arXiv:2408.00118): no logit runs away
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return logits if targets is None else sum_losses(logits, targets)
+
+    def flops_per_token(self, T):
+        """Of a training step with contexts of T tokens (Chowdhery et al. 2022, arXiv:2204.02311)."""
+        n_multiplied = sum(p.numel() for p in self.parameters()) - self.model.embed_tokens.weight.numel()
+        return 6 * n_multiplied + 12 * self.shape.n_layer * self.shape.n_embd * T
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, rng=None):
@@ -282,6 +316,11 @@ class GPT(nn.Module):
             idx, cached, width = torch.cat((idx, token[:, None]), dim=1), width, width + 1
 
 
+def sum_losses(logits, targets):
+    """(B, T, V), (B, T) -> the sum of the losses of all targets that are not -100."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
 def draw(logits, temperature, top_k, top_p, rng):
     """(B, V) -> (B,): one of the top_k, within the likeliest mass top_p (Holtzman et al. 2019)."""
     if temperature == 0:
@@ -298,9 +337,182 @@ def draw(logits, temperature, top_k, top_p, rng):
 
 
 # -----------------------------------------------------------------------------
-# Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`
+# Pretrained models: any causal language model of transformers, whole or under an adapter of peft
+# -----------------------------------------------------------------------------
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Base:
+    """The pretrained model of a run: enough to find it again, and to see that it is still the same."""
+
+    name: str
+    fingerprint: str  # of its weights
+    block_size: int  # how many positions it has; 0: no limit
+    vocab_size: int
+
+
+class Pretrained(nn.Module):
+    """A causal language model of transformers, perhaps with an adapter, that trains as GPT does."""
+
+    def __init__(self, lm, base):
+        super().__init__()
+        self.lm, self.shape = lm, base
+        prompt = getattr(lm, "active_peft_config", None)
+        self.n_virtual = getattr(prompt, "num_virtual_tokens", 0)
+        plain = lm.get_base_model() if prompt else lm
+        self.can_keep = "logits_to_keep" in inspect.signature(plain.forward).parameters
+
+    def forward(self, idx, targets, kept=None):
+        """idx, targets (B, T) -> the sum of the targets' losses; kept (K,): where there are some, if not all"""
+        options = {}
+        if kept is not None and self.can_keep:
+            options, targets = {"logits_to_keep": kept + self.n_virtual}, targets[:, kept]
+        # Rows are padded on the right, where no token looks: no attention mask, so the fast kernels can be used.
+        logits = self.lm(input_ids=idx, use_cache=False, **options).logits  # (B, T or K, V)
+        return sum_losses(logits[:, -targets.size(1) :].float(), targets)
+
+    def flops_per_token(self, T):
+        """As that of GPT; a weight that is not trained takes no gradient, a third of the work."""
+        config, table = self.lm.config, self.lm.get_input_embeddings().weight
+        tied = self.lm.get_output_embeddings().weight is table
+        multiplied = [p for p in self.parameters() if tied or p is not table]
+        flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in multiplied)
+        return flops + 12 * config.num_hidden_layers * config.hidden_size * T
+
+
+def without_prompt(pretrained):
+    """The model under p_tuning, without the prompt."""
+    return Pretrained(pretrained.lm.get_base_model(), pretrained.shape)
+
+
+def is_causal(lm):
+    """Whether a change of the last token leaves the logits before it alone: in BERT, which loads, it does not."""
+    with torch.no_grad():
+        a, b = lm(input_ids=torch.tensor([[0] * 8, [0] * 7 + [1]])).logits[:, :-1].float()
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def load_causal_lm(name, dtype, dropout=0.0):
+    """-> a causal language model of transformers from a folder or the hub, whatever dtype it was saved in."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # what peft and transformers say to each other
+    for message in ("Position ids are not supported", "`(is_)?gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message)
+    try:
+        Path(name).exists() or reach_hub()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+        rates = [k for k, v in config.items() if re.search("dropout|pdrop", k) and type(v) in (int, float)]
+        options = {"dtype": DTYPES[dtype], "trust_remote_code": False, "output_loading_info": True}
+        lm, found = AutoModelForCausalLM.from_pretrained(name, **options, **dict.fromkeys(rates, dropout))
+    except Exception as error:  # of many kinds
+        fail(f"{name} is no causal language model, in a folder or on the hub: {str(error).splitlines()[0]}")
+    if found["missing_keys"]:
+        lacking = ", ".join(sorted(found["missing_keys"])[:3])
+        fail(f"{name} is no causal language model: it has no weights for {lacking}")
+    if not is_causal(lm.eval()):
+        fail(f"{name} is no causal language model: its tokens look at those after them")
+    return lm
+
+
+def fingerprint(lm):
+    """-> a hash of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in lm.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def add_adapter(lm, kind, rank, alpha, dropout, targets, n_virtual):
+    """
+    Freeze a model and put an adapter on it: "lora" (Hu et al. 2021, arXiv:2106.09685) adds a product of two small
+    matrices to those of its layers; "p_tuning" (Liu et al. 2021, arXiv:2103.10385) learns a prompt of vectors, as
+    the output of a small network, that stands before every text.
+    """
+    import peft
+
+    names = targets if targets == "all-linear" else targets.split(",")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft to itself
+        if kind == "lora":
+            can = {n for n, m in lm.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+            can = {n for n in can if lm.get_submodule(n).weight.ndim == 2}
+            for name in names if isinstance(names, list) else []:
+                if not any(n == name or n.endswith(f".{name}") for n in can):
+                    known = sorted({n.rpartition(".")[2] for n in can})
+                    fail(f"lora_targets: the model has no layer {name!r}; it has {', '.join(known)}")
+            how = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": names}
+            config = peft.LoraConfig(task_type="CAUSAL_LM", **how)
+        else:
+            how = {"num_virtual_tokens": n_virtual, "encoder_hidden_size": lm.config.hidden_size}
+            config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", **how)
+        lm = peft.get_peft_model(lm, config)
+    for weight in lm.parameters():
+        weight.data = weight.data.float() if weight.requires_grad else weight.data  # also above a bf16 model
+    return lm
+
+
+def load_base():
+    """-> what init_from names: a GPT of an earlier run, or a Pretrained, with the adapter that is asked for."""
+    path = Path(init_from).expanduser()
+    if not path.exists() and (init_from[0] in "./~" or init_from.count("/") > 1):
+        fail(f"there is no folder {init_from!r}")
+    if (path / "adapter_config.json").exists():
+        merged = f"python sample.py --out_dir={init_from} --merge=FOLDER"
+        fail(f"{init_from} holds an adapter, not a whole model: make one of it first, by {merged}")
+    try:
+        old = (
+            json.loads((path / "run.json").read_text(encoding="utf-8"))
+            if (path / "run.json").exists()
+            else {}
+        )
+        ours = not adapter and old and "n_layer" in old["model"]
+        if ours:
+            model = GPT(Shape(**old["model"] | {"dropout": dropout}))
+            model.load_state_dict(load_file(path / "model.safetensors"))
+    except Exception as error:  # a foreign file fails in many ways
+        fail(f"{init_from=} is no run that can be loaded: {str(error).splitlines()[0]}")
+    if ours and base_dtype != "fp32":
+        fail(f"{base_dtype=} is for models of transformers, and for runs of ours under an adapter")
+    if not ours:
+        lm = load_causal_lm(str(path) if path.exists() else init_from, base_dtype, dropout)
+        if path.exists():  # an adapter has to find it from everywhere
+            lm.config.name_or_path = lm.name_or_path = str(path.resolve())
+        positions = getattr(lm.config, "max_position_embeddings", None) or 0
+        base = Base(lm.name_or_path, fingerprint(lm), positions, lm.get_input_embeddings().num_embeddings)
+        if adapter:
+            how = (lora_rank, lora_alpha, lora_dropout, lora_targets, virtual_tokens)
+            torch.manual_seed(seed)
+            lm = add_adapter(lm, adapter, *how)
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model = Pretrained(lm.train(), base)
+    n_virtual = virtual_tokens if adapter == "p_tuning" else 0
+    if 0 < model.shape.block_size < block_size + n_virtual:
+        beyond = f"{model.shape.block_size} positions of {init_from}" + (
+            ", which the prompt shares" * bool(n_virtual)
+        )
+        fail(
+            f"{block_size=} is beyond the {beyond}: at most --block_size={model.shape.block_size - n_virtual}"
+        )
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`.
+# Rows of prompt and completion, and conversations, have two files more: what is learned, and where rows begin.
 # -----------------------------------------------------------------------------
 END = "<|endoftext|>"
+ROLES = {"system", "developer", "user", "assistant", "tool"}
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {{ message.content }}\
+{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}\
+{% if add_generation_prompt %}assistant:{% endif %}"""  # for tokenizers that have none
 OWN_TOKENIZER = re.compile(r"bytes|char|bpe:\d+")
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet"}
 KINDS |= {".jsonl": "json", ".json": "json"}
@@ -424,15 +636,22 @@ def load_library():
 
 
 def load_documents():
-    """{split: Dataset with a column "text"}: train and, where the data has them, validation and test."""
-    loaded, column = {"train": load_library()} if dataset == "python" else load_splits(), text_column
-    for rows in loaded.values():
-        if "string" not in getattr(rows.features.get(column), "dtype", ""):
-            near = nearest(column, rows.column_names)
-            fail(f"{dataset=} has no text column {column!r}: try --text_column={near} ({rows.column_names})")
-    if column != "text":
-        return {s: rows.select_columns(column).rename_column(column, "text") for s, rows in loaded.items()}
-    return loaded
+    """
+    {split: Dataset}: train and, where the data has them, validation and test. Their columns: "messages", or
+    "prompt" and "completion", or "text", whichever is found first.
+    """
+    loaded = {"train": load_library()} if dataset == "python" else load_splits()
+    have = set.intersection(*(set(rows.column_names) for rows in loaded.values()))
+    kinds = [{messages_column: "messages"}, {prompt_column: "prompt", completion_column: "completion"}]
+    columns = next((kind for kind in kinds if kind.keys() <= have), {text_column: "text"})
+    for column, name in columns.items():
+        feature = loaded["train"].features.get(column)
+        if name != "messages" and "string" not in getattr(feature, "dtype", ""):
+            near = nearest(column, sorted(have))
+            fail(f"{dataset=} has no text column {column!r}: try --{name}_column={near} ({sorted(have)})")
+    keep = {column: columns.get(column, column) for column in [*columns, *({"name"} & have - columns.keys())]}
+    renamed = {column: name for column, name in keep.items() if column != name}
+    return {split: rows.select_columns(list(keep)).rename_columns(renamed) for split, rows in loaded.items()}
 
 
 def split_documents(documents):
@@ -443,6 +662,9 @@ def split_documents(documents):
     own, sections = plan_splits(documents)
     own = {split: (documents[split], np.arange(len(documents[split]))) for split in own}
     pool = documents["train"]
+    if len(pool) < len(sections) and "text" not in pool.column_names:
+        few = f"{dataset=} has {len(pool)} rows for {len(sections)} splits"
+        fail(f"{few}: more rows, or --val_fraction=0 --test_fraction=0")
     if len(pool) < len(sections):  # too few documents to deal out: cut the text by position
         text = "".join(text or "" for text in pool["text"])
         ends = np.cumsum([size for _, size in sections])[:-1]  # where each section but the last ends, of 1
@@ -450,11 +672,13 @@ def split_documents(documents):
         pool = datasets.Dataset.from_dict({"text": [text[a:b] for a, b in itertools.pairwise(cuts)]})
         order, cuts = np.arange(len(pool)), range(len(sections) + 1)
     else:  # deal out by size, at least one to each section, ordered by a hash of the name or number
-        names = pool["name"] if "name" in pool.column_names else map(str, range(len(pool)))
+        names = map(str, pool["name"] if "name" in pool.column_names else range(len(pool)))
         order = np.argsort([int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names])
         sections = sections[1:] + sections[:1]
         ends = np.cumsum([size for _, size in sections])[:-1]
-        sizes = np.cumsum(pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()[order])
+        sizes = np.arange(1, len(pool) + 1)  # of rows, each counts as much
+        if "text" in pool.column_names:
+            sizes = np.cumsum(pc.binary_length(pool.data.column("text")).fill_null(0).to_numpy()[order])
         cuts = [0, *np.searchsorted(sizes, ends * sizes[-1]) + 1, len(pool)]
         for i in range(1, len(sections)):
             cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(pool) - len(sections) + i)
@@ -465,39 +689,61 @@ def split_documents(documents):
 
 
 def read_batches(rows, ids, size=256):
-    """The documents with these ids, without empty ones, in lists that keep the tokenizer's threads busy."""
+    """The rows with these ids, in lists that keep the tokenizer's threads busy."""
     for i in range(0, len(ids), size):
-        yield [text for text in rows["text"][ids[i : i + size].tolist()] if text]
+        batch = rows[ids[i : i + size].tolist()]
+        batch = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        for number, row in zip(ids[i : i + size], batch if "messages" in batch[0] else []):
+            try:  # a column of `datasets` gives every message the keys that any of them has
+                row["messages"] = [
+                    {k: v for k, v in m.items() if v is not None} for m in row["messages"] or []
+                ]
+            except (TypeError, AttributeError):
+                fail(
+                    f"{dataset=}, row {number}: {messages_column} is no list of messages: {row['messages']!r}"
+                )
+            for message in row["messages"]:
+                if message.get("role") not in ROLES or not isinstance(message.setdefault("content", ""), str):
+                    need = f"a message needs a role ({', '.join(sorted(ROLES))}) and a text as content"
+                    fail(f"{dataset=}, row {number}: {need}, not {message}")
+        yield batch
 
 
-def make_tokenizer(splits):
+def text_of(row):
+    """All that a row says, for a tokenizer to learn from."""
+    if "messages" in row:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in row["messages"])
+    return "".join(row[column] or "" for column in ("text", "prompt", "completion") if column in row)
+
+
+def make_tokenizer(name, splits):
     """-> a fast tokenizer of transformers. Only bpe learns from text, and it sees the train split alone."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not OWN_TOKENIZER.fullmatch(tokenizer):
+    if not OWN_TOKENIZER.fullmatch(name):
         try:
-            Path(tokenizer).exists() or reach_hub()
-            tok = AutoTokenizer.from_pretrained(tokenizer)
+            Path(name).exists() or reach_hub()
+            tok = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # of many kinds
-            fail(f"{tokenizer=} is no tokenizer, in a folder or on the hub: {str(error).splitlines()[0]}")
+            fail(f"{name!r} holds no tokenizer, as a folder or on the hub: {str(error).splitlines()[0]}")
         if not tok.is_fast or tok.eos_token_id is None:
-            fail(f"{tokenizer=} must be a fast tokenizer with an end-of-text token")
+            fail(f"the tokenizer {name!r} must be a fast one with an end-of-text token")
         return tok
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each of the 256 bytes
-    if tokenizer == "char":
-        texts = (text for split in splits.values() for texts in read_batches(*split) for text in texts)
-        vocabulary = sorted(set().union(*map(set, texts)))
+    if name == "char":
+        batches = itertools.chain.from_iterable(read_batches(*split) for split in splits.values())
+        vocabulary = sorted(set().union(*(text_of(row) for rows in batches for row in rows)))
         core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}))
         core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     else:
         core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer != "bytes")
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name != "bytes")
         core.decoder = decoders.ByteLevel()
-    if tokenizer.startswith("bpe:"):
+    if name.startswith("bpe:"):
         options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
-        trainer = trainers.BpeTrainer(vocab_size=int(tokenizer[4:]), **options)
-        texts = (text for texts in read_batches(*splits["train"]) for text in texts)
+        trainer = trainers.BpeTrainer(vocab_size=int(name[4:]), **options)
+        texts = (text_of(row) for rows in read_batches(*splits["train"]) for row in rows)
         core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
 
@@ -506,25 +752,33 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 65536 else np.uint32
 
 
+def encode(encode_batch, texts):
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises no narrower one
+        fail(f"the tokenizer cannot represent all of the text ({error}): try --tokenizer=bytes")
+
+
+def begin_of_text(tok):
+    """The ids that a model with this tokenizer is used to seeing before a text: none, or one."""
+    return [tok.bos_token_id] if tok("")["input_ids"][:1] == [tok.bos_token_id] else []
+
+
 def tokenize(tok, rows, ids, path, digest):
     """Write the tokens of a split to `path`, an end-of-text token behind each document; -> its numbers."""
-    core, count = tok.backend_tokenizer, np.zeros(3, dtype=int)
+    core, begin, count = tok.backend_tokenizer, begin_of_text(tok), np.zeros(3, dtype=int)
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
     # Our own tokenizers never join a line break to what is before it: the threads share long texts there.
-    own = OWN_TOKENIZER.fullmatch(tokenizer)
+    own = tok.name_or_path == ""
     piece = re.compile(r"[\s\S]{65536,}?\S(?=\n)|[\s\S]+" if own else r"[\s\S]+")
     with open(path, "wb") as f:
         batches = read_batches(rows, ids)
-        for texts in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
+        for batch in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
+            texts = [row["text"] for row in batch if row["text"]]
             pieces = [piece.findall(text) for text in texts]
-            try:
-                encoded = core.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
-            except Exception as error:  # the library raises no narrower one
-                strange = sorted(set("".join(texts)) - tok.get_vocab().keys())[:5]
-                fail(f"{tokenizer=} cannot represent {strange} ({error}): try --tokenizer=bytes")
-            encoded = iter(encoded)
+            encoded = iter(encode(core.encode_batch_fast, [p for ps in pieces for p in ps]))
             for text, parts in zip(texts, pieces):
-                tokens = [i for _ in parts for i in next(encoded).ids] + [tok.eos_token_id]
+                tokens = [*begin, *(i for _ in parts for i in next(encoded).ids), tok.eos_token_id]
                 tokens = np.array(tokens, token_dtype(len(tok)))
                 digest.update(tokens)
                 tokens.tofile(f)
@@ -533,12 +787,98 @@ def tokenize(tok, rows, ids, path, digest):
     return dict(zip(("documents", "bytes", "tokens"), count.tolist()))
 
 
+def cut_conversation(tok, messages):
+    """
+    A conversation -> rows, each a list of (text, whether it is learned): the assistant's turns are. Such a turn is
+    what the chat template adds to the prompt for it, so training sees just what a chat will show. Some templates
+    write an earlier turn in another way than the last one (Qwen3 leaves out its thoughts); then each answer
+    becomes a row of its own, with what a chat would show before it.
+    """
+
+    def render(n, **options):
+        try:
+            return tok.apply_chat_template(messages[:n], tokenize=False, **options)
+        except Exception as error:  # a template may raise what it likes
+            fail(f"the chat template of the tokenizer refuses {messages[:n]}: {str(error).splitlines()[0]}")
+
+    rows, whole, text, fits = [], [], "", True
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i > 0:  # an opening word answers nothing
+            before, after = render(i, add_generation_prompt=True), render(i + 1)
+            if not after.startswith(before):
+                how = "an answered conversation does not begin with the prompt for the answer"
+                fail(f"the chat template cannot tell the assistant's words: {how} ({after[:200]!r})")
+            fits = fits and before.startswith(text)
+            rows.append([(before, False), (after[len(before) :], True)])
+            whole += [(before[len(text) :], False), (after[len(before) :], True)]
+            text = after
+    return [whole] if fits and rows else rows
+
+
+def encode_row(core, encoded, pieces):
+    """-> [ids of each piece]: of the text as a whole, unless a token would reach from one piece into the next."""
+    ends, cuts = [end for _, end in encoded.offsets], np.cumsum([len(text) for text, _ in pieces])
+    if np.isin(cuts, [0, *ends]).all():
+        return [
+            part.tolist()
+            for part in np.split(np.array(encoded.ids, dtype=int), np.searchsorted(ends, cuts[:-1], "right"))
+        ]
+    return [part.ids for part in encode(core.encode_batch, [text for text, _ in pieces])]
+
+
+def tokenize_rows(tok, rows, ids, path, digest):
+    """
+    As tokenize(), for rows with answers: beside `path`, .learned says of each token whether it is, and .rows has
+    for each row its first token, its length and the place of its last answer. -> the split's numbers, of which
+    bytes and tokens are those that are learned.
+    """
+    core, begin, eos = tok.backend_tokenizer, begin_of_text(tok), tok.eos_token_id
+    count, table, first, dtype = np.zeros(5, dtype=int), [], 0, token_dtype(len(tok))
+    with open(path, "wb") as f, open(path.with_suffix(".learned"), "wb") as g:
+        batches = read_batches(rows, ids)
+        for batch in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
+            cut = []
+            for row in batch:
+                if "messages" in row:
+                    found = cut_conversation(tok, row["messages"])
+                else:
+                    found = [[(row["prompt"] or "", False), (row["completion"] or "", True)]]
+                found = [pieces for pieces in found if any(text for text, learned in pieces if learned)]
+                cut += found
+                count += (1, not found, 0, 0, 0)
+            texts = ["".join(text for text, _ in pieces) for pieces in cut]
+            for encoded, pieces in zip(encode(core.encode_batch, texts), cut):
+                tokens = [] if "messages" in batch[0] else [*begin]
+                learned = [False] * len(tokens)
+                for part, (text, learn) in zip(encode_row(core, encoded, pieces), pieces):
+                    if learn:
+                        tokens, learned = tokens or [eos], learned or [False]  # nothing comes from nothing
+                        # the end of an answer is learned as well, and nothing behind it
+                        n = len(part) - part[::-1].index(eos) if eos in part else len(part)
+                        answer = len(tokens)
+                        count += (0, 0, len(text.encode()), 0, 0)
+                    tokens += part
+                    learned += [learn and i < n for i in range(len(part))] if learn else [False] * len(part)
+                if eos not in part:
+                    tokens, learned = [*tokens, eos], [*learned, True]
+                table.append((first, len(tokens), answer))
+                first += len(tokens)
+                count += (0, 0, 0, sum(learned), len(tokens))
+                for values, file in ((np.array(tokens, dtype), f), (np.array(learned, np.uint8), g)):
+                    digest.update(values)
+                    values.tofile(file)
+    np.save(path.with_suffix(".rows.npy"), np.array(table, dtype=np.int64).reshape(-1, 3))
+    return dict(zip(("documents", "without_answer", "bytes", "tokens", "all_tokens"), count.tolist()))
+
+
 def prepare_data():
     """-> (folder, facts): the folder with {split}.bin and the tokenizer, made once for the same data."""
-    documents, known = load_documents(), Path(tokenizer, "tokenizer.json")
-    known = known.read_text() if known.exists() else tokenizer
+    documents, name = load_documents(), tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
+    known = Path(name, "tokenizer.json")
+    known = known.read_text(encoding="utf-8") if known.exists() else name
+    templates = [p.read_text(encoding="utf-8") for p in sorted(Path(name).glob("*.jinja"))]
     key = [*(rows._fingerprint for rows in documents.values()), known, val_fraction, test_fraction, fold]
-    folder = CACHE / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    folder = CACHE / hashlib.sha256(json.dumps([*key, templates]).encode()).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # one process makes it, the others wait
@@ -546,19 +886,28 @@ def prepare_data():
                 shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
                 folder.mkdir()
                 splits, digest = split_documents(documents), hashlib.sha256()
-                tok = make_tokenizer(splits)
-                counts = {s: tokenize(tok, *splits[s], folder / f"{s}.bin", digest) for s in sorted(splits)}
+                tok = make_tokenizer(name, splits)
+                tok.chat_template = tok.chat_template or CHAT_TEMPLATE
+                write = tokenize if "text" in documents["train"].column_names else tokenize_rows
+                counts = {s: write(tok, *splits[s], folder / f"{s}.bin", digest) for s in sorted(splits)}
                 tok.save_pretrained(folder)
-                begin = next((text[:60] for texts in read_batches(*splits["train"]) for text in texts), "")
-                facts = {"splits": counts, "vocab_size": len(tok), "fingerprint": digest.hexdigest()}
+                first = next(
+                    (row for rows in read_batches(*splits["train"]) for row in rows if text_of(row)), {}
+                )
+                size = 1 + max(tok.get_vocab().values())
+                facts = {"splits": counts, "vocab_size": size, "fingerprint": digest.hexdigest()}
                 # the last file: where it is, all are
-                write_json(folder / "facts.json", facts | {"begin": begin})
+                write_json(folder / "facts.json", facts | {"begin": text_of(first)[:60]})
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot write the tokens to {folder}: {error.strerror}; HF_HOME names another place for them")
     log(f"data: {dataset}, which begins {facts['begin']!r}")
-    log(f"  tokenizer {tokenizer}, {facts['vocab_size']:,} tokens")
+    log(f"  tokenizer {name}, {facts['vocab_size']:,} tokens")
     for split, n in facts["splits"].items():
+        if "all_tokens" in n:
+            size = f"{n['all_tokens']:>13,} tokens, {n['tokens']:,} of them learned"
+            log(f"  {split:10} {n['documents']:>9,} rows {size}; {n['without_answer']:,} rows have no answer")
+            continue
         if n["tokens"] <= (block_size if split == "train" else 1):
             fail(f"the {split} split has only {n['tokens']} tokens: more text, or a smaller block_size")
         size = f"{n['documents']:>9,} documents {n['bytes'] / 1e6:>9.2f} MB {n['tokens']:>13,} tokens"
@@ -566,19 +915,9 @@ def prepare_data():
     return folder, facts
 
 
-def read_blocks(tokens, starts, T):
-    """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 where the text has ended."""
-    rows = np.full((len(starts), T + 1), -100, dtype=np.int64)
-    for row, start in zip(rows, starts):
-        piece = tokens[start : start + T + 1]
-        row[: len(piece)] = piece
-    rows = torch.from_numpy(rows)
-    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
-
-
 class Tokens(torch.utils.data.Dataset):
     """
-    The train split as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh
+    A split of text as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh
     offset and goes through them in a fresh order, both functions of (seed, epoch). So sample i of all is a
     function of (seed, i): a resume, other processes or micro-batches cannot change what a step sees.
     """
@@ -587,11 +926,14 @@ class Tokens(torch.utils.data.Dataset):
         self.path, self.dtype, self.T, self.seed = path, dtype, T, seed
         self.n_tokens = os.path.getsize(path) // np.dtype(dtype).itemsize
         self.n_blocks = max(1, (self.n_tokens - T) // T)  # whole blocks in an epoch, whatever the offset
+        self.end = self.n_tokens  # a block from here on is empty
         self.epoch = self.tokens = None  # opened by the process that reads: a memory map does not travel
+
+    def __len__(self):
+        return self.n_blocks
 
     def __getitem__(self, samples):
         """samples: a list of sample numbers -> (x, y), both (len(samples), T)"""
-        self.tokens = np.memmap(self.path, self.dtype, mode="r") if self.tokens is None else self.tokens
         starts = []
         for epoch, block in (divmod(i, self.n_blocks) for i in samples):
             if epoch != self.epoch:
@@ -599,7 +941,128 @@ class Tokens(torch.utils.data.Dataset):
                 self.offset = rng.integers(min(self.T, self.n_tokens - self.n_blocks * self.T))
                 self.order, self.epoch = rng.permutation(self.n_blocks), epoch
             starts.append(self.offset + self.order[block] * self.T)
-        return read_blocks(self.tokens, starts, self.T)
+        return self.read(starts)
+
+    def read(self, starts):
+        """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 where the text has ended."""
+        self.tokens = np.memmap(self.path, self.dtype, mode="r") if self.tokens is None else self.tokens
+        rows = np.full((len(starts), self.T + 1), -100, dtype=np.int64)
+        for row, start in zip(rows, starts):
+            piece = self.tokens[start : start + self.T + 1]
+            row[: len(piece)] = piece
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
+
+    def in_order(self):
+        """The starts of all blocks, for an evaluation."""
+        return np.arange(0, self.n_tokens - 1, self.T)
+
+    def count(self, samples):
+        """How many tokens these samples hold."""
+        return len(samples) * self.T
+
+    def prompt(self):
+        """The first tokens, for a sample of what the model makes of them."""
+        return self.read([0])[0][0, :16].tolist()
+
+
+class Rows(torch.utils.data.Dataset):
+    """
+    A split of rows with answers as the samples of a run; a row longer than T + 1 tokens is cut on the left of its
+    last answer, or dropped. Each epoch is shuffled; within pools of 64 batches rows are then sorted by length,
+    so that little is padded, and the batches are dealt out in a fresh order. All this is a function of
+    (seed, epoch), and so, as in Tokens, sample i of all is one of (seed, i).
+    """
+
+    def __init__(self, path, dtype, T, seed, batch_size, cut):
+        self.path, self.dtype, self.seed, self.batch_size = path, dtype, seed, batch_size
+        self.start, length, answer = np.load(path.with_suffix(".rows.npy")).T
+        long = length > T + 1
+        lost = long & ((answer < length - T) | (not cut))  # the last answer is to be learned whole
+        self.dropped, self.cut = int(lost.sum()), int((long & ~lost).sum())
+        self.start, length, answer = self.start[~lost], length[~lost], answer[~lost]
+        self.skip = np.maximum(length - (T + 1), 0)
+        self.length, self.answer = length - self.skip, answer - self.skip
+        self.end = len(self)  # a row from here on is empty
+        self.epoch = self.tokens = None
+
+    def __len__(self):
+        return len(self.start)
+
+    def __getitem__(self, samples):
+        """samples: a list of sample numbers -> (x, y, kept), as of read()"""
+        return self.read(self.find(samples))
+
+    def find(self, samples):
+        """The rows that have these sample numbers."""
+        rows = []
+        for epoch, i in (divmod(i, len(self)) for i in samples):
+            if epoch != self.epoch:
+                self.order, self.epoch = self.shuffle(epoch), epoch
+            rows.append(self.order[i])
+        return rows
+
+    def shuffle(self, epoch):
+        """The rows in the order of an epoch."""
+        rng, B = np.random.default_rng([self.seed, epoch]), self.batch_size
+        order = rng.permutation(len(self))
+        for i in range(0, len(self), 64 * B):
+            pool = order[i : i + 64 * B]
+            order[i : i + 64 * B] = pool[np.argsort(self.length[pool], kind="stable")]
+        # the last batch of the epoch before reaches into this one
+        first, *batches = np.split(order, range(-epoch * len(self) % B, len(self), B))
+        last = batches.pop() if batches else first[:0]  # likewise
+        return np.concatenate([first, *(batches[i] for i in rng.permutation(len(batches))), last])
+
+    def read(self, rows):
+        """
+        -> x, y (len(rows), T), padded on the right to the longest row: y holds the token after each of x where
+        that is to be learned, else -100; kept (K,): the positions where any row has something to learn.
+        """
+        if self.tokens is None:
+            self.tokens = np.memmap(self.path, self.dtype, mode="r")
+            self.learned = np.memmap(self.path.with_suffix(".learned"), np.uint8, mode="r")
+        longest = max((self.length[row] for row in rows if row < self.end), default=2)
+        x, y = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), -100)
+        for i, row in enumerate(rows):
+            if row < self.end:
+                n, a = self.length[row], self.start[row] + self.skip[row]
+                x[i, :n] = self.tokens[a : a + n]
+                x[i, 0] = self.tokens[
+                    self.start[row]
+                ]  # a cut row keeps its first token, which often means that
+                y[i, :n] = np.where(self.learned[a : a + n], x[i, :n], -100)
+        x, y = torch.from_numpy(x[:, :-1]).contiguous(), torch.from_numpy(y[:, 1:]).contiguous()
+        return x, y, (y != -100).any(dim=0).nonzero()[:, 0]
+
+    def in_order(self):
+        """All rows, for an evaluation: the longest first, so that memory runs out at once or not at all."""
+        return np.argsort(-self.length, kind="stable")
+
+    def count(self, samples):
+        """How many tokens these samples hold, without padding."""
+        return int((self.length[self.find(samples)] - 1).sum())
+
+    def prompt(self):
+        """What stands before the last answer of the first row."""
+        return self.read([0])[0][0, : self.answer[0]].tolist()
+
+
+def load_tokens(folder, facts):
+    """{split: Tokens or Rows}: the splits that prepare_data wrote."""
+    splits, dtype = {}, token_dtype(facts["vocab_size"])
+    for split, n in facts["splits"].items():
+        path = folder / f"{split}.bin"
+        if "all_tokens" not in n:
+            splits[split] = Tokens(path, dtype, block_size, seed)
+            continue
+        rows = splits[split] = Rows(path, dtype, block_size, seed, batch_size, too_long == "cut")
+        n |= {"too_long_cut": rows.cut, "too_long_dropped": rows.dropped}
+        if rows.cut or rows.dropped:
+            log(f"  {split:10} {rows.cut:,} rows are too long and were cut, {rows.dropped:,} dropped")
+        if not len(rows):
+            fail(f"the {split} split has no row with an answer that fits in {block_size=}")
+    return splits
 
 
 def sample_numbers(first_step, last_step, micro, accumulation, rank):
@@ -620,9 +1083,13 @@ def make_optimizers(gpt):
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
     the matrices in the blocks. Embedding and head are tables of vectors, and AdamW's.
     """
-    if optimizer == "adamw":
-        options = {"betas": (beta1, beta2), "weight_decay": weight_decay, "fused": True}
-        return [torch.optim.AdamW(gpt.parameters(), learning_rate or 0.001, **options)]
+    if optimizer == "adamw" or init_from != "scratch":
+        default = {"lora": 2e-4, "p_tuning": 1e-3}.get(adapter, 0.001 if init_from == "scratch" else 5e-5)
+        trained = [p for p in gpt.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay}]
+        groups += [{"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # biases, norms
+        groups = [group for group in groups if group["params"]]
+        return [torch.optim.AdamW(groups, learning_rate or default, betas=(beta1, beta2), fused=True)]
     tables = [{"params": gpt.model.embed_tokens.parameters(), "lr": embed_lr}]
     tables += [{"params": gpt.lm_head.parameters(), "lr": head_lr}]
     matrices = gpt.model.layers.parameters()
@@ -671,18 +1138,19 @@ def forward_backward(accelerator, model, micro_batches, step):
     Each backward pass divides by the number of tokens in all processes and micro-batches. So the gradient
     does not depend on how the batch is cut up, as it would if the mean losses of micro-batches were added up.
     """
-    n_valid = torch.tensor(sum(int((y != -100).sum()) for _, y in micro_batches), device=accelerator.device)
+    n_valid = sum(int((y != -100).sum()) for _, y, *_ in micro_batches)
+    n_valid = torch.tensor(n_valid, device=accelerator.device)
     n_valid = accelerator.reduce(n_valid, "sum").clamp(min=1)
     total = torch.zeros((), device=accelerator.device)
-    for i, (x, y) in enumerate(micro_batches):
-        x, y = x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)
+    for i, batch in enumerate(micro_batches):
+        batch = [t.to(accelerator.device, non_blocking=True) for t in batch]
         key = np.random.SeedSequence([seed, step, accelerator.process_index, i])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # for dropout
         last = i == len(micro_batches) - 1  # gradients travel between processes once a step
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             try:
                 with NaNFinder() if detect_anomaly else contextlib.nullcontext():
-                    loss = model(x, y)
+                    loss = model(*batch)
                 # DDP takes the mean over processes
                 accelerator.backward(loss * accelerator.num_processes / n_valid)
             except (FloatingPointError, RuntimeError) as error:  # by NaNFinder, or by torch's anomaly mode
@@ -719,28 +1187,29 @@ def count_skipped(progress, finite, saved):
         raise SystemExit(f"ten steps in a row were not finite; the last good checkpoint is {good}; {advice}")
 
 
-def evaluate(accelerator, model, name, tokens, n, micro, batches):
+def evaluate(accelerator, model, name, data, n, micro, batches):
     """
     -> the loss of a split in three units, or None when a signal asks to stop. Every process takes its share.
-    n: how many tokens and bytes the split has. batches: of batch_size blocks, spread evenly; 0: all of it.
+    n: how many tokens and bytes the split has. batches: of batch_size samples, spread evenly; 0: all of it.
     """
-    starts = np.arange(0, len(tokens) - 1, block_size)
-    if 0 < batches * batch_size < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, batches * batch_size).astype(int)]
+    samples = data.in_order()
+    if 0 < batches * batch_size < len(samples):
+        samples = samples[np.linspace(0, len(samples) - 1, batches * batch_size).astype(int)]
     at_once = micro * accelerator.num_processes
-    # blocks without text keep the shape constant
-    starts = np.append(starts, np.full(-len(starts) % at_once, len(tokens)))
+    samples = np.append(
+        samples, np.full(-len(samples) % at_once, data.end)
+    )  # empty ones: all are equally many
     losses, n_valid = [], 0
     model.eval()
-    for i in range(accelerator.process_index * micro, len(starts), at_once):
+    for i in range(accelerator.process_index * micro, len(samples), at_once):
         if stop_requested(accelerator):
             break
-        x, y = read_blocks(tokens, starts[i : i + micro], block_size)
-        with torch.no_grad():
-            losses.append(model(x.to(accelerator.device), y.to(accelerator.device)))
-        n_valid += int((y != -100).sum())
+        batch = data.read(samples[i : i + micro])
+        n_valid += int((batch[1] != -100).sum())
+        with torch.no_grad(), accelerator.autocast():
+            losses.append(model(*(t.to(accelerator.device) for t in batch)))
     model.train()
-    if len(losses) * at_once < len(starts):
+    if len(losses) * at_once < len(samples):
         return None
     shares = gather_object([(torch.stack(losses).cpu().double().sum().item(), n_valid)])
     loss = sum(loss for loss, _ in shares) / sum(n for _, n in shares)
@@ -752,9 +1221,25 @@ def evaluate(accelerator, model, name, tokens, n, micro, batches):
 def write_sample(gpt, tok, prompt, step):
     """Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt."""
     gpt.eval()
-    rng = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)
-    tokens = gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, rng=rng)
-    new = [int(token) for token in tokens]
+    device = next(gpt.parameters()).device
+    if isinstance(gpt, Pretrained):
+        torch.manual_seed(seed)  # every step sets its own
+        room = (gpt.shape.block_size or 1_000_000) - gpt.n_virtual - len(prompt)
+        how = {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_k": 0,
+            "top_p": 1.0,
+            "max_new_tokens": min(200, room),
+        }
+        x = torch.tensor([prompt], device=device)
+        new = gpt.lm.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)[
+            0, len(prompt) :
+        ].tolist()
+    else:
+        rng = torch.Generator(device).manual_seed(seed)
+        tokens = gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, rng=rng)
+        new = [int(token) for token in tokens]
     gpt.train()
     Path(out_dir, "samples", f"step_{step:08d}.txt").write_text(tok.decode(prompt + new), encoding="utf-8")
 
@@ -765,8 +1250,19 @@ def write_sample(gpt, tok, prompt, step):
 KIND = "lm"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-DATA_SETTINGS = {"dataset", "text_column", "tokenizer", "val_fraction", "test_fraction", "fold"}
-MODEL_SETTINGS = {"block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "optimizer"}
+DATA_SETTINGS = {"dataset", "tokenizer", "val_fraction", "test_fraction", "fold", "too_long"}
+DATA_SETTINGS |= {"text_column", "prompt_column", "completion_column", "messages_column"}
+MODEL_SETTINGS = {
+    "block_size",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "optimizer",
+    "init_from",
+    "base_dtype",
+}
+MODEL_SETTINGS |= {"adapter", "lora_rank", "lora_alpha", "lora_targets", "virtual_tokens"}
 
 
 def write_file(path, write):
@@ -796,9 +1292,17 @@ def complete_checkpoints():
     return complete
 
 
+def frozen_weights(accelerator, model):
+    """{name: weight} of all that is not trained, under each of its names where there are several."""
+    named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
+    return {name: weight for name, weight in named if not weight.requires_grad}
+
+
 def save_checkpoint(accelerator, model, optimizers, progress):
     """checkpoints/step_N appears whole or not at all: written under another name, synced, then renamed."""
     weights, moments = dcp.get_state_dict(model, optimizers, options=STATE)
+    frozen = frozen_weights(accelerator, model)
+    weights = {name: weight for name, weight in weights.items() if name not in frozen}
     if accelerator.is_main_process:
         folder = Path(out_dir, "checkpoints", f"step_{progress['step']:08d}")
         unfinished = folder.with_name("unfinished")
@@ -821,7 +1325,8 @@ def load_checkpoint(accelerator, model, optimizers, folder):
     today = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizers"]}
+        weights = state["model"] | frozen_weights(accelerator, model)
+        states = {"model_state_dict": weights, "optim_state_dict": state["optimizers"]}
         dcp.set_state_dict(model, optimizers, **states, options=STATE)
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -877,14 +1382,41 @@ def write_config(shape, tok):
 
 
 def save_weights(accelerator, model, tok):
-    """Make the run directory a model: its weights and, the first time, what describes them."""
-    weights = dcp.get_model_state_dict(model, options=STATE)
-    if accelerator.is_main_process:
+    """Make the run directory a model: its weights, or those of its adapter, and what describes them."""
+    weights, gpt = dcp.get_model_state_dict(model, options=STATE), accelerator.unwrap_model(model)
+    if accelerator.is_main_process and isinstance(gpt, Pretrained):
+        unfinished = Path(out_dir, "unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        state = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+        how = {"save_embedding_layers": False} if adapter else {"state_dict": state}
+        gpt.lm.save_pretrained(unfinished, **how)
+        for path in unfinished.iterdir():
+            if path.suffix != ".md":  # a model card without content
+                write_file(Path(out_dir, path.name), lambda temporary, path=path: path.rename(temporary))
+        shutil.rmtree(unfinished)
+    elif accelerator.is_main_process:
         if not Path(out_dir, "config.json").exists():
-            write_config(accelerator.unwrap_model(model).shape, tok)
+            write_config(gpt.shape, tok)
         path = Path(out_dir, "model.safetensors")
         write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
+
+
+def load_weights(accelerator, model):
+    """Put back what save_weights has kept, to meet the test split."""
+    gpt, weights = accelerator.unwrap_model(model), {}
+    if adapter:
+        from peft import set_peft_model_state_dict
+
+        gpt.lm.active_peft_config.inference_mode = True  # p_tuning: its prompt was kept, not what had made it
+        set_peft_model_state_dict(gpt.lm, load_file(Path(out_dir, "adapter_model.safetensors")))
+        return
+    for path in Path(out_dir).glob("model*.safetensors"):  # one, or the parts of a large one
+        weights |= load_file(path)
+    if isinstance(gpt, Pretrained):
+        weights = {f"lm.{name}": weight for name, weight in weights.items()}
+    # not strict: where embedding and head are one matrix, transformers keeps it once
+    dcp.set_model_state_dict(model, weights, options=replace(STATE, strict=isinstance(gpt, GPT)))
 
 
 def claim_run_dir():
@@ -916,7 +1448,9 @@ def describe_run(accelerator, model, facts):
     run["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     run |= {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
     run["data"] = {"splits": facts["splits"], "fingerprint": facts["fingerprint"]}
-    return run | {"model": asdict(model.shape), "parameters": sum(p.numel() for p in model.parameters())}
+    weights = list(model.parameters())
+    run |= {"model": asdict(model.shape), "parameters": sum(p.numel() for p in weights)}
+    return run | {"trained_parameters": sum(p.numel() for p in weights if p.requires_grad)}
 
 
 def start_run(run):
@@ -929,6 +1463,7 @@ def start_run(run):
         try:
             old = json.loads((path / "run.json").read_text(encoding="utf-8"))
             before, kind, fingerprint = old["settings"], old["kind"], old["data"]["fingerprint"]
+            base = old["model"].get("fingerprint")
         except (OSError, ValueError, LookupError, TypeError) as error:
             fail(f"{path / 'run.json'} cannot be read ({error!r}), and no checkpoint goes on without it")
         now = run["settings"].items()
@@ -943,6 +1478,10 @@ def start_run(run):
             )
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
+        if base != run["model"].get("fingerprint"):
+            fail(
+                f"cannot resume: the weights of {run['settings']['init_from']} have changed since the run began"
+            )
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)
@@ -1085,26 +1624,26 @@ def main():
     on_main, device = accelerator.is_main_process, accelerator.device.type
     lock = claim_run_dir() if on_main else None  # noqa: F841
 
-    # data
+    # data and model; a pretrained one first, so that a wrong name costs no tokenizing
+    gpt = load_base() if init_from != "scratch" else None
     folder, facts = prepare_data()
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(folder)
-    dtype = token_dtype(facts["vocab_size"])
-    splits = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in facts["splits"]}
-    train = Tokens(folder / "train.bin", dtype, block_size, seed)
-    total_steps = math.ceil(epochs * train.n_blocks / batch_size) if epochs else max_steps
-
-    # model and optimizers
+    if gpt is not None and facts["vocab_size"] > gpt.shape.vocab_size:
+        sizes = f"{facts['vocab_size']} tokens, {init_from} knows {gpt.shape.vocab_size}"
+        fail(f"the tokenizer has {sizes}: take the model's own, or call its resize_token_embeddings() first")
+    splits = load_tokens(folder, facts)
+    train = splits["train"]
+    total_steps = math.ceil(epochs * len(train) / batch_size) if epochs else max_steps
     torch.manual_seed(seed)
-    shape = Shape(facts["vocab_size"], block_size, n_layer, n_head, n_kv_head or n_head, n_embd, dropout)
-    gpt = GPT(shape)
-    gpt.gradient_checkpointing = gradient_checkpointing
+    if gpt is None:
+        gpt = GPT(
+            Shape(facts["vocab_size"], block_size, n_layer, n_head, n_kv_head or n_head, n_embd, dropout)
+        )
+    gpt.gradient_checkpointing = gradient_checkpointing  # a Pretrained has its own
     optimizers = make_optimizers(gpt)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    n_multiplied = sum(p.numel() for p in gpt.parameters()) - gpt.model.embed_tokens.weight.numel()
-    # Chowdhery et al. 2022, arXiv:2204.02311
-    flops_per_token = 6 * n_multiplied + 12 * n_layer * n_embd * block_size
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
     if compile and device == "cuda" and not detect_anomaly:
@@ -1123,17 +1662,19 @@ def main():
     metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
     if tracker:
         start_tracker(accelerator, progress["tracker_id"])
-    log(f"model: {run['parameters']:,} parameters; peak learning rates {', '.join(f'{p:g}' for p in peaks)}")
+    rates = f"peak learning rates {', '.join(f'{p:g}' for p in peaks)}"
+    name = "model" if init_from == "scratch" else f"model: {init_from} {adapter}".rstrip()
+    log(f"{name}: {run['parameters']:,} parameters, {run['trained_parameters']:,} trained; {rates}")
     parts = f"{accelerator.num_processes} processes x {accumulation} micro-batches x {micro}"
-    log(f"batch: {batch_size} blocks of {block_size} tokens = {parts}")
-    log(f"length: {total_steps} steps, {total_steps * batch_size / train.n_blocks:.2f} epochs")
+    log(f"batch: {batch_size} samples of up to {block_size} tokens = {parts}")
+    log(f"length: {total_steps} steps, {total_steps * batch_size / len(train):.2f} epochs")
 
     saved, clock = progress["step"], time.monotonic() - progress["seconds"]
     numbers = sample_numbers(saved, total_steps, micro, accumulation, accelerator.process_index)
     options = {"num_workers": num_workers, "pin_memory": device == "cuda", "generator": torch.Generator()}
     batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
     groups = [group for o in optimizers for group in o.param_groups]
-    prompt = splits.get("validation", splits["train"])[:16].tolist()
+    prompt = splits.get("validation", train).prompt()
     bar = tqdm(total=total_steps, initial=saved, disable=None if on_main else True, dynamic_ncols=True)
 
     def report(values):
@@ -1167,8 +1708,18 @@ def main():
             if stop:
                 break
             if eval_due and "validation" in splits:
-                n = facts["splits"]["validation"]
-                values = evaluate(accelerator, model, "val", splits["validation"], n, micro, eval_batches)
+                how = (splits["validation"], facts["splits"]["validation"], micro, eval_batches)
+                values = evaluate(accelerator, model, "val", *how)
+                if (
+                    values is not None and step == 0 and init_from != "scratch"
+                ):  # what there was before training
+                    plain = (
+                        values
+                        if adapter != "p_tuning"
+                        else evaluate(accelerator, without_prompt(gpt), "val", *how)
+                    )
+                    values = plain and values | {"base/loss": plain["val/loss"]}
+                    progress["base"] = values and values["base/loss"]
                 if values is None:  # a signal came: save, then leave
                     continue
                 report(values)
@@ -1183,20 +1734,21 @@ def main():
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:
-                window = time.monotonic(), step  # speed is measured between evaluations
+                since, n_tokens = time.monotonic(), 0  # speed is measured between evaluations
 
             set_learning_rates(groups, peaks, step, total_steps)
             micro_batches = [next(batches) for _ in range(accumulation)]
             loss, grad_norm, finite = train_step(accelerator, model, steppers, micro_batches, step)
+            n_tokens += train.count(range(step * batch_size, (step + 1) * batch_size))
             progress["step"] = step = step + 1
             count_skipped(progress, finite, saved)
             if step % log_interval == 0 or step == total_steps:
-                speed = (step - window[1]) * batch_size * block_size / (time.monotonic() - window[0])
-                window = time.monotonic(), step
+                speed = n_tokens / (time.monotonic() - since)
+                since, n_tokens = time.monotonic(), 0
                 memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
                 values = {"train/loss": loss, "lr": groups[0]["lr"], "grad_norm": grad_norm}
-                values |= {"tokens_per_s": speed, "epoch": step * batch_size / train.n_blocks}
-                values |= {"mfu": speed * flops_per_token / peak_flops} if peak_flops else {}
+                values |= {"tokens_per_s": speed, "epoch": step * batch_size / len(train)}
+                values |= {"mfu": speed * gpt.flops_per_token(block_size) / peak_flops} if peak_flops else {}
                 report(values | {"memory": memory / 1e9})
             bar.update()
             if profile:
@@ -1205,13 +1757,14 @@ def main():
 
     # the end
     if not stop:
-        if progress["best"] == math.inf:  # no evaluation has kept any weights
+        if progress["best"] == math.inf or step == 0:  # no weights have been kept
             save_weights(accelerator, model, tok)
-        if on_main and not Path(out_dir, "config.json").exists():
-            write_config(shape, tok)
-        dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
+        if on_main and isinstance(gpt, GPT) and not Path(out_dir, "config.json").exists():
+            write_config(gpt.shape, tok)
+        load_weights(accelerator, model)
     summary = {"steps": step, "skipped": progress["skipped"], "minutes": (time.monotonic() - clock) / 60}
     summary |= {"val/loss": progress["best"]} if progress["best"] < math.inf else {}
+    summary |= {"base/loss": progress["base"]} if "base" in progress else {}  # of the model before training
     if not stop and "test" in splits:
         values = evaluate(accelerator, model, "test", splits["test"], facts["splits"]["test"], micro, 0)
         stop = stop_requested(accelerator)

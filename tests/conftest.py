@@ -1,11 +1,16 @@
 """What the tests share: they run the real commands, on a CPU, offline, on tiny data that they make themselves."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -50,7 +55,8 @@ def home(tmp_path_factory):
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
     import torch
 
-    torch.set_num_threads(1)  # as one_core() below says
+    one_core()
+    torch.set_num_threads(1)
     os.environ.pop("HF_DATASETS_CACHE", None)
 
 
@@ -74,6 +80,40 @@ def picture_folder(tmp_path_factory):
         (folder / name).mkdir(exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:03}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, text_file):
+    """pretrained(kind, tied, *added tokens) -> the folder of a tiny model of transformers with random weights."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def pretrained(kind, tied=True, *added, **changes):
+        folder = tmp_path_factory.mktemp("pretrained") / kind
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], **options)
+        core.train_from_iterator([text_file.read_text()], trainer)
+        tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+        torch.manual_seed(0)
+        shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"max_position_embeddings": 64, "tie_word_embeddings": tied, "bos_token_id": None}
+        shape |= {"eos_token_id": 0, "pad_token_id": None, "initializer_range": 0.1}
+        if kind != "gpt2":
+            shape |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+        config = transformers.AutoConfig.for_model(kind, **shape | changes)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        if added:
+            tok.add_special_tokens({"additional_special_tokens": list(added)})
+            model.resize_token_embeddings(len(tok))
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
+        return folder
+
+    return pretrained
 
 
 @pytest.fixture
@@ -128,6 +168,26 @@ def run(*arguments, code=0, seconds=300, **options):
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def within(script, *arguments, code=0, stdin=""):
+    """As run(), in this process: it saves the seconds that the imports of a new one take."""
+    out, err, argv = io.StringIO(), io.StringIO(), [str(ROOT / script), *map(str, arguments)]
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    where, ended = os.getcwd(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            os.chdir(ROOT)
+            with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+                runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as end:
+            ended = 1 if isinstance(end.code, str) else end.code or 0
+        finally:
+            os.chdir(where)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+    assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
 
 
 def rows(run_dir, *names):
