@@ -121,7 +121,7 @@ def configure(namespace, arguments=None):
     if "--help" in arguments or "-h" in arguments:
         print((namespace["__doc__"] or "").strip() + "\n\nSettings (--name=value, or in a config file):\n")
         for name, value in values.items():
-            print(f"  --{name}={value!r}".ljust(33), notes.get(name, ""))
+            print(f"  --{name}={value!r}".ljust(36), notes.get(name, ""))
         raise SystemExit(0)
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         name, equals, text = argument.lstrip("-").partition("=")

@@ -221,6 +221,7 @@ def speak(model, tok, limit, device):
     room = (limit if not hasattr(model, "config") else limit - 1) if limit else len(ids)
     if not ids or len(ids) > room:
         fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {room}")
+    say(f"{out_dir} on {device}, seed {seed}, temperature {temperature}")
     for i in range(num_samples or 1):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
         go_on(model, tok, ids, limit, device, seed + i)
@@ -341,7 +342,6 @@ def main():
     tok, limit = load_tokenizer(run_dir), positions(model)
     if merge:
         return merge_adapter(model, tok)
-    say(f"{out_dir} on {device}, seed {seed}, temperature {temperature}")
     (converse if chat else speak)(model, tok, limit, device)
 
 

@@ -726,7 +726,7 @@ def make_tokenizer(name, splits):
             Path(name).exists() or reach_hub()
             tok = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # of many kinds
-            fail(f"{name!r} holds no tokenizer, as a folder or on the hub: {str(error).splitlines()[0]}")
+            fail(f"{name!r} is no tokenizer, in a folder or on the hub: {str(error).splitlines()[0]}")
         if not tok.is_fast or tok.eos_token_id is None:
             fail(f"the tokenizer {name!r} must be a fast one with an end-of-text token")
         return tok
@@ -752,7 +752,7 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 65536 else np.uint32
 
 
-def encode(encode_batch, texts):
+def to_ids(encode_batch, texts):
     try:
         return encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # the library raises no narrower one
@@ -776,7 +776,7 @@ def tokenize(tok, rows, ids, path, digest):
         for batch in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
             texts = [row["text"] for row in batch if row["text"]]
             pieces = [piece.findall(text) for text in texts]
-            encoded = iter(encode(core.encode_batch_fast, [p for ps in pieces for p in ps]))
+            encoded = iter(to_ids(core.encode_batch_fast, [p for ps in pieces for p in ps]))
             for text, parts in zip(texts, pieces):
                 tokens = [*begin, *(i for _ in parts for i in next(encoded).ids), tok.eos_token_id]
                 tokens = np.array(tokens, token_dtype(len(tok)))
@@ -823,7 +823,7 @@ def encode_row(core, encoded, pieces):
             part.tolist()
             for part in np.split(np.array(encoded.ids, dtype=int), np.searchsorted(ends, cuts[:-1], "right"))
         ]
-    return [part.ids for part in encode(core.encode_batch, [text for text, _ in pieces])]
+    return [part.ids for part in to_ids(core.encode_batch, [text for text, _ in pieces])]
 
 
 def tokenize_rows(tok, rows, ids, path, digest):
@@ -847,7 +847,7 @@ def tokenize_rows(tok, rows, ids, path, digest):
                 cut += found
                 count += (1, not found, 0, 0, 0)
             texts = ["".join(text for text, _ in pieces) for pieces in cut]
-            for encoded, pieces in zip(encode(core.encode_batch, texts), cut):
+            for encoded, pieces in zip(to_ids(core.encode_batch, texts), cut):
                 tokens = [] if "messages" in batch[0] else [*begin]
                 learned = [False] * len(tokens)
                 for part, (text, learn) in zip(encode_row(core, encoded, pieces), pieces):

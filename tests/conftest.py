@@ -172,18 +172,24 @@ def run(*arguments, code=0, seconds=300, **options):
 
 def within(script, *arguments, code=0, stdin=""):
     """As run(), in this process: it saves the seconds that the imports of a new one take."""
-    out, err, argv = io.StringIO(), io.StringIO(), [str(ROOT / script), *map(str, arguments)]
+    out, err, argv = io.StringIO(), io.StringIO(), [str(script), *map(str, arguments)]
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     where, ended = os.getcwd(), 0
+    trainers = {name: module for name, module in sys.modules.items() if name.startswith("train_")}
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # a process has one, a new one none
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             os.chdir(ROOT)
             with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-                runpy.run_path(argv[0], run_name="__main__")
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             ended = 1 if isinstance(end.code, str) else end.code or 0
+            err.write(f"{end.code}\n" if ended == 1 else "")
         finally:
             os.chdir(where)
+            sys.modules.update(trainers)  # sample.py imports its own
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
     assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{err.getvalue()}"

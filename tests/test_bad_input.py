@@ -2,15 +2,14 @@
 Bad input through the real commands: one line that names the remedy, a non-zero exit, no traceback, nothing overwritten.
 """
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import run, within
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 def refused(stdout, err):
@@ -32,6 +31,19 @@ def data(tmp_path):
     (folder / "rows.jsonl").write_text('{"body": "some text", "n": 1}\n' * 50)
     (folder / "broken.jsonl").write_text('{"text": "some text"}\n{"text": \n')
     (folder / "good.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 500)
+    says = {"role": "user", "content": "hello"}
+    answers = {"role": "assistant", "content": "hi"}
+    for name, row in {
+        "roles": {"messages": [says, answers | {"role": "bot"}]},
+        "gpt": {"messages": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]},
+        "strings": {"messages": "hello"},
+        "questions": {"messages": [says]},
+        "empty_chats": {"messages": []},
+        "chats": {"messages": [says, answers]},
+        "answers": {"prompt": "a long question", "completion": "a short answer"},
+        "numbers": {"prompt": "a question", "completion": 42},
+    }.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * (4 if name == "answers" else 50))
     (folder / "mixed").mkdir()
     (folder / "mixed" / "a.txt").write_text("text")
     (folder / "mixed" / "b.jsonl").write_text('{"text": "text"}\n')
@@ -41,6 +53,35 @@ def data(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, pretrained):
+    """Models that cannot be gone on from, and one that could be: lm."""
+    import transformers
+
+    folder, lm = tmp_path_factory.mktemp("models"), pretrained("qwen3", False)
+    for name in ("lm", "headless", "young", "adapted", "strict", "blind"):
+        shutil.copytree(lm, folder / name)
+    transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1).save_pretrained(
+        folder / "t5"
+    )
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=300, **shape))
+    bert.save_pretrained(folder / "bert")
+    weights = load_file(lm / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "headless" / "model.safetensors", {"format": "pt"})
+    (folder / "young" / "run.json").write_text("{")
+    (folder / "adapted" / "adapter_config.json").write_text("{}")
+    shutil.copytree(pretrained("qwen3", False, vocab_size=290), folder / "words")
+    shutil.copytree(pretrained("qwen3", False, "<|im_start|>", "<|im_end|>"), folder / "more")
+    (folder / "strict" / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    (folder / "blind" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}!"
+    )
+    return folder
+
+
+SHORT, LORA = ("--block_size=32",), ("--adapter=lora", "--block_size=32")
 LM = [
     (["--n_embd=100", "--n_head=3"], "must be a multiple of 2 x n_head=3"),
     (["--n_kv_head=3", "--n_head=4"], "must be a multiple of n_kv_head=3"),
@@ -69,6 +110,39 @@ LM = [
     (["--dataset={data}/good.txt", "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
     (["--dataset={data}/good.txt", "--out_dir={data}/good.txt"], "cannot write to out_dir"),
     (["--dataset={data}/good.txt", "--tokenizer={data}/nothing"], "is no tokenizer"),
+    (["--adapter=lora"], "name it, as in --init_from=gpt2"),
+    (["--base_dtype=bf16"], "name it, as in --init_from=gpt2"),
+    (["--init_from={models}/none"], "there is no folder"),
+    (["--init_from={data}/nothing"], "is no causal language model"),
+    (["--init_from={models}/t5"], "is no causal language model"),
+    (["--init_from={models}/bert"], "its tokens look at those after them"),
+    (["--init_from={models}/headless"], "it has no weights for lm_head.weight"),
+    (["--init_from={models}/adapted"], "python sample.py --out_dir={models}/adapted --merge="),
+    (["--init_from={models}/young"], "is no run that can be loaded"),
+    (["--init_from={models}/lm", "--out_dir={models}/lm"], "go on with that run by --resume=True"),
+    (["--init_from={models}/lm", "--tokenizer=bytes"], "is not what {models}/lm was trained with"),
+    (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
+    (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
+    (["--init_from={models}/words", *SHORT], "the tokenizer has 300 tokens, {models}/words knows 290"),
+    (["--init_from={models}/lm", "--tokenizer={models}/more", *SHORT], "302 tokens, {models}/lm knows 300"),
+    (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "no layer 'qkv'; it has down_proj"),
+    (["--init_from={models}/lm", *LORA, "--lora_targets="], "no layer ''; it has down_proj"),
+    (["--dataset={data}/roles.jsonl"], "row 0: a message needs a role (assistant, developer"),
+    (["--dataset={data}/gpt.jsonl"], "row 0: a message needs a role"),
+    (["--dataset={data}/strings.jsonl"], "row 0: messages is no list of messages: 'hello'"),
+    (["--dataset={data}/questions.jsonl"], "no row with an answer that fits"),
+    (["--dataset={data}/empty_chats.jsonl"], "no row with an answer that fits"),
+    (
+        ["--dataset={data}/answers.jsonl", "--block_size=8", "--tokenizer=bytes"],
+        "no row with an answer that fits in block_size=8",
+    ),
+    (["--dataset={data}/answers.jsonl", "--val_fraction=0.5", "--fold=2/9"], "4 rows for 10 splits"),
+    (["--dataset={data}/numbers.jsonl"], "no text column 'completion'"),
+    (["--dataset={data}/chats.jsonl", "--init_from={models}/strict", *SHORT], "refuses [{{'role': 'user'"),
+    (
+        ["--dataset={data}/chats.jsonl", "--init_from={models}/blind", *SHORT],
+        "cannot tell the assistant's words",
+    ),
 ]
 
 
@@ -137,51 +211,30 @@ def pictures(data):
     datasets.Dataset.from_dict(rows).to_parquet(data / "rows.parquet")
 
 
-def fill_in(tmp_path, data, trainer, arguments):
+def fill_in(tmp_path, data, models, trainer, arguments):
     """The arguments with what they leave out: a place to run, and data that could be trained on."""
     where = [] if any("out_dir" in a for a in arguments) else [f"--out_dir={tmp_path / 'run'}"]
     good = f"--dataset={data / ('good.txt' if trainer == 'train_lm.py' else 'flat')}"
     default = [] if any("dataset" in a for a in arguments) else [good]
-    return [*where, *default, *(argument.format(data=data) for argument in arguments)]
-
-
-def up_to_the_data(trainer, arguments):
-    """What the command does until it has read its data, in this process: seventy starts would take minutes."""
-    spec = importlib.util.spec_from_file_location("fresh", ROOT / trainer)
-    sys.modules["fresh"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.configure(vars(module), arguments)
-    module.check_settings()
-    module.divide_batch(1)
-    lock = module.claim_run_dir()
-    if trainer == "train_lm.py":
-        module.prepare_data()
-    else:
-        module.prepare_data(module.load_autoencoder(module.vae, "cpu") if module.vae else None)
-    lock.release()
+    return [*where, *default, *(argument.format(data=data, models=models) for argument in arguments)]
 
 
 @pytest.mark.parametrize(
     "trainer, arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else x[:12]
 )
-def test_the_trainer_refuses(tmp_path, data, pictures, monkeypatch, capsys, trainer, arguments, message):
-    before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
-    arguments = fill_in(tmp_path, data, trainer, arguments)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / trainer)])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as end:
-        up_to_the_data(trainer, arguments)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and message.format(data=data) in refused(out, err), err
+def test_the_trainer_refuses(tmp_path, data, pictures, models, trainer, arguments, message):
+    before = {p: p.read_bytes() for p in (*data.rglob("*"), *models.rglob("*")) if p.is_file()}
+    out, err = within(trainer, *fill_in(tmp_path, data, models, trainer, arguments), code=2)
+    assert message.format(data=data, models=models) in refused(out, err), err
     assert {p: p.read_bytes() for p in before} == before
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-@pytest.mark.parametrize("trainer, arguments, message", REFUSED[::9], ids=lambda x: "")
-def test_the_command_refuses(tmp_path, data, pictures, trainer, arguments, message):
+@pytest.mark.parametrize("trainer, arguments, message", REFUSED[::20], ids=lambda x: "")
+def test_the_command_refuses(tmp_path, data, pictures, models, trainer, arguments, message):
     """Some of the same, as a whole process."""
-    out, err = run(trainer, *fill_in(tmp_path, data, trainer, arguments), code=2)
-    assert message.format(data=data) in refused(out, err), err
+    out, err = run(trainer, *fill_in(tmp_path, data, models, trainer, arguments), code=2)
+    assert message.format(data=data, models=models) in refused(out, err), err
 
 
 def test_a_hub_name_without_a_network_fails_in_seconds(tmp_path):
@@ -210,7 +263,7 @@ def test_an_unreadable_file_and_a_read_only_place(tmp_path, data):
 
 @pytest.fixture
 def finished(tmp_path, tiny):
-    run("train_lm.py", tiny, "--max_steps=10", "--tokenizer=char")
+    within("train_lm.py", tiny, "--max_steps=10", "--tokenizer=char")
     return tmp_path / "run"
 
 
@@ -226,20 +279,20 @@ def test_a_run_in_use_and_resumes_that_do_not_fit(tmp_path, tiny, finished, data
         (["--overwrite=True", "--n_layer=0"], "at least 1"),
         (["--overwrite=True", f"--dataset={data / 'latin.txt'}"], "iconv"),
     ):
-        out, err = run("train_lm.py", *tiny, *arguments, code=2)
+        out, err = within("train_lm.py", *tiny, *arguments, code=2)
         assert message in refused(out, err), err
         now = {p: p.read_bytes() for p in before}
         changed = [p.name for p in before if now[p] != before[p]]
         assert not changed, (arguments, changed)
     # a checkpoint of another model under this run's name
-    run("train_lm.py", tiny[0], "--max_steps=10", "--n_embd=64", f"--out_dir={tmp_path / 'other'}")
+    within("train_lm.py", tiny[0], "--max_steps=10", "--n_embd=64", f"--out_dir={tmp_path / 'other'}")
     shutil.copytree(
         tmp_path / "other" / "checkpoints" / "step_00000010", finished / "checkpoints" / "step_00000019"
     )
-    out, err = run("train_lm.py", *tiny, "--resume=True", code=2)
+    out, err = within("train_lm.py", *tiny, "--resume=True", code=2)
     assert "is of another run" in refused(out, err) and "step_00000019" in err
     (finished / "run.json").write_text("{")
-    out, err = run("train_lm.py", *tiny, "--resume=True", code=2)
+    out, err = within("train_lm.py", *tiny, "--resume=True", code=2)
     assert "run.json cannot be read" in refused(out, err)
 
 
@@ -258,46 +311,46 @@ def test_the_sampler_refuses(tmp_path, finished):
         ([f"--out_dir={tmp_path / 'nowhere'}"], "there is no run"),
         ([f"--out_dir={tmp_path}"], "neither a run"),
     ):
-        out, err = run("sample.py", f"--out_dir={finished}", *arguments, code=2)
+        out, err = within("sample.py", f"--out_dir={finished}", *arguments, code=2)
         assert message in refused(out, err), err
     (finished / "model.safetensors").write_bytes(b"not weights")
-    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    out, err = within("sample.py", f"--out_dir={finished}", code=2)
     assert "cannot be loaded" in refused(out, err)
     (finished / "model.safetensors").unlink()
-    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    out, err = within("sample.py", f"--out_dir={finished}", code=2)
     assert "checkpoints/step_00000010" in refused(out, err)
     facts = json.loads((finished / "run.json").read_text())
     (finished / "run.json").write_text(json.dumps(facts | {"kind": "music"}))
-    out, err = run("sample.py", f"--out_dir={finished}", code=2)
+    out, err = within("sample.py", f"--out_dir={finished}", code=2)
     assert "kind 'music'" in refused(out, err)
 
 
 @pytest.mark.parametrize("trainer", ["train_diffusion.py"])
 def test_the_sampler_of_pictures_refuses(tmp_path, tiny, trainer):
-    run(trainer, tiny, "--max_steps=1")
+    within(trainer, tiny, "--max_steps=1")
     for arguments, message in (
         (["--class_label=rad"], "try red, or a number from 0 to 2"),
         (["--sampler=ddim"], "use heun or euler"),
         ([f"--output={tmp_path}/nowhere/grid.png"], "must be a .png in a folder that exists"),
         ([f"--output={tmp_path}/grid.xyz"], "must be a .png"),
     ):
-        out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
+        out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
         assert message in refused("", err.splitlines()[-1] + "\n"), err
-    run(trainer, tiny, "--max_steps=1", "--label_column=", "--overwrite=True")
+    within(trainer, tiny, "--max_steps=1", "--label_column=", "--overwrite=True")
     for arguments, message in (
         (["--guidance=2"], "no classes; use --guidance=1"),
         (["--class_label=red"], "without classes"),
     ):
-        out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
+        out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
         assert message in refused(out, err), err
-    run(trainer, tiny, "--max_steps=1", "--label_dropout=0", "--guidance=1", "--overwrite=True")
-    out, err = run("sample.py", f"--out_dir={tmp_path / 'run'}", "--guidance=2", code=2)
+    within(trainer, tiny, "--max_steps=1", "--label_dropout=0", "--guidance=1", "--overwrite=True")
+    out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", "--guidance=2", code=2)
     assert "label_dropout=0" in refused(out, err)
 
 
 @pytest.mark.parametrize("trainer", ["train_diffusion.py"])
 def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pictures, data):
-    run(trainer, tiny, "--max_steps=1")
+    within(trainer, tiny, "--max_steps=1")
     for argument, message in (
         ("--objective=v", "objective was 'flow', is 'v'"),
         ("--image_size=16", "image_size was 8, is 16"),
@@ -305,7 +358,7 @@ def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pic
     ):
         more = ["--sampler="] if "=v" in argument else []
         more += ["--label_column=", "--val_fraction=0", "--test_fraction=0"] if "flat" in argument else []
-        out, err = run(trainer, tiny, "--max_steps=2", "--resume=True", argument, *more, code=2)
+        out, err = within(trainer, tiny, "--max_steps=2", "--resume=True", argument, *more, code=2)
         assert message in refused(out, err), err
 
 

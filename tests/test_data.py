@@ -71,13 +71,8 @@ def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
 def test_byte_tokenizers_represent_any_text(name, text):
     from datasets import Dataset
 
-    old, train_lm.tokenizer = train_lm.tokenizer, name
-    try:
-        tok = train_lm.make_tokenizer(
-            {"train": (Dataset.from_dict({"text": ["some text to learn from " * 9]}), np.arange(1))}
-        )
-    finally:
-        train_lm.tokenizer = old
+    text_to_learn_from = Dataset.from_dict({"text": ["some text to learn from " * 9]})
+    tok = train_lm.make_tokenizer(name, {"train": (text_to_learn_from, np.arange(1))})
     tok.backend_tokenizer.encode_special_tokens = True
     text = text.encode(errors="ignore").decode()
     assert tok.decode(tok(text)["input_ids"], clean_up_tokenization_spaces=False) == text

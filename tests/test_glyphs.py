@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import read_grid, run
+from conftest import read_grid, run, within
 
 from train_diffusion import CHARACTERS, draw_glyph
 
@@ -45,7 +45,7 @@ def accuracy(net, x, y):
 
 def read_run(out, grid):
     """-> the share of 216 pictures of a run that are read as the class asked for"""
-    run("sample.py", f"--out_dir={out}", "--num_samples=216", f"--output={grid}")
+    within("sample.py", f"--out_dir={out}", "--num_samples=216", f"--output={grid}")
     net = train_reader()
     assert accuracy(net, *draw_fresh(360, seed=2)) > 0.99  # it can read
     drawn = torch.stack([to_input(picture) for picture in read_grid(grid, 16, 216)])

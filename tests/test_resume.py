@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, differences, last_state, rows, run, start
+from conftest import ROOT, differences, last_state, rows, run, start, within
 from safetensors.torch import load_file
 
 TRAINERS = ("train_lm.py", "train_diffusion.py")
@@ -86,14 +86,14 @@ def test_killed_in_the_middle_of_a_save(tmp_path, tiny, trainer):
     (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
     die = "        if progress['step'] == 30:\n            os.kill(os.getpid(), 9)\n"
     (tmp_path / trainer).write_text(source.replace(plant, die + plant))
-    run(trainer, tiny, f"--out_dir={tmp_path / 'unbroken'}")
+    within(trainer, tiny, f"--out_dir={tmp_path / 'unbroken'}")
     run(tmp_path / trainer, tiny, code=-signal.SIGKILL)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {
         "step_00000010",
         "step_00000020",
         "unfinished",
     }
-    run(trainer, tiny, "--resume=True")
+    within(trainer, tiny, "--resume=True")
     equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
@@ -102,7 +102,7 @@ SIGNALS = [(TRAINERS[0], signal.SIGTERM), (TRAINERS[0], signal.SIGINT), (TRAINER
 
 @pytest.mark.parametrize("trainer, signum", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, trainer, signum):
-    run(trainer, tiny, *LONG, f"--out_dir={tmp_path / 'unbroken'}")
+    within(trainer, tiny, *LONG, f"--out_dir={tmp_path / 'unbroken'}")
     process = start(trainer, tiny, *LONG)
     wait_for_step(tmp_path / "run", 50, process)
     process.send_signal(signum)
@@ -110,7 +110,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, trainer, signum):
     assert process.returncode == 128 + signum and "--resume=True" in out and "Traceback" not in err
     step = last_state(tmp_path / "run")["progress"]["step"]
     assert 50 <= step < 240 and f"stopped at step {step}" in out
-    out, _ = run(trainer, tiny, *LONG, "--resume=True")
+    out, _ = within(trainer, tiny, *LONG, "--resume=True")
     assert f"resumed from {tmp_path / 'run'}/checkpoints/step_{step:08d}" in out
     equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
@@ -165,19 +165,19 @@ def test_a_second_trainer_is_kept_out(tmp_path, tiny, trainer):
         assert "another trainer is at work" in err and err.count("\n") == 1
     process.kill()
     process.communicate()
-    run(trainer, tiny, "--resume=True", "--max_steps=10")  # a killed one leaves no lock behind
+    within(trainer, tiny, "--resume=True", "--max_steps=10")  # a killed one leaves no lock behind
 
 
 @LM_IS_ENOUGH
 def test_broken_checkpoints_are_named_and_the_newest_complete_one_is_used(tmp_path, tiny, trainer):
-    run(trainer, tiny, "--keep_checkpoints=3", f"--out_dir={tmp_path / 'unbroken'}")
+    within(trainer, tiny, "--keep_checkpoints=3", f"--out_dir={tmp_path / 'unbroken'}")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "run")
     newest, older = (tmp_path / "run" / "checkpoints" / f"step_000000{n}" for n in (40, 30))
     os.truncate(newest / "state.pt", 1000)
     (older / "manifest.json").unlink()
     (tmp_path / "run" / "checkpoints" / "step_00000099").mkdir()
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 40, "tr')
-    out, _ = run(trainer, tiny, "--keep_checkpoints=3", "--resume=True")
+    out, _ = within(trainer, tiny, "--keep_checkpoints=3", "--resume=True")
     for name in ("step_00000030", "step_00000040", "step_00000099"):
         assert f"{name} is no complete checkpoint" in out
     assert "resumed from" in out and "step_00000020" in out
@@ -189,9 +189,9 @@ def test_broken_checkpoints_are_named_and_the_newest_complete_one_is_used(tmp_pa
 def test_a_finished_run_goes_on_with_more_steps(tmp_path, tiny, trainer):
     """Under a constant learning rate, in three parts as in one."""
     how = ("--lr_schedule=constant",)
-    run(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
+    within(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
     for steps in (15, 40):
-        out, _ = run(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True")
+        out, _ = within(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True")
     assert "resume: max_steps was 15, is 40" in out
     state = last_state(tmp_path / "run")
     assert not differences(last_state(tmp_path / "unbroken")["model"], state["model"])
@@ -201,8 +201,8 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path, tiny, trainer):
 
 @LM_IS_ENOUGH
 def test_changed_settings_are_told_and_take_effect(tmp_path, tiny, trainer):
-    run(trainer, tiny, "--max_steps=10")
-    out, _ = run(trainer, tiny, "--max_steps=20", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
+    within(trainer, tiny, "--max_steps=10")
+    out, _ = within(trainer, tiny, "--max_steps=20", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
     assert "resume: max_steps was 10, is 20" in out and "resume: weight_decay was 0.1, is 0.5" in out
     groups = last_state(tmp_path / "run")["optimizers"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.5, 0, 0]  # Muon's, and AdamW's of embedding and head
@@ -300,7 +300,7 @@ def test_a_batch_cut_up_in_any_way_gives_the_gradient_of_one_big_batch(tmp_path,
 def test_a_run_moves_between_one_process_and_two(tmp_path, tiny, trainer):
     """Stopped on two processes, it goes on with one, and back: same order of the data, same curve."""
     how = ("--micro_batch_size=2", "--mixed_precision=no", "--lr_schedule=constant")
-    run(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
+    within(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
     moves = ((12, 2), (25, 1), (40, 2)) if trainer == "train_lm.py" else ((20, 2), (40, 1))
     for steps, processes in moves:
         run(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True", processes=processes)

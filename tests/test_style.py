@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, within
 
 
 @pytest.mark.parametrize("how", [["check"], ["format", "--check"]], ids=" ".join)
@@ -38,7 +38,7 @@ def test_every_config_is_legal(tmp_path, path):
     """It gets as far as the data, which is not there, with the trainer that its first command names."""
     trainer = re.search(r"train_\w+\.py", path.read_text())[0]
     nothing = (f"--dataset={tmp_path}/none.parquet", f"--out_dir={tmp_path / 'run'}")
-    _, err = run(trainer, path, *nothing, *(["--vae="] if trainer == "train_diffusion.py" else []), code=2)
+    _, err = within(trainer, path, *nothing, *(["--vae="] if trainer == "train_diffusion.py" else []), code=2)
     assert "there is no file or folder" in err
 
 

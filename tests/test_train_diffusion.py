@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import read_grid, rows, run
+from conftest import read_grid, rows, run, within
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -258,9 +258,9 @@ def test_eight_pictures_are_learned_by_heart_and_come_back(tmp_path):
         "--eval_interval=400",
         "--save_interval=400",
     ]
-    run("train_diffusion.py", f"--dataset={folder}", f"--out_dir={tmp_path / 'run'}", *how)
+    within("train_diffusion.py", f"--dataset={folder}", f"--out_dir={tmp_path / 'run'}", *how)
     grid = tmp_path / "grid.png"
-    run("sample.py", f"--out_dir={tmp_path / 'run'}", f"--output={grid}", "--guidance=1", "--steps=50")
+    within("sample.py", f"--out_dir={tmp_path / 'run'}", f"--output={grid}", "--guidance=1", "--steps=50")
     for i, drawn in enumerate(read_grid(grid, 8, 8)):
         distance = np.abs(originals.astype(float) - drawn).mean(axis=(1, 2, 3))
         assert distance.argmin() == i and distance[i] < 12, f"{i}: {distance}"
@@ -269,7 +269,7 @@ def test_eight_pictures_are_learned_by_heart_and_come_back(tmp_path):
 def test_the_average_of_the_weights_is_its_closed_form(tmp_path, tiny):
     """diffusers' EMAModel has decay min(ema_decay, (1 + s) / (10 + s)), s = 0, 1 ..., and begins with step 1."""
     out = tmp_path / "run"
-    run(
+    within(
         "train_diffusion.py",
         tiny,
         "--max_steps=12",
@@ -286,7 +286,7 @@ def test_the_average_of_the_weights_is_its_closed_form(tmp_path, tiny):
     kept = dict(zip(names, states[-1]["progress"]["ema"]["shadow_params"], strict=True))
     assert all(torch.allclose(kept[n], average[n], atol=1e-6) for n in names)
     assert any(not torch.equal(kept[n], states[-1]["model"][n]) for n in names)
-    run("train_diffusion.py", tiny, "--max_steps=12", "--resume=True", "--keep=last", "--ema_decay=0.3")
+    within("train_diffusion.py", tiny, "--max_steps=12", "--resume=True", "--keep=last", "--ema_decay=0.3")
     saved = load_file(out / "model.safetensors")  # of the best evaluation, which was the last
     assert [r["step"] for r in rows(out, "val/loss")] == [0, 10, 12]
     best = min(rows(out, "val/loss")[1:], key=lambda r: r["val/loss"])["step"]
@@ -296,7 +296,7 @@ def test_the_average_of_the_weights_is_its_closed_form(tmp_path, tiny):
 
 def test_the_run_directory_and_the_rows(tmp_path, tiny):
     out = tmp_path / "run"
-    run("train_diffusion.py", tiny, "--tracker=tensorboard")
+    within("train_diffusion.py", tiny, "--tracker=tensorboard")
     made = json.loads((out / "run.json").read_text())
     assert made["kind"] == "diffusion" and made["classes"] == ["blue", "green", "red"]
     assert made["data"]["splits"]["train"]["pictures"] == 108
@@ -321,11 +321,11 @@ def test_the_run_directory_and_the_rows(tmp_path, tiny):
 
 
 def test_two_evaluations_of_the_same_weights_are_equal_whatever_the_seed_of_training(tmp_path, tiny):
-    run("train_diffusion.py", tiny, "--max_steps=10")
+    within("train_diffusion.py", tiny, "--max_steps=10")
     before = rows(tmp_path / "run", "val/loss")[-1]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000010"
     assert checkpoint.exists()
-    run("train_diffusion.py", tiny, "--max_steps=10", "--resume=True", "--seed=5", "--micro_batch_size=4")
+    within("train_diffusion.py", tiny, "--max_steps=10", "--resume=True", "--seed=5", "--micro_batch_size=4")
     after = rows(tmp_path / "run", "val/loss")[-1]
     assert after["val/loss"] == pytest.approx(before["val/loss"], rel=1e-6)
 
@@ -333,7 +333,7 @@ def test_two_evaluations_of_the_same_weights_are_equal_whatever_the_seed_of_trai
 @pytest.mark.parametrize("objective", ["eps", "v"])
 def test_every_objective_trains_and_every_sampler_draws(tmp_path, tiny, objective):
     more = ["--zero_snr=True"] if objective == "v" else ["--beta_schedule=cosine"]
-    run("train_diffusion.py", tiny, f"--objective={objective}", "--sampler=", "--min_snr=5", *more)
+    within("train_diffusion.py", tiny, f"--objective={objective}", "--sampler=", "--min_snr=5", *more)
     losses = [r["val/loss"] for r in rows(tmp_path / "run", "val/loss")]
     assert losses[-1] < 0.9 * losses[0]
     run_json = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -345,17 +345,17 @@ def test_every_objective_trains_and_every_sampler_draws(tmp_path, tiny, objectiv
         x = train_diffusion.draw_pictures(dit, process, (3, 8, 8), torch.arange(3), range(3), **how)
         assert x.isfinite().all() and x.std() > 0.2, sampler
     grid = tmp_path / "grid.png"
-    run("sample.py", f"--out_dir={tmp_path / 'run'}", "--sampler=unipc", f"--output={grid}", "--steps=10")
+    within("sample.py", f"--out_dir={tmp_path / 'run'}", "--sampler=unipc", f"--output={grid}", "--steps=10")
     assert len(np.unique(np.concatenate(read_grid(grid, 8, 3)))) > 50
 
 
 def test_drawing_by_class_seed_and_checkpoint(tmp_path, tiny):
     out = tmp_path / "run"
-    run("train_diffusion.py", tiny, "--max_steps=200", "--eval_interval=100", "--save_interval=100")
+    within("train_diffusion.py", tiny, "--max_steps=200", "--eval_interval=100", "--save_interval=100")
     how = ("--steps=10", "--num_samples=5")
 
     def drawn(*arguments, n=5):
-        run("sample.py", f"--out_dir={out}", f"--output={tmp_path / 'grid.png'}", *arguments)
+        within("sample.py", f"--out_dir={out}", f"--output={tmp_path / 'grid.png'}", *arguments)
         return read_grid(tmp_path / "grid.png", 8, n)
 
     red, green, blue = (drawn(f"--class_label={name}", *how) for name in ("red", "green", "blue"))
@@ -368,7 +368,7 @@ def test_drawing_by_class_seed_and_checkpoint(tmp_path, tiny):
     best = min(rows(out, "val/loss")[1:], key=lambda r: r["val/loss"])["step"]
     checkpoint = out / "checkpoints" / f"step_{best:08d}"  # its averaged weights are those that were kept
     kept = drawn(*how)
-    run("sample.py", f"--out_dir={checkpoint}", f"--output={tmp_path / 'grid.png'}", *how)
+    within("sample.py", f"--out_dir={checkpoint}", f"--output={tmp_path / 'grid.png'}", *how)
     assert np.array_equal(read_grid(tmp_path / "grid.png", 8, 5), kept)
 
 
@@ -413,11 +413,11 @@ def test_latents_are_the_autoencoders_own_and_come_back_as_pictures(
     assert all(k or torch.allclose(a, mirrored[i], atol=2e-3) for k, a, i in zip(as_is, x, order))
     assert 30 < sum(as_is) < 90
 
-    run("train_diffusion.py", tiny, f"--vae={small_vae}", "--max_steps=10")
+    within("train_diffusion.py", tiny, f"--vae={small_vae}", "--max_steps=10")
     assert Image.open(tmp_path / "run" / "samples" / "step_00000010.png").size == (48, 48)
-    run("sample.py", f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'grid.png'}")
+    within("sample.py", f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'grid.png'}")
     assert Image.open(tmp_path / "grid.png").size == (16, 16)
-    _, err = run(
+    _, err = within(
         "train_diffusion.py", tiny, f"--vae={small_vae}", "--image_size=10", "--overwrite=True", code=2
     )
     assert "use 8 or 12" in err and err.count("\n") == 1
@@ -436,7 +436,7 @@ def test_the_frechet_distance_at_the_end(tmp_path, tiny):
     distances = []
     for steps in (0, 200):
         out = tmp_path / str(steps)
-        run(
+        within(
             "train_diffusion.py",
             tiny,
             *how,

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MODEL, last_state, rows, run
+from conftest import ROOT, TINY, TINY_MODEL, last_state, rows, run, within
 
 import train_lm
 
@@ -46,17 +46,17 @@ def test_greedy_samples_equal_those_of_transformers(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out, _ = trained
-    stdout, _ = run(
+    stdout, _ = within(
         "sample.py", f"--out_dir={out}", "--prompt=def ", "--temperature=0", "--max_new_tokens=24"
     )
     model, tok = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     x = tok("def ", return_tensors="pt")
     theirs = model.generate(**x, max_new_tokens=24, do_sample=False)[0]
     assert stdout == tok.decode(theirs, skip_special_tokens=True) + "\n"
-    again, _ = run("sample.py", f"--out_dir={out}", "--prompt=def ", "--seed=3", "--num_samples=2")
+    again, _ = within("sample.py", f"--out_dir={out}", "--prompt=def ", "--seed=3", "--num_samples=2")
     assert (
         again
-        == run("sample.py", f"--out_dir={out}", "--prompt=def ", "--seed=3", "--num_samples=2")[0]
+        == within("sample.py", f"--out_dir={out}", "--prompt=def ", "--seed=3", "--num_samples=2")[0]
         != stdout
     )
     # of any folder that transformers can load, ours among them when run.json is taken away
@@ -72,9 +72,9 @@ def test_greedy_samples_equal_those_of_transformers(trained):
         shutil.copy(out / name, stock)
     assert (
         stdout
-        == run("sample.py", f"--out_dir={stock}", "--prompt=def ", "--temperature=0", "--max_new_tokens=24")[
-            0
-        ]
+        == within(
+            "sample.py", f"--out_dir={stock}", "--prompt=def ", "--temperature=0", "--max_new_tokens=24"
+        )[0]
     )
 
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_speaks_too(trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("import ")
     newest = max((out / "checkpoints").glob("step_*"))
     how = ("--prompt=FILE:" + str(tmp_path / "prompt.txt"), "--max_new_tokens=9")
-    stdout, _ = run("sample.py", f"--out_dir={newest}", *how)
+    stdout, _ = within("sample.py", f"--out_dir={newest}", *how)
     assert stdout.startswith("import ")
 
 
@@ -135,17 +135,17 @@ def test_an_edited_model_is_not_called_native_and_still_speaks(tmp_path, tiny):
     (checkout / "train_lm.py").write_text(
         source.replace("F.relu(self.fc1(x)).square()", "F.gelu(self.fc1(x))")
     )
-    stdout, _ = run(checkout / "train_lm.py", tiny, "--max_steps=10")
+    stdout, _ = within(checkout / "train_lm.py", tiny, "--max_steps=10")
     assert "edited model: only sample.py loads this run" in stdout
     out = tmp_path / "run"
     assert "model_type" not in json.loads((out / "config.json").read_text())
     speak = (f"--out_dir={out}", "--prompt=def ", "--max_new_tokens=5")
-    text, _ = run(checkout / "sample.py", *speak)
+    text, _ = within(checkout / "sample.py", *speak)
     assert text.startswith("def ")
     # a checkout with another model refuses to load it wrongly, and runs the copy only when it is told to
-    _, err = run("sample.py", *speak, code=2)
+    _, err = within("sample.py", *speak, code=2)
     assert "--trust_run_code=True" in err and err.count("\n") == 1
-    assert run("sample.py", *speak, "--trust_run_code=True")[0] == text
+    assert within("sample.py", *speak, "--trust_run_code=True")[0] == text
 
 
 def test_learning_rates_follow_their_closed_forms(monkeypatch):
@@ -164,7 +164,7 @@ def test_learning_rates_follow_their_closed_forms(monkeypatch):
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
-    run(
+    within(
         "train_lm.py",
         tiny,
         "--learning_rate=3",
@@ -179,7 +179,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
     assert len(val) == best + 3 < 40
     stopped_at = 10 * len(val)
     assert last_state(out)["progress"]["step"] == stopped_at
-    run("train_lm.py", tiny, "--learning_rate=3", "--embed_lr=30", "--max_steps=400", "--patience=2", "--warmup_steps=0",
+    within("train_lm.py", tiny, "--learning_rate=3", "--embed_lr=30", "--max_steps=400", "--patience=2", "--warmup_steps=0",
         "--resume=True")  # fmt: skip
     assert [r["val/loss"] for r in rows(out, "val/loss")][1:] == val  # it stops again where it stopped
 
@@ -187,7 +187,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(tmp_path, tiny, optimizer):
     """A copy of the script in which the loss is NaN at some steps, or from step 15 on."""
-    plant = "                    loss = model(x, y)\n"
+    plant = "                    loss = model(*batch)\n"
     source = (ROOT / "train_lm.py").read_text()
     assert source.count(plant) == 1
     (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
@@ -195,7 +195,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(tmp_path, tin
         bad = f"                    loss = loss * (math.nan if {steps} else 1)\n"
         (tmp_path / "train_lm.py").write_text(source.replace(plant, plant + bad))
         how = ("--overwrite=True", f"--optimizer={optimizer}")
-        stdout, err = run(tmp_path / "train_lm.py", tiny, *how, code=code)
+        stdout, err = within(tmp_path / "train_lm.py", tiny, *how, code=code)
         assert sum(line.endswith("skipped") for line in stdout.splitlines()) == n
     assert "step_00000020" in err and "Traceback" not in err
     assert all(torch.isfinite(w).all() for w in last_state(tmp_path / "run")["model"].values())
@@ -212,7 +212,7 @@ def test_detect_anomaly_names_the_operation(tmp_path, tiny, plant, names):
     assert source.count(line) == 1
     (tmp_path / "train_lm.py").write_text(source.replace(line, line + f"        x = x + {plant}\n"))
     (tmp_path / "configurator.py").write_text((ROOT / "configurator.py").read_text())
-    _, err = run(tmp_path / "train_lm.py", tiny, "--detect_anomaly=True", "--val_fraction=0", code=1)
+    _, err = within(tmp_path / "train_lm.py", tiny, "--detect_anomaly=True", "--val_fraction=0", code=1)
     last = err.strip().splitlines()[-1]
     assert names in last and "step " in last and "Traceback (most recent call last)" not in last
     if names == "aten.log":
@@ -220,21 +220,21 @@ def test_detect_anomaly_names_the_operation(tmp_path, tiny, plant, names):
 
 
 def test_profile_leaves_a_trace_and_a_table(tmp_path, tiny):
-    run("train_lm.py", tiny, "--profile=True", "--max_steps=10")
+    within("train_lm.py", tiny, "--profile=True", "--max_steps=10")
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
     assert "aten::mm" in (tmp_path / "run" / "profile" / "table.txt").read_text()
 
 
 def test_max_steps_0_only_evaluates_and_no_validation_split_works(tmp_path, tiny):
-    run("train_lm.py", tiny, "--max_steps=0")
+    within("train_lm.py", tiny, "--max_steps=0")
     assert len(rows(tmp_path / "run")) == 2
-    run("train_lm.py", tiny, "--val_fraction=0", "--overwrite=True", "--max_steps=10")
+    within("train_lm.py", tiny, "--val_fraction=0", "--overwrite=True", "--max_steps=10")
     assert not rows(tmp_path / "run", "val/loss") and rows(tmp_path / "run", "test/loss")
 
 
 def test_keep_last_keeps_the_last_weights(tmp_path, tiny):
-    run("train_lm.py", tiny, "--keep=last", "--max_steps=20", "--epochs=0")
+    within("train_lm.py", tiny, "--keep=last", "--max_steps=20", "--epochs=0")
     weights, state = (
         train_lm.load_file(tmp_path / "run" / "model.safetensors"),
         last_state(tmp_path / "run")["model"],
@@ -243,14 +243,14 @@ def test_keep_last_keeps_the_last_weights(tmp_path, tiny):
 
 
 def test_epochs_count_passes_over_the_data(tmp_path, tiny):
-    run("train_lm.py", tiny, "--epochs=1.5", "--block_size=512", "--eval_interval=100")
+    within("train_lm.py", tiny, "--epochs=1.5", "--block_size=512", "--eval_interval=100")
     n = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["splits"]["train"]["tokens"]
     assert last_state(tmp_path / "run")["progress"]["step"] == math.ceil(1.5 * ((n - 512) // 512) / 8)
 
 
 def test_trackers(tmp_path, tiny):
     """tensorboard gets the numbers of metrics.jsonl; wandb, offline, goes on under one id after a resume."""
-    run("train_lm.py", tiny, "--tracker=tensorboard", "--max_steps=10")
+    within("train_lm.py", tiny, "--tracker=tensorboard", "--max_steps=10")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = next((tmp_path / "run").rglob("events.out.tfevents*"))
@@ -260,15 +260,15 @@ def test_trackers(tmp_path, tiny):
     assert logged == [
         (r["step"], pytest.approx(r["val/loss"], rel=1e-6)) for r in rows(tmp_path / "run", "val/loss")
     ]
-    run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
-    run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=20", "--resume=True")
+    within("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
+    within("train_lm.py", tiny, "--tracker=wandb", "--max_steps=20", "--resume=True")
     runs = [p.name.rsplit("-", 1)[1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and set(runs) == {last_state(tmp_path / "run")["progress"]["tracker_id"]}
 
 
 def test_bf16_and_gradient_checkpointing_train_as_well(tmp_path, tiny):
     how = ("--mixed_precision=bf16", "--gradient_checkpointing=True", "--dropout=0.1", "--deterministic=True")
-    run("train_lm.py", tiny, *how)
+    within("train_lm.py", tiny, *how)
     assert rows(tmp_path / "run", "val/loss")[-1]["val/loss"] < 4.5
     assert all(
         w.dtype == torch.float32 for w in train_lm.load_file(tmp_path / "run" / "model.safetensors").values()
