@@ -65,7 +65,7 @@ def model_code(path, names):
 
 
 def import_trainer(run_dir, kind, names):
-    """-> the training script as a module: ours, if it has the same code by these names, or the run's own copy."""
+    """-> the training script as a module: ours, or the run's own copy where that is trusted."""
     name = f"train_{kind}"
     copy, ours = run_dir / f"{name}.py", Path(__file__).with_name(f"{name}.py")
     if copy.exists() and not trust_run_code and model_code(copy, names) != model_code(ours, names):
@@ -133,7 +133,7 @@ def load_run(folder, run_dir, device):
 
 
 def load_finetuned(run, trainer, folder, state):
-    """-> the model of transformers that a run went on from, as it became: from a checkpoint's `state`, or None."""
+    """-> the model of transformers that a run has trained, from `folder` or a checkpoint's `state`."""
     kind, dtype, base = run["settings"]["adapter"], run["settings"]["base_dtype"], run["model"]["name"]
     if not kind and not state:
         return trainer.load_causal_lm(str(folder), dtype)
@@ -176,7 +176,7 @@ def positions(model):
 
 
 def stream(tok, ids):
-    """Print tokens as text while they come; a character of several tokens waits for the last of them. -> the ids"""
+    """Print ids as text while they come, a character of several with the last of them; -> the ids"""
     from tokenizers.decoders import DecodeStream
 
     decoder, said = DecodeStream(skip_special_tokens=True), []
@@ -241,9 +241,7 @@ def read_lines():
 def converse(model, tok, limit, device):
     """Answer line after line; all that was said before, as far as it fits, is the prompt of an answer."""
     if not tok.chat_template:
-        fail(
-            f"the tokenizer in {out_dir} has no chat template: without --chat=True the model goes on from a text"
-        )
+        fail(f"{out_dir} has no chat template: without --chat=True, it goes on from a --prompt")
     messages = []
     for line in itertools.chain([read_prompt()] if prompt.strip() else [], read_lines()):
         messages.append({"role": "user", "content": line})

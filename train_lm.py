@@ -65,13 +65,11 @@ seed = 1337  # of the first weights, the order of the data, and dropout
 # data
 dataset = "python"  # "python" (its own library), a file, folder, glob or URL, or a hub name:config@revision
 text_column = "text"  # the column with the documents, in .jsonl, .parquet, .csv and hub data
-prompt_column = "prompt"  # where there is this column and the next one, the completion of a prompt is learned
-completion_column = "completion"  # see above
-messages_column = (
-    "messages"  # likewise conversations, of {"role", "content"}: the assistant's turns are learned
-)
-too_long = "cut"  # prompts and conversations beyond block_size: cut on the left, or dropped ("cut" | "drop")
-tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens, of the train split), hub name, folder; "": bpe:1024, or init_from's
+prompt_column = "prompt"  # where this column and the next are found, answers to prompts are learned
+completion_column = "completion"  # the answers
+messages_column = "messages"  # or conversations, of {"role", "content"}: what the assistant says is learned
+too_long = "cut"  # prompts and conversations beyond block_size are cut on the left ("cut" | "drop")
+tokenizer = ""  # "bytes", "char", "bpe:N" (N learned tokens), hub name, folder; "": init_from's, or bpe:1024
 val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
 test_fraction = 0.05  # likewise for the test split, which is looked at once, at the end (0..<1)
 fold = ""  # "2/5": validate on the second of five parts instead (cross-validation)
@@ -364,13 +362,15 @@ class Pretrained(nn.Module):
         self.can_keep = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def forward(self, idx, targets, kept=None):
-        """idx, targets (B, T) -> the sum of the targets' losses; kept (K,): where there are some, if not all"""
+        """idx, targets (B, T) -> the sum of the losses; kept (K,): the positions with targets, if not all."""
         options = {}
         if kept is not None and self.can_keep:
             options, targets = {"logits_to_keep": kept + self.n_virtual}, targets[:, kept]
-        # Rows are padded on the right, where no token looks: no attention mask, so the fast kernels can be used.
+        # Padding stands on the right, where no token looks: without a mask, the fast kernels can be used.
         logits = self.lm(input_ids=idx, use_cache=False, **options).logits  # (B, T or K, V)
-        return sum_losses(logits[:, -targets.size(1) :].float(), targets)
+        if logits.size(1) > targets.size(1):  # nothing is asked of the learned prompt
+            logits = logits[:, -targets.size(1) :]
+        return sum_losses(logits.float(), targets)
 
     def flops_per_token(self, T):
         """As that of GPT; a weight that is not trained takes no gradient, a third of the work."""
@@ -387,7 +387,7 @@ def without_prompt(pretrained):
 
 
 def is_causal(lm):
-    """Whether a change of the last token leaves the logits before it alone: in BERT, which loads, it does not."""
+    """Whether the logits stay when a later token changes: those of BERT, which loads as well, do not."""
     with torch.no_grad():
         a, b = lm(input_ids=torch.tensor([[0] * 8, [0] * 7 + [1]])).logits[:, :-1].float()
     return torch.allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -430,9 +430,9 @@ def fingerprint(lm):
 
 def add_adapter(lm, kind, rank, alpha, dropout, targets, n_virtual):
     """
-    Freeze a model and put an adapter on it: "lora" (Hu et al. 2021, arXiv:2106.09685) adds a product of two small
-    matrices to those of its layers; "p_tuning" (Liu et al. 2021, arXiv:2103.10385) learns a prompt of vectors, as
-    the output of a small network, that stands before every text.
+    Freeze a model and put an adapter on it: "lora" (Hu et al. 2021, arXiv:2106.09685) adds a product of two
+    small matrices to those of its layers; "p_tuning" (Liu et al. 2021, arXiv:2103.10385) learns vectors that
+    stand before every text like a prompt, as the output of a small network.
     """
     import peft
 
@@ -458,7 +458,7 @@ def add_adapter(lm, kind, rank, alpha, dropout, targets, n_virtual):
 
 
 def load_base():
-    """-> what init_from names: a GPT of an earlier run, or a Pretrained, with the adapter that is asked for."""
+    """-> what init_from names: the GPT of a run of ours or a Pretrained, with the adapter asked for."""
     path = Path(init_from).expanduser()
     if not path.exists() and (init_from[0] in "./~" or init_from.count("/") > 1):
         fail(f"there is no folder {init_from!r}")
@@ -469,9 +469,9 @@ def load_base():
         old = (
             json.loads((path / "run.json").read_text(encoding="utf-8"))
             if (path / "run.json").exists()
-            else {}
+            else None
         )
-        ours = not adapter and old and "n_layer" in old["model"]
+        ours = old and "n_layer" in old["model"] and not adapter
         if ours:
             model = GPT(Shape(**old["model"] | {"dropout": dropout}))
             model.load_state_dict(load_file(path / "model.safetensors"))
@@ -480,32 +480,25 @@ def load_base():
     if ours and base_dtype != "fp32":
         fail(f"{base_dtype=} is for models of transformers, and for runs of ours under an adapter")
     if not ours:
-        lm = load_causal_lm(str(path) if path.exists() else init_from, base_dtype, dropout)
-        if path.exists():  # an adapter has to find it from everywhere
-            lm.config.name_or_path = lm.name_or_path = str(path.resolve())
+        lm = load_causal_lm(str(path.resolve()) if path.exists() else init_from, base_dtype, dropout)
         positions = getattr(lm.config, "max_position_embeddings", None) or 0
         base = Base(lm.name_or_path, fingerprint(lm), positions, lm.get_input_embeddings().num_embeddings)
         if adapter:
-            how = (lora_rank, lora_alpha, lora_dropout, lora_targets, virtual_tokens)
             torch.manual_seed(seed)
-            lm = add_adapter(lm, adapter, *how)
+            lm = add_adapter(lm, adapter, lora_rank, lora_alpha, lora_dropout, lora_targets, virtual_tokens)
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         model = Pretrained(lm.train(), base)
-    n_virtual = virtual_tokens if adapter == "p_tuning" else 0
-    if 0 < model.shape.block_size < block_size + n_virtual:
-        beyond = f"{model.shape.block_size} positions of {init_from}" + (
-            ", which the prompt shares" * bool(n_virtual)
-        )
-        fail(
-            f"{block_size=} is beyond the {beyond}: at most --block_size={model.shape.block_size - n_virtual}"
-        )
+    room = model.shape.block_size - (virtual_tokens if adapter == "p_tuning" else 0)
+    if model.shape.block_size and block_size > room:
+        n = f"{model.shape.block_size} positions of {init_from}, of which an adapter may take some"
+        fail(f"{block_size=} is beyond the {n}: at most --block_size={room}")
     return model
 
 
 # -----------------------------------------------------------------------------
 # Data: documents -> splits -> one flat file of tokens per split, kept in the cache folder of `datasets`.
-# Rows of prompt and completion, and conversations, have two files more: what is learned, and where rows begin.
+# Rows with answers have two more: which tokens are learned, and where each row begins.
 # -----------------------------------------------------------------------------
 END = "<|endoftext|>"
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -748,6 +741,11 @@ def make_tokenizer(name, splits):
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END)
 
 
+def vocab_size(tok):
+    """One more than the largest id: some tokenizers have gaps."""
+    return 1 + max(tok.get_vocab().values())
+
+
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 65536 else np.uint32
 
@@ -767,9 +765,10 @@ def begin_of_text(tok):
 def tokenize(tok, rows, ids, path, digest):
     """Write the tokens of a split to `path`, an end-of-text token behind each document; -> its numbers."""
     core, begin, count = tok.backend_tokenizer, begin_of_text(tok), np.zeros(3, dtype=int)
+    dtype = token_dtype(vocab_size(tok))
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
     # Our own tokenizers never join a line break to what is before it: the threads share long texts there.
-    own = tok.name_or_path == ""
+    own = tok.name_or_path == ""  # it was not loaded from anywhere
     piece = re.compile(r"[\s\S]{65536,}?\S(?=\n)|[\s\S]+" if own else r"[\s\S]+")
     with open(path, "wb") as f:
         batches = read_batches(rows, ids)
@@ -779,7 +778,7 @@ def tokenize(tok, rows, ids, path, digest):
             encoded = iter(to_ids(core.encode_batch_fast, [p for ps in pieces for p in ps]))
             for text, parts in zip(texts, pieces):
                 tokens = [*begin, *(i for _ in parts for i in next(encoded).ids), tok.eos_token_id]
-                tokens = np.array(tokens, token_dtype(len(tok)))
+                tokens = np.array(tokens, dtype)
                 digest.update(tokens)
                 tokens.tofile(f)
                 count += (1, len(text.encode()), len(tokens))
@@ -789,10 +788,10 @@ def tokenize(tok, rows, ids, path, digest):
 
 def cut_conversation(tok, messages):
     """
-    A conversation -> rows, each a list of (text, whether it is learned): the assistant's turns are. Such a turn is
-    what the chat template adds to the prompt for it, so training sees just what a chat will show. Some templates
-    write an earlier turn in another way than the last one (Qwen3 leaves out its thoughts); then each answer
-    becomes a row of its own, with what a chat would show before it.
+    A conversation -> rows, each a list of (text, whether it is learned): the assistant's turns are. Such a
+    turn is what the chat template adds to the prompt for it, so training sees what a chat will show. Some
+    templates write an earlier turn in another way than the last one (Qwen3 leaves out its thoughts); then
+    each answer becomes a row of its own, with what a chat would show before it.
     """
 
     def render(n, **options):
@@ -816,54 +815,60 @@ def cut_conversation(tok, messages):
 
 
 def encode_row(core, encoded, pieces):
-    """-> [ids of each piece]: of the text as a whole, unless a token would reach from one piece into the next."""
+    """-> [ids of each piece]: those of the whole text, unless a token would reach over a seam."""
     ends, cuts = [end for _, end in encoded.offsets], np.cumsum([len(text) for text, _ in pieces])
     if np.isin(cuts, [0, *ends]).all():
-        return [
-            part.tolist()
-            for part in np.split(np.array(encoded.ids, dtype=int), np.searchsorted(ends, cuts[:-1], "right"))
-        ]
+        parts = np.split(np.array(encoded.ids, dtype=int), np.searchsorted(ends, cuts[:-1], "right"))
+        return [part.tolist() for part in parts]
     return [part.ids for part in to_ids(core.encode_batch, [text for text, _ in pieces])]
+
+
+def label_row(parts, pieces, begin, eos):
+    """-> the tokens of a row, of each whether it is learned, and where the last answer begins."""
+    tokens, learned = [*begin], [False] * len(begin)
+    for part, (_, learn) in zip(parts, pieces):
+        if learn:
+            tokens, learned = tokens or [eos], learned or [False]  # nothing comes from nothing
+            answer = len(tokens)
+        # the end-of-text token of an answer is learned as well, and nothing behind it
+        n = len(part) - part[::-1].index(eos) if eos in part else len(part)
+        tokens += part
+        learned += [learn] * n + [False] * (len(part) - n)
+    if eos not in part:  # a model that has not learned to stop never does
+        tokens, learned = [*tokens, eos], [*learned, True]
+    return tokens, learned, answer
 
 
 def tokenize_rows(tok, rows, ids, path, digest):
     """
-    As tokenize(), for rows with answers: beside `path`, .learned says of each token whether it is, and .rows has
-    for each row its first token, its length and the place of its last answer. -> the split's numbers, of which
+    As tokenize(), for rows with answers: beside `path`, .learned says of each token whether it is learned,
+    and .rows.npy where each row starts, its length and the place of its last answer. -> the split's numbers;
     bytes and tokens are those that are learned.
     """
     core, begin, eos = tok.backend_tokenizer, begin_of_text(tok), tok.eos_token_id
-    count, table, first, dtype = np.zeros(5, dtype=int), [], 0, token_dtype(len(tok))
+    count, table, start, dtype = np.zeros(5, dtype=int), [], 0, token_dtype(vocab_size(tok))
     with open(path, "wb") as f, open(path.with_suffix(".learned"), "wb") as g:
         batches = read_batches(rows, ids)
         for batch in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
-            cut = []
+            found = []  # rows of pieces: (text, whether it is learned)
             for row in batch:
                 if "messages" in row:
-                    found = cut_conversation(tok, row["messages"])
+                    cut, begin = (
+                        cut_conversation(tok, row["messages"]),
+                        [],
+                    )  # its template has a begin of its own
                 else:
-                    found = [[(row["prompt"] or "", False), (row["completion"] or "", True)]]
-                found = [pieces for pieces in found if any(text for text, learned in pieces if learned)]
-                cut += found
-                count += (1, not found, 0, 0, 0)
-            texts = ["".join(text for text, _ in pieces) for pieces in cut]
-            for encoded, pieces in zip(to_ids(core.encode_batch, texts), cut):
-                tokens = [] if "messages" in batch[0] else [*begin]
-                learned = [False] * len(tokens)
-                for part, (text, learn) in zip(encode_row(core, encoded, pieces), pieces):
-                    if learn:
-                        tokens, learned = tokens or [eos], learned or [False]  # nothing comes from nothing
-                        # the end of an answer is learned as well, and nothing behind it
-                        n = len(part) - part[::-1].index(eos) if eos in part else len(part)
-                        answer = len(tokens)
-                        count += (0, 0, len(text.encode()), 0, 0)
-                    tokens += part
-                    learned += [learn and i < n for i in range(len(part))] if learn else [False] * len(part)
-                if eos not in part:
-                    tokens, learned = [*tokens, eos], [*learned, True]
-                table.append((first, len(tokens), answer))
-                first += len(tokens)
-                count += (0, 0, 0, sum(learned), len(tokens))
+                    cut = [[(row["prompt"] or "", False), (row["completion"] or "", True)]]
+                cut = [pieces for pieces in cut if any(text for text, learn in pieces if learn)]
+                found += cut
+                count += (1, not cut, 0, 0, 0)
+            texts = ["".join(text for text, _ in pieces) for pieces in found]
+            for encoded, pieces in zip(to_ids(core.encode_batch, texts), found):
+                tokens, learned, answer = label_row(encode_row(core, encoded, pieces), pieces, begin, eos)
+                table.append((start, len(tokens), answer))
+                start += len(tokens)
+                n_bytes = sum(len(text.encode()) for text, learn in pieces if learn)
+                count += (0, 0, n_bytes, sum(learned), len(tokens))
                 for values, file in ((np.array(tokens, dtype), f), (np.array(learned, np.uint8), g)):
                     digest.update(values)
                     values.tofile(file)
@@ -887,15 +892,16 @@ def prepare_data():
                 folder.mkdir()
                 splits, digest = split_documents(documents), hashlib.sha256()
                 tok = make_tokenizer(name, splits)
-                tok.chat_template = tok.chat_template or CHAT_TEMPLATE
-                write = tokenize if "text" in documents["train"].column_names else tokenize_rows
+                columns = documents["train"].column_names
+                if "messages" in columns and not tok.chat_template:
+                    tok.chat_template = CHAT_TEMPLATE
+                write = tokenize if "text" in columns else tokenize_rows
                 counts = {s: write(tok, *splits[s], folder / f"{s}.bin", digest) for s in sorted(splits)}
                 tok.save_pretrained(folder)
                 first = next(
                     (row for rows in read_batches(*splits["train"]) for row in rows if text_of(row)), {}
                 )
-                size = 1 + max(tok.get_vocab().values())
-                facts = {"splits": counts, "vocab_size": size, "fingerprint": digest.hexdigest()}
+                facts = {"splits": counts, "vocab_size": vocab_size(tok), "fingerprint": digest.hexdigest()}
                 # the last file: where it is, all are
                 write_json(folder / "facts.json", facts | {"begin": text_of(first)[:60]})
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -944,7 +950,7 @@ class Tokens(torch.utils.data.Dataset):
         return self.read(starts)
 
     def read(self, starts):
-        """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 where the text has ended."""
+        """-> (x, y), both (len(starts), T): y holds the token after each of x, -100 where the text ended."""
         self.tokens = np.memmap(self.path, self.dtype, mode="r") if self.tokens is None else self.tokens
         rows = np.full((len(starts), self.T + 1), -100, dtype=np.int64)
         for row, start in zip(rows, starts):
@@ -968,10 +974,10 @@ class Tokens(torch.utils.data.Dataset):
 
 class Rows(torch.utils.data.Dataset):
     """
-    A split of rows with answers as the samples of a run; a row longer than T + 1 tokens is cut on the left of its
-    last answer, or dropped. Each epoch is shuffled; within pools of 64 batches rows are then sorted by length,
-    so that little is padded, and the batches are dealt out in a fresh order. All this is a function of
-    (seed, epoch), and so, as in Tokens, sample i of all is one of (seed, i).
+    A split of rows with answers as the samples of a run; a row longer than T + 1 tokens is cut on the left of
+    its last answer, or dropped. Each epoch is shuffled; within pools of 64 batches rows are then sorted by
+    length, so that little is padded, and the batches are dealt out in a fresh order. All this is a function
+    of (seed, epoch), and so, as in Tokens, sample i of all is one of (seed, i).
     """
 
     def __init__(self, path, dtype, T, seed, batch_size, cut):
@@ -1016,8 +1022,8 @@ class Rows(torch.utils.data.Dataset):
 
     def read(self, rows):
         """
-        -> x, y (len(rows), T), padded on the right to the longest row: y holds the token after each of x where
-        that is to be learned, else -100; kept (K,): the positions where any row has something to learn.
+        -> x, y (len(rows), T), padded on the right to the longest row: y holds the token after each of x
+        where that is to be learned, else -100; kept (K,): the positions where any row has something to learn.
         """
         if self.tokens is None:
             self.tokens = np.memmap(self.path, self.dtype, mode="r")
@@ -1248,7 +1254,7 @@ def write_sample(gpt, tok, prompt, step):
 # The run directory: weights that transformers loads, checkpoints that a resume continues bit for bit
 # -----------------------------------------------------------------------------
 KIND = "lm"
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 DATA_SETTINGS = {"dataset", "tokenizer", "val_fraction", "test_fraction", "fold", "too_long"}
 DATA_SETTINGS |= {"text_column", "prompt_column", "completion_column", "messages_column"}
@@ -1390,7 +1396,7 @@ def save_weights(accelerator, model, tok):
         state = {name.removeprefix("lm."): weight for name, weight in weights.items()}
         how = {"save_embedding_layers": False} if adapter else {"state_dict": state}
         gpt.lm.save_pretrained(unfinished, **how)
-        for path in unfinished.iterdir():
+        for path in sorted(unfinished.iterdir()):
             if path.suffix != ".md":  # a model card without content
                 write_file(Path(out_dir, path.name), lambda temporary, path=path: path.rename(temporary))
         shutil.rmtree(unfinished)
@@ -1479,9 +1485,7 @@ def start_run(run):
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         if base != run["model"].get("fingerprint"):
-            fail(
-                f"cannot resume: the weights of {run['settings']['init_from']} have changed since the run began"
-            )
+            fail(f"cannot resume: the weights of {run['settings']['init_from']} have changed since it began")
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)

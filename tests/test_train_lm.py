@@ -260,8 +260,8 @@ def test_trackers(tmp_path, tiny):
     assert logged == [
         (r["step"], pytest.approx(r["val/loss"], rel=1e-6)) for r in rows(tmp_path / "run", "val/loss")
     ]
-    within("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
-    within("train_lm.py", tiny, "--tracker=wandb", "--max_steps=20", "--resume=True")
+    run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
+    run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=20", "--resume=True")
     runs = [p.name.rsplit("-", 1)[1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and set(runs) == {last_state(tmp_path / "run")["progress"]["tracker_id"]}
 

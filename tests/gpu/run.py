@@ -3,9 +3,10 @@ Everything that needs a GPU, in one command of under ten minutes, with one table
 
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
-A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), nanoGPT's
-Shakespeare setting to its end, CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory),
-a killed and resumed run of each trainer against an unbroken one, and nanoGPT beside them where its checkout is given.
+A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), LoRA on a model
+of transformers of that size beside a plain loop with peft (tokens/s, memory), nanoGPT's Shakespeare setting to its end,
+CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory), a killed and resumed run of each
+trainer against an unbroken one, and nanoGPT beside them where its checkout is given.
 Without a GPU it says so and exits with 1.
 """
 
@@ -68,6 +69,76 @@ def gpt2(folder):
     )
 
 
+PEER = """
+import sys, time, torch, peft
+from transformers import AutoModelForCausalLM
+from accelerate import Accelerator
+accelerator = Accelerator(mixed_precision="bf16")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+model, optimizer = accelerator.prepare(model, optimizer)
+x = torch.randint(256, (16, 1024), device="cuda")
+def step():
+    accelerator.backward(model(input_ids=x, attention_mask=torch.ones_like(x), labels=x).loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()
+[step() for _ in range(50)]; torch.cuda.synchronize()
+print("speed", 50 * 16 * 1024 / (time.time() - t), "memory", torch.cuda.max_memory_allocated() / 1e9)
+"""
+
+
+def lora(folder, text):
+    """
+    LoRA on GPT-2's size with random weights, on bytes, beside the loop of transformers' run_clm_no_trainer.py with
+    peft, both not compiled; then compiled, and in little memory; and a resumed run against an unbroken one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    tok.save_pretrained(folder / "base")
+    GPT2LMHeadModel(GPT2Config(bos_token_id=256, eos_token_id=256)).save_pretrained(folder / "base")
+    command = [sys.executable, "-c", PEER, str(folder / "base")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"speed ([\d.]+) memory ([\d.]+)", done.stdout)
+    note(
+        "LoRA 124M, plain loop with peft", round(float(found[1])) if found else done.stderr[-300:], "tokens/s"
+    )
+    note("LoRA 124M, plain loop with peft: memory", round(float(found[2]), 2) if found else "", "GB")
+    how = [f"--init_from={folder / 'base'}", "--adapter=lora", f"--dataset={text}", "--block_size=1024"]
+    how += [
+        "--batch_size=16",
+        "--max_steps=140",
+        "--eval_interval=140",
+        "--eval_batches=2",
+        "--test_fraction=0",
+    ]
+    for name, more in (
+        ("", ["--compile=False"]),
+        (", compiled", []),
+        (
+            ", bf16 base, checkpointing",
+            ["--compile=False", "--base_dtype=bf16", "--gradient_checkpointing=True"],
+        ),
+    ):
+        rows, _, _ = train(folder / f"lora{name}", *how, *more, "--save_interval=140", "--log_interval=5")
+        rows = [row for row in rows if "tokens_per_s" in row][10:]
+        for key, unit in (("tokens_per_s", "tokens/s"), ("memory", "GB")):
+            note(
+                f"LoRA 124M{name}: {key} (median)",
+                round(sorted(r[key] for r in rows)[len(rows) // 2], 2),
+                unit,
+            )
+    resume(folder, "train_lm.py", *how, "--compile=False", "--batch_size=4")
+
+
 def shakespeare(folder, text):
     rows, seconds, _ = train(
         folder / "shakespeare", str(ROOT / "configs/shakespeare_char.py"), f"--dataset={text}"
@@ -105,24 +176,19 @@ def cifar10(folder, data):
     Path("gpu_cifar10.png").write_bytes(grid.read_bytes())
 
 
-def resume(folder, trainer):
+def resume(folder, trainer, *more):
     """Stopped at step 30 and resumed, under deterministic=True, compiled: equal weights and optimizers."""
-    how = [
-        "--deterministic=True",
-        "--max_steps=60",
-        "--save_interval=30",
-        "--eval_interval=30",
-        "--test_fraction=0",
-    ]
-    how += ["--lr_schedule=constant"]
-    unbroken, broken = folder / f"{trainer} unbroken", folder / f"{trainer} broken"
+    how = [*more, "--deterministic=True", "--test_fraction=0", "--lr_schedule=constant"]
+    how += ["--max_steps=60", "--save_interval=30", "--eval_interval=30"]
+    name = trainer + " with LoRA" * bool(more)
+    unbroken, broken = folder / f"{name} unbroken", folder / f"{name} broken"
     train(unbroken, *how, trainer=trainer)
     train(broken, *how, "--max_steps=30", trainer=trainer)
     train(broken, *how, "--resume=True", trainer=trainer)
     states = [out / "checkpoints/step_00000060/state.pt" for out in (unbroken, broken)]
     a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in states)
     equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    note(f"{trainer}: resume on CUDA, deterministic: weights bitwise equal", equal)
+    note(f"{name}: resume on CUDA, deterministic: weights bitwise equal", equal)
 
 
 def nanogpt(folder, path, text):
@@ -178,6 +244,7 @@ def main():
         gpt2(folder)
         resume(folder, "train_lm.py")
         resume(folder, "train_diffusion.py")
+        lora(folder, arguments.shakespeare)
         if arguments.cifar10:
             cifar10(folder, arguments.cifar10)
         shakespeare(folder, arguments.shakespeare)
