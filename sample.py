@@ -267,17 +267,19 @@ def merge_adapter(model, tok):
     if Path(merge).exists():
         fail(f"{merge=} exists already: name a new folder")
     base = model.float().get_base_model()
-    table, head = (
-        getattr(m, "base_layer", m) for m in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
-    adapted = any(
-        hasattr(m, "base_layer") for m in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
-    if adapted and table.weight is head.weight:  # what is added to one of the two is not for the other
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    table, head = (getattr(module, "base_layer", module) for module in ends)
+    if table.weight is head.weight and ends != (
+        table,
+        head,
+    ):  # what is added to one of them is not for the other
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
-    model.merge_and_unload().save_pretrained(merge)
-    tok.save_pretrained(merge)
+    try:
+        model.merge_and_unload().save_pretrained(merge)
+        tok.save_pretrained(merge)
+    except OSError as error:
+        fail(f"cannot write to {merge=}: {error.strerror or error}")
     say(f"merged: {merge}")
 
 

@@ -67,9 +67,7 @@ resume = False  # True: go on from the newest checkpoint in out_dir, or start if
 overwrite = False  # True: delete the run in out_dir and start anew
 seed = 1337  # of the first weights, the order of the pictures, noise and times
 # data
-dataset = (
-    "glyphs"  # "glyphs" (letters and digits), a folder of pictures, .parquet, or a hub name:config@revision
-)
+dataset = "glyphs"  # "glyphs" (letters, digits), a folder of pictures, .parquet, a hub name:config@revision
 image_column = "image"  # the column with the pictures, in .parquet and hub data
 label_column = "label"  # the column with their classes, in a folder its subfolders; "": train without classes
 val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
@@ -92,14 +90,10 @@ time_std = 1.0  # flow: its standard deviation; smaller: fewer times near 0 and 
 beta_schedule = "linear"  # eps and v: how fast the noise grows ("linear" | "cosine")
 zero_snr = False  # v: the last time is noise alone, without a trace of the picture
 min_snr = 0.0  # eps and v: weigh the times by min(signal to noise, this); 5 is usual; 0: do not weigh
-label_dropout = (
-    0.1  # how often the class is hidden, so that guidance knows what pictures are without one (0..1)
-)
+label_dropout = 0.1  # how often the class is hidden: guidance needs to know pictures without one (0..1)
 ema_decay = 0.999  # the average of the weights over about 1 / (1 - this) steps is what is kept (0..<1)
 # pictures at evaluation, and the defaults of sample.py
-sampler = (
-    ""  # "": heun for flow, dpm++ for eps and v ("" | "euler" | "heun" | "ddpm" | "ddim" | "dpm++" | "unipc")
-)
+sampler = ""  # "": heun, or dpm++ for eps, v ("" | "euler" | "heun" | "ddpm" | "ddim" | "dpm++" | "unipc")
 sample_steps = 25  # steps from noise to picture; heun asks the model twice in each (1..1000)
 guidance = 2.0  # exaggerate what is typical of the class; 1: draw from the model as it is
 fd_samples = 0  # pictures for the Fréchet distance at the end, some thousands; 0: none

@@ -76,9 +76,7 @@ fold = ""  # "2/5": validate on the second of five parts instead (cross-validati
 num_workers = 0  # DataLoader processes; 0 is fastest for local files, a few help on network disks
 # model (with init_from, the next five lines alone: the others are as that model has them)
 init_from = "scratch"  # or a causal language model to go on from: a hub name, a folder, a run of ours
-base_dtype = (
-    "fp32"  # of init_from's weights; bf16 halves their memory, best under an adapter ("fp32" | "bf16")
-)
+base_dtype = "fp32"  # of init_from's weights; bf16 in half the memory, under an adapter ("fp32" | "bf16")
 adapter = ""  # train a few new weights, and leave those of init_from alone ("" | "lora" | "p_tuning")
 block_size = 128  # context length in tokens (1..)
 dropout = 0.0  # 0 for about one pass over the data, 0.1 to 0.2 where the same text comes by often (0..<1)
@@ -717,7 +715,7 @@ def make_tokenizer(name, splits):
     if not OWN_TOKENIZER.fullmatch(name):
         try:
             Path(name).exists() or reach_hub()
-            tok = AutoTokenizer.from_pretrained(name)
+            tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # of many kinds
             fail(f"{name!r} is no tokenizer, in a folder or on the hub: {str(error).splitlines()[0]}")
         if not tok.is_fast or tok.eos_token_id is None:
@@ -1087,7 +1085,8 @@ def sample_numbers(first_step, last_step, micro, accumulation, rank):
 def make_optimizers(gpt):
     """
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
-    the matrices in the blocks. Embedding and head are tables of vectors, and AdamW's.
+    the matrices in the blocks. Embedding and head are tables of vectors, and AdamW's. What somebody else has
+    trained, most likely with AdamW, goes on with that.
     """
     if optimizer == "adamw" or init_from != "scratch":
         default = {"lora": 2e-4, "p_tuning": 1e-3}.get(adapter, 0.001 if init_from == "scratch" else 5e-5)
@@ -1230,14 +1229,9 @@ def write_sample(gpt, tok, prompt, step):
     device = next(gpt.parameters()).device
     if isinstance(gpt, Pretrained):
         torch.manual_seed(seed)  # every step sets its own
-        room = (gpt.shape.block_size or 1_000_000) - gpt.n_virtual - len(prompt)
-        how = {
-            "do_sample": True,
-            "temperature": 0.8,
-            "top_k": 0,
-            "top_p": 1.0,
-            "max_new_tokens": min(200, room),
-        }
+        room = gpt.shape.block_size - gpt.n_virtual - len(prompt) if gpt.shape.block_size else 200
+        how = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
+        how["max_new_tokens"] = min(200, max(1, room))
         x = torch.tensor([prompt], device=device)
         new = gpt.lm.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)[
             0, len(prompt) :

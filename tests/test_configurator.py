@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line(script, tmp_path, capsys, arguments, message):
     assert settings(script) == DEFAULTS  # nothing was changed
 
 
-@pytest.mark.parametrize("name", ["train_lm.py", "sample.py"])
+@pytest.mark.parametrize("name", ["train_lm.py", "train_diffusion.py", "sample.py"])
 def test_help_lists_every_setting_with_its_default_and_comment(name):
     import importlib
 

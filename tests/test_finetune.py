@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_MODEL, differences, last_state, rows, run, start, within
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import wait_for_step
 
 import train_lm
@@ -125,7 +125,10 @@ def test_it_trains_goes_on_loads_speaks_and_merges(tmp_path, base, other_text, a
     for folder in (unbroken, unbroken / "checkpoints" / "step_00000020"):
         stdout, _ = within("sample.py", f"--out_dir={folder}", *greedy)
         assert stdout == tok.decode(theirs, skip_special_tokens=True) + "\n"
-    if adapter == "lora":
+    if adapter != "lora":
+        _, err = within("sample.py", f"--out_dir={unbroken}", f"--merge={tmp_path / 'merged'}", code=2)
+        assert "has no LoRA adapter that could be merged" in err
+    else:
         within("sample.py", f"--out_dir={unbroken}", f"--merge={tmp_path / 'merged'}")
         merged = load(tmp_path / "merged", "")
         x = torch.randint(290, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -152,6 +155,54 @@ def test_lora_on_one_of_two_tied_matrices_survives_a_merge(tmp_path, pretrained,
     x = torch.arange(60).view(2, 30)
     assert (model(input_ids=x).logits - load(base, "")(x).logits).abs().max() > 0.1
     assert (merged(x).logits - model(input_ids=x).logits).abs().max() < 1e-5
+
+
+def test_a_run_knows_its_base_again(tmp_path, pretrained, text_file):
+    base, other, out = pretrained("llama"), pretrained("llama"), tmp_path / "run"
+    how = (
+        "train_lm.py",
+        "--adapter=lora",
+        f"--dataset={text_file}",
+        *FAST,
+        f"--out_dir={out}",
+        "--max_steps=10",
+    )
+    within(*how, f"--init_from={base}")
+    for arguments, message in (
+        ((f"--init_from={base}", "--lora_rank=8"), "lora_rank was 16, is 8"),
+        ((f"--init_from={base}", "--base_dtype=bf16"), "base_dtype was 'fp32', is 'bf16'"),
+        ((f"--init_from={base}", "--adapter=p_tuning"), "adapter was 'lora', is 'p_tuning'"),
+        ((f"--init_from={other}",), "cannot resume with another model or optimizer (init_from was"),
+    ):
+        assert message in within(*how, *arguments, "--resume=True", code=2)[1]
+    within("sample.py", f"--out_dir={out}")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    _, err = within(*how, f"--init_from={base}", "--resume=True", code=2)
+    assert "have changed since it began" in err
+    for folder in (out, out / "checkpoints" / "step_00000010"):
+        _, err = within("sample.py", f"--out_dir={folder}", code=2)
+        assert "have changed since" in err and "Traceback" not in err
+    shutil.rmtree(base)
+    _, err = within("sample.py", f"--out_dir={out}", code=2)
+    assert f"{base} is no causal language model" in err
+
+
+def test_two_processes_learn_from_rows_what_one_does(tmp_path, pretrained):
+    """LoRA under DDP, over rows of all lengths: the same losses as one process has, in micro-batches or not."""
+    data = [{"prompt": "ab " * (i % 13), "completion": "x" * (1 + i % 7)} for i in range(90)]
+    data = write_rows(tmp_path / "r.jsonl", data)
+    how = ("train_lm.py", f"--init_from={pretrained('qwen3')}", "--adapter=lora", f"--dataset={data}", *FAST)
+    curves = []
+    for name, processes, micro in (("one", 1, 8), ("two", 2, 2)):
+        out = tmp_path / name
+        run(
+            *how, f"--out_dir={out}", f"--micro_batch_size={micro}", "--val_fraction=0.3", processes=processes
+        )
+        curves.append([row["train/loss"] for row in rows(out, "train/loss")])
+        curves.append([row["val/loss"] for row in rows(out, "val/loss")])
+    assert curves[2] == pytest.approx(curves[0], rel=1e-3) and curves[3] == pytest.approx(curves[1], rel=1e-3)
 
 
 def test_a_signal_stops_lora_which_then_goes_on(tmp_path, pretrained, text_file):
