@@ -209,14 +209,17 @@ def go_on(model, tok, ids, limit, device, seed):
     return new[0, len(ids) :].tolist()
 
 
-def speak(model, tok, limit, device):
-    """Print the prompt and each continuation of it."""
-    text = read_prompt()
+def to_ids(tok, text, **options):
     try:
-        ids = tok(text)["input_ids"]
+        return tok(text, **options)["input_ids"]
     except Exception as error:  # the tokenizers library raises no narrower one
         strange = sorted(set(text) - tok.get_vocab().keys())
         fail(f"the run's tokenizer cannot represent {strange} in the prompt ({error})")
+
+
+def speak(model, tok, limit, device):
+    """Print the prompt and each continuation of it."""
+    ids = to_ids(tok, read_prompt())
     # our own generate() slides on where a text outgrows the model
     room = (limit if not hasattr(model, "config") else limit - 1) if limit else len(ids)
     if not ids or len(ids) > room:
@@ -247,7 +250,7 @@ def converse(model, tok, limit, device):
         messages.append({"role": "user", "content": line})
         while True:
             text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tok(text, add_special_tokens=False)["input_ids"]
+            ids = to_ids(tok, text, add_special_tokens=False)
             if not limit or len(ids) < limit or len(messages) == 1:
                 break
             del messages[:2]

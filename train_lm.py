@@ -379,11 +379,6 @@ class Pretrained(nn.Module):
         return flops + 12 * config.num_hidden_layers * config.hidden_size * T
 
 
-def without_prompt(pretrained):
-    """The model under p_tuning, without the prompt."""
-    return Pretrained(pretrained.lm.get_base_model(), pretrained.shape)
-
-
 def is_causal(lm):
     """Whether the logits stay when a later token changes: those of BERT, which loads as well, do not."""
     with torch.no_grad():
@@ -1223,6 +1218,14 @@ def evaluate(accelerator, model, name, data, n, micro, batches):
     return {f"{name}/loss": loss, f"{name}/perplexity": perplexity, f"{name}/bits_per_byte": bits}
 
 
+def add_base_loss(accelerator, gpt, values, *how):
+    """The first evaluation's values, with base/loss: of the model before training, which is still what it was."""
+    before = values
+    if adapter == "p_tuning":  # it is, but for a prompt of random vectors
+        before = evaluate(accelerator, Pretrained(gpt.lm.get_base_model(), gpt.shape), "val", *how)
+    return before and values | {"base/loss": before["val/loss"]}
+
+
 def write_sample(gpt, tok, prompt, step):
     """Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt."""
     gpt.eval()
@@ -1708,19 +1711,12 @@ def main():
             if eval_due and "validation" in splits:
                 how = (splits["validation"], facts["splits"]["validation"], micro, eval_batches)
                 values = evaluate(accelerator, model, "val", *how)
-                if (
-                    values is not None and step == 0 and init_from != "scratch"
-                ):  # what there was before training
-                    plain = (
-                        values
-                        if adapter != "p_tuning"
-                        else evaluate(accelerator, without_prompt(gpt), "val", *how)
-                    )
-                    values = plain and values | {"base/loss": plain["val/loss"]}
-                    progress["base"] = values and values["base/loss"]
+                if values and step == 0 and init_from != "scratch":
+                    values = add_base_loss(accelerator, gpt, values, *how)
                 if values is None:  # a signal came: save, then leave
                     continue
                 report(values)
+                progress |= {"base": values["base/loss"]} if "base/loss" in values else {}
                 # nobody wants the weights of step 0
                 better = values["val/loss"] < progress["best"] and (step > 0 or done)
                 progress["waited"] = 0 if better else progress["waited"] + (step > 0)
