@@ -77,6 +77,7 @@ def import_trainer(run_dir, kind, names):
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.log = say  # stdout is for what the model says
     return module
 
 
@@ -171,7 +172,7 @@ def positions(model):
     """How many tokens a text can have; 0: no limit. A prompt of p_tuning takes some of them."""
     if not hasattr(model, "config"):
         return model.shape.block_size
-    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     return limit and limit - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
 
 

@@ -372,7 +372,7 @@ class Pretrained(nn.Module):
 
     def flops_per_token(self, T):
         """As that of GPT; a weight that is not trained takes no gradient, a third of the work."""
-        config, table = self.lm.config, self.lm.get_input_embeddings().weight
+        config, table = self.lm.config.get_text_config(), self.lm.get_input_embeddings().weight
         tied = self.lm.get_output_embeddings().weight is table
         multiplied = [p for p in self.parameters() if tied or p is not table]
         flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in multiplied)
@@ -442,9 +442,13 @@ def add_adapter(lm, kind, rank, alpha, dropout, targets, n_virtual):
             how = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": names}
             config = peft.LoraConfig(task_type="CAUSAL_LM", **how)
         else:
-            how = {"num_virtual_tokens": n_virtual, "encoder_hidden_size": lm.config.hidden_size}
+            width = lm.get_input_embeddings().embedding_dim
+            how = {"num_virtual_tokens": n_virtual, "encoder_hidden_size": width}
             config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", **how)
-        lm = peft.get_peft_model(lm, config)
+        try:
+            lm = peft.get_peft_model(lm, config)
+        except ValueError as error:
+            fail(f"adapter={kind!r} does not fit this model: {error}")
     for weight in lm.parameters():
         weight.data = weight.data.float() if weight.requires_grad else weight.data  # also above a bf16 model
     return lm
@@ -474,7 +478,7 @@ def load_base():
         fail(f"{base_dtype=} is for models of transformers, and for runs of ours under an adapter")
     if not ours:
         lm = load_causal_lm(str(path.resolve()) if path.exists() else init_from, base_dtype, dropout)
-        positions = getattr(lm.config, "max_position_embeddings", None) or 0
+        positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 0
         base = Base(lm.name_or_path, fingerprint(lm), positions, lm.get_input_embeddings().num_embeddings)
         if adapter:
             torch.manual_seed(seed)
@@ -629,7 +633,11 @@ def load_documents():
     loaded = {"train": load_library()} if dataset == "python" else load_splits()
     have = set.intersection(*(set(rows.column_names) for rows in loaded.values()))
     kinds = [{messages_column: "messages"}, {prompt_column: "prompt", completion_column: "completion"}]
-    columns = next((kind for kind in kinds if kind.keys() <= have), {text_column: "text"})
+    kinds += [{text_column: "text"}]
+    kinds.sort(key=lambda kind: all(column == name for column, name in kind.items()))  # those asked for first
+    columns = next((kind for kind in kinds if kind.keys() <= have), kinds[-1])
+    if "text" not in columns.values():
+        log(f"columns: {' and '.join(columns)}")
     for column, name in columns.items():
         feature = loaded["train"].features.get(column)
         if name != "messages" and "string" not in getattr(feature, "dtype", ""):
@@ -795,7 +803,8 @@ def cut_conversation(tok, messages):
 
     rows, whole, text, fits = [], [], "", True
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0:  # an opening word answers nothing
+        said = message["content"].strip() or "tool_calls" in message
+        if message["role"] == "assistant" and said and i > 0:  # an opening word answers nothing
             before, after = render(i, add_generation_prompt=True), render(i + 1)
             if not after.startswith(before):
                 how = "an answered conversation does not begin with the prompt for the answer"
@@ -816,18 +825,19 @@ def encode_row(core, encoded, pieces):
     return [part.ids for part in to_ids(core.encode_batch, [text for text, _ in pieces])]
 
 
-def label_row(parts, pieces, begin, eos):
+def label_row(tok, parts, pieces, begin):
     """-> the tokens of a row, of each whether it is learned, and where the last answer begins."""
-    tokens, learned = [*begin], [False] * len(begin)
-    for part, (_, learn) in zip(parts, pieces):
+    eos, tokens, learned = tok.eos_token_id, [*begin], [False] * len(begin)
+    for part, (text, learn) in zip(parts, pieces):
         if learn:
             tokens, learned = tokens or [eos], learned or [False]  # nothing comes from nothing
             answer = len(tokens)
-        # the end-of-text token of an answer is learned as well, and nothing behind it
-        n = len(part) - part[::-1].index(eos) if eos in part else len(part)
+        # the end-of-text token of an answer is learned as well, a line break that a template adds is not
+        ended = eos in part and text.rstrip().endswith(tok.eos_token)
+        n = len(part) - part[::-1].index(eos) if ended else len(part)
         tokens += part
         learned += [learn] * n + [False] * (len(part) - n)
-    if eos not in part:  # a model that has not learned to stop never does
+    if not ended:  # a model that has not learned to stop never does
         tokens, learned = [*tokens, eos], [*learned, True]
     return tokens, learned, answer
 
@@ -838,7 +848,7 @@ def tokenize_rows(tok, rows, ids, path, digest):
     and .rows.npy where each row starts, its length and the place of its last answer. -> the split's numbers;
     bytes and tokens are those that are learned.
     """
-    core, begin, eos = tok.backend_tokenizer, begin_of_text(tok), tok.eos_token_id
+    core, begin = tok.backend_tokenizer, begin_of_text(tok)
     count, table, start, dtype = np.zeros(5, dtype=int), [], 0, token_dtype(vocab_size(tok))
     with open(path, "wb") as f, open(path.with_suffix(".learned"), "wb") as g:
         batches = read_batches(rows, ids)
@@ -857,7 +867,7 @@ def tokenize_rows(tok, rows, ids, path, digest):
                 count += (1, not cut, 0, 0, 0)
             texts = ["".join(text for text, _ in pieces) for pieces in found]
             for encoded, pieces in zip(to_ids(core.encode_batch, texts), found):
-                tokens, learned, answer = label_row(encode_row(core, encoded, pieces), pieces, begin, eos)
+                tokens, learned, answer = label_row(tok, encode_row(core, encoded, pieces), pieces, begin)
                 table.append((start, len(tokens), answer))
                 start += len(tokens)
                 n_bytes = sum(len(text.encode()) for text, learn in pieces if learn)
@@ -872,11 +882,15 @@ def tokenize_rows(tok, rows, ids, path, digest):
 def prepare_data():
     """-> (folder, facts): the folder with {split}.bin and the tokenizer, made once for the same data."""
     documents, name = load_documents(), tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    known = Path(name, "tokenizer.json")
-    known = known.read_text(encoding="utf-8") if known.exists() else name
-    templates = [p.read_text(encoding="utf-8") for p in sorted(Path(name).glob("*.jinja"))]
-    key = [*(rows._fingerprint for rows in documents.values()), known, val_fraction, test_fraction, fold]
-    folder = CACHE / hashlib.sha256(json.dumps([*key, templates]).encode()).hexdigest()[:24]
+    name = os.path.expanduser(name)
+    files = [
+        p
+        for p in sorted(Path(name).glob("*"))
+        if re.match(r"tokeniz|special_tok|vocab|merges|.*jinja$", p.name)
+    ]
+    known = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files] or name
+    key = [*(rows._fingerprint for rows in documents.values()), val_fraction, test_fraction, fold, known]
+    folder = CACHE / hashlib.sha256(json.dumps([*key, CHAT_TEMPLATE]).encode()).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # one process makes it, the others wait
@@ -887,7 +901,7 @@ def prepare_data():
                 tok = make_tokenizer(name, splits)
                 columns = documents["train"].column_names
                 if "messages" in columns and not tok.chat_template:
-                    tok.chat_template = CHAT_TEMPLATE
+                    tok.chat_template = "{{ bos_token }}" * len(begin_of_text(tok)) + CHAT_TEMPLATE
                 write = tokenize if "text" in columns else tokenize_rows
                 counts = {s: write(tok, *splits[s], folder / f"{s}.bin", digest) for s in sorted(splits)}
                 tok.save_pretrained(folder)
@@ -1003,15 +1017,14 @@ class Rows(torch.utils.data.Dataset):
 
     def shuffle(self, epoch):
         """The rows in the order of an epoch."""
-        rng, B = np.random.default_rng([self.seed, epoch]), self.batch_size
-        order = rng.permutation(len(self))
-        for i in range(0, len(self), 64 * B):
-            pool = order[i : i + 64 * B]
-            order[i : i + 64 * B] = pool[np.argsort(self.length[pool], kind="stable")]
-        # the last batch of the epoch before reaches into this one
-        first, *batches = np.split(order, range(-epoch * len(self) % B, len(self), B))
-        last = batches.pop() if batches else first[:0]  # likewise
-        return np.concatenate([first, *(batches[i] for i in rng.permutation(len(batches))), last])
+        rng, n, B = np.random.default_rng([self.seed, epoch]), len(self), self.batch_size
+        first = min(n, -epoch * n % B)  # so many rows fill the batch that the epoch before has begun
+        last = (n - first) % B  # and so many begin the one that the next epoch fills
+        head, middle, tail = np.split(rng.permutation(n), [first, n - last])
+        for i in range(0, len(middle), 64 * B):
+            pool = middle[i : i + 64 * B]
+            middle[i : i + 64 * B] = pool[np.argsort(self.length[pool], kind="stable")]
+        return np.concatenate([head, rng.permutation(middle.reshape(-1, B)).ravel(), tail])
 
     def read(self, rows):
         """
@@ -1027,9 +1040,7 @@ class Rows(torch.utils.data.Dataset):
             if row < self.end:
                 n, a = self.length[row], self.start[row] + self.skip[row]
                 x[i, :n] = self.tokens[a : a + n]
-                x[i, 0] = self.tokens[
-                    self.start[row]
-                ]  # a cut row keeps its first token, which often means that
+                x[i, 0] = self.tokens[self.start[row]]  # of a cut row too: a begin-of-text token stays
                 y[i, :n] = np.where(self.learned[a : a + n], x[i, :n], -100)
         x, y = torch.from_numpy(x[:, :-1]).contiguous(), torch.from_numpy(y[:, 1:]).contiguous()
         return x, y, (y != -100).any(dim=0).nonzero()[:, 0]
@@ -1219,7 +1230,7 @@ def evaluate(accelerator, model, name, data, n, micro, batches):
 
 
 def add_base_loss(accelerator, gpt, values, *how):
-    """The first evaluation's values, with base/loss: of the model before training, which is still what it was."""
+    """The first evaluation's values, with base/loss: that of the model, which is still what it was."""
     before = values
     if adapter == "p_tuning":  # it is, but for a prompt of random vectors
         before = evaluate(accelerator, Pretrained(gpt.lm.get_base_model(), gpt.shape), "val", *how)
@@ -1253,7 +1264,7 @@ def write_sample(gpt, tok, prompt, step):
 KIND = "lm"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-DATA_SETTINGS = {"dataset", "tokenizer", "val_fraction", "test_fraction", "fold", "too_long"}
+DATA_SETTINGS = {"dataset", "tokenizer", "val_fraction", "test_fraction", "fold"}
 DATA_SETTINGS |= {"text_column", "prompt_column", "completion_column", "messages_column"}
 MODEL_SETTINGS = {
     "block_size",
@@ -1265,7 +1276,7 @@ MODEL_SETTINGS = {
     "init_from",
     "base_dtype",
 }
-MODEL_SETTINGS |= {"adapter", "lora_rank", "lora_alpha", "lora_targets", "virtual_tokens"}
+MODEL_SETTINGS |= {"adapter", "lora_rank", "lora_alpha", "lora_targets", "virtual_tokens", "too_long"}
 
 
 def write_file(path, write):
@@ -1490,10 +1501,10 @@ def start_run(run):
     return checkpoints[-1] if checkpoints else None
 
 
-def keep_script(tok):
+def keep_script(gpt, tok):
     """The script as it runs, and the tokenizer, beside run.json."""
     script = Path(out_dir, "train_lm.py")
-    if script.exists() and script.read_bytes() != Path(__file__).read_bytes():
+    if isinstance(gpt, GPT) and script.exists() and script.read_bytes() != Path(__file__).read_bytes():
         Path(out_dir, "config.json").unlink(missing_ok=True)  # to be made again, for the model as it is now
     shutil.copyfile(__file__, script)
     tok.save_pretrained(out_dir)
@@ -1655,7 +1666,7 @@ def main():
     run = describe_run(accelerator, gpt, facts)
     found = broadcast_object_list([start_run(run) if on_main else None])[0]
     if on_main:
-        keep_script(tok)
+        keep_script(gpt, tok)
     progress = {"step": 0, "best": math.inf, "waited": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
     if found:

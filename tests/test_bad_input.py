@@ -250,7 +250,7 @@ def test_a_hub_name_without_a_network_fails_in_seconds(tmp_path):
     ):
         began = time.monotonic()
         out, err = run(trainer, f"--out_dir={tmp_path / 'run'}", argument, code=2, **closed)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 30  # the hub's own retries take 46
         assert "http://127.0.0.1:9 does not answer" in out and refused(out, err)
 
 

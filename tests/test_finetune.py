@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_MODEL, differences, last_state, rows, run, start, within
+from conftest import ROOT, TINY, TINY_MODEL, differences, last_state, rows, run, start, within
 from safetensors.torch import load_file, save_file
 from test_resume import wait_for_step
 
@@ -170,6 +170,7 @@ def test_a_run_knows_its_base_again(tmp_path, pretrained, text_file):
     within(*how, f"--init_from={base}")
     for arguments, message in (
         ((f"--init_from={base}", "--lora_rank=8"), "lora_rank was 16, is 8"),
+        ((f"--init_from={base}", "--too_long=drop"), "too_long was 'cut', is 'drop'"),
         ((f"--init_from={base}", "--base_dtype=bf16"), "base_dtype was 'fp32', is 'bf16'"),
         ((f"--init_from={base}", "--adapter=p_tuning"), "adapter was 'lora', is 'p_tuning'"),
         ((f"--init_from={other}",), "cannot resume with another model or optimizer (init_from was"),
@@ -455,6 +456,57 @@ def test_a_tokenizer_without_a_template_gets_one_and_chats(tmp_path, pretrained)
     assert "no longer fits" in err and len(stdout.splitlines()) == 8
 
 
+def test_special_tokens_of_the_tokenizer_count(tmp_path, pretrained, monkeypatch):
+    """Two tokenizers that differ in them alone share no cache; a chat begins as a text does; a text may spell them."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    base = pretrained("llama", True, "<s>")
+    tok = AutoTokenizer.from_pretrained(base, bos_token="<s>")
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.bos_token_id)])
+    tok.backend_tokenizer.post_processor = begin
+    tok.save_pretrained(base)
+    pair = {"prompt": "one", "completion": "two<|endoftext|>three"}
+    data = write_rows(tmp_path / "r.jsonl", [pair])
+    _, splits, _ = prepare(monkeypatch, init_from=base, dataset=data)
+    x, _, _ = splits["train"].read([0])
+    assert tok.decode(x[0]) == "<s>onetwo<|endoftext|>three"
+    assert learned_text(tok, splits["train"]) == "two<|endoftext|>three<|endoftext|>"
+    chat = write_rows(tmp_path / "c.jsonl", [{"messages": CONVERSATION[1:3]}])
+    _, splits, _ = prepare(monkeypatch, init_from=base, dataset=chat)
+    assert tok.decode(splits["train"].read([0])[0][0]).startswith("<s>user: Hello?")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "!"}))
+    _, splits, _ = prepare(monkeypatch, init_from=base, dataset=data)
+    assert learned_text(tok, splits["train"]) == "two<|endoftext|>three!"
+
+
+def test_silence_is_not_learned(tmp_path, pretrained, monkeypatch):
+    silent = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": " "}]
+    data = write_rows(tmp_path / "c.jsonl", [{"messages": CONVERSATION[1:3]}, {"messages": silent}])
+    _, splits, facts = prepare(monkeypatch, init_from=pretrained("qwen3"), dataset=data)
+    assert len(splits["train"]) == facts["splits"]["train"]["without_answer"] == 1
+
+
+def test_an_edited_script_leaves_a_model_of_transformers_what_it_is(tmp_path, pretrained, text_file):
+    how = (
+        f"--init_from={pretrained('qwen3')}",
+        f"--dataset={text_file}",
+        *FAST,
+        f"--out_dir={tmp_path / 'run'}",
+    )
+    within("train_lm.py", *how, "--keep=best", "--max_steps=10")
+    (tmp_path / "train_lm.py").write_text((ROOT / "train_lm.py").read_text() + "# a comment\n")
+    worse = (
+        "--learning_rate=9",
+        "--max_steps=20",
+        "--resume=True",
+        "--keep=best",
+    )  # no weights are kept again
+    within(tmp_path / "train_lm.py", *how, *worse)
+    load(tmp_path / "run", "")
+
+
 def test_rows_that_are_too_long_or_teach_nothing_are_counted(tmp_path, pretrained, monkeypatch):
     base = pretrained("gpt2")
     pairs = [("a b c d e f g h", "xyz"), ("p " * 90, "xyz"), ("p", "x " * 90), ("p", ""), ("p", None)]
@@ -508,6 +560,8 @@ def test_the_order_of_rows_is_a_function_of_seed_and_number(tmp_path, n, B):
     for numbers in ([3], [n + 2, n - 1, 2 * n], [0]):  # whatever was asked before, across epochs too
         assert again.find(numbers) == [epochs[i // n][i % n] for i in numbers]
     assert n <= B or make(4).find(list(range(n))) != epochs[0]
+    ends = [lengths[epoch[-B:]].mean() for epoch in epochs]
+    assert n < 64 or min(ends) < 55  # no epoch has to end on its longest rows
     padded = dealt = 0
     everything = list(itertools.chain(*epochs))
     for i in range(0, 3 * n - B, B):  # the batches of the steps, those across epochs too
