@@ -108,9 +108,9 @@ def load_run(folder, run_dir, device):
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         if run["kind"] not in MODEL_CODE:
             fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of one of the trainers here")
-        found = sorted(run_dir.glob("checkpoints/step_*"))
         kept = ("state.pt", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
         if not any((folder / name).exists() for name in kept):
+            found = sorted(run_dir.glob("checkpoints/step_*"))
             last = f"; try --out_dir={found[-1]}" if found else ""
             fail(f"{folder} has no weights yet: they are kept from the first evaluation on{last}")
         pretrained = "fingerprint" in run["model"]  # then its code is that of transformers

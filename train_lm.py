@@ -848,18 +848,16 @@ def tokenize_rows(tok, rows, ids, path, digest):
     and .rows.npy where each row starts, its length and the place of its last answer. -> the split's numbers;
     bytes and tokens are those that are learned.
     """
-    core, begin = tok.backend_tokenizer, begin_of_text(tok)
+    core, chats = tok.backend_tokenizer, "messages" in rows.column_names
+    begin = [] if chats else begin_of_text(tok)  # a chat template has a begin of its own
     count, table, start, dtype = np.zeros(5, dtype=int), [], 0, token_dtype(vocab_size(tok))
     with open(path, "wb") as f, open(path.with_suffix(".learned"), "wb") as g:
         batches = read_batches(rows, ids)
         for batch in tqdm(batches, "tokenizing", -(-len(ids) // 256), disable=None, leave=False):
             found = []  # rows of pieces: (text, whether it is learned)
             for row in batch:
-                if "messages" in row:
-                    cut, begin = (
-                        cut_conversation(tok, row["messages"]),
-                        [],
-                    )  # its template has a begin of its own
+                if chats:
+                    cut = cut_conversation(tok, row["messages"])
                 else:
                     cut = [[(row["prompt"] or "", False), (row["completion"] or "", True)]]
                 cut = [pieces for pieces in cut if any(text for text, learn in pieces if learn)]
@@ -1207,9 +1205,8 @@ def evaluate(accelerator, model, name, data, n, micro, batches):
     if 0 < batches * batch_size < len(samples):
         samples = samples[np.linspace(0, len(samples) - 1, batches * batch_size).astype(int)]
     at_once = micro * accelerator.num_processes
-    samples = np.append(
-        samples, np.full(-len(samples) % at_once, data.end)
-    )  # empty ones: all are equally many
+    # empty ones, so that all processes have as many
+    samples = np.append(samples, np.full(-len(samples) % at_once, data.end))
     losses, n_valid = [], 0
     model.eval()
     for i in range(accelerator.process_index * micro, len(samples), at_once):
