@@ -7,6 +7,7 @@ Let a trained model speak, or draw.
     python sample.py --out_dir=out/lora-chat --chat=True                  # a conversation in the terminal
     python sample.py --out_dir=out/lora-chat --merge=merged/              # model and adapter as one model
     python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
+    python sample.py --out_dir=out/sd15-lora --prompt="a sks dog in the snow" --guidance=7 --steps=25
 
 A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal
 language model of transformers, or an adapter of peft, works as well. A diffusion model writes a PNG: a grid.
@@ -31,7 +32,9 @@ num_samples = 0  # texts or pictures; 0: one text; a picture of each class, or 1
 seed = 1337  # the same seed, the same text or picture
 trust_run_code = False  # run the model code that lies in out_dir: only for runs whose author you trust
 # text
-prompt = "\n"  # the text to go on from; FILE:x.txt reads it from a file
+prompt = (
+    "\n"  # the text to go on from, or what to draw; FILE:x.txt reads it from a file, to draw line by line
+)
 max_new_tokens = 300  # length of each (1..)
 temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above: wilder
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
@@ -39,6 +42,8 @@ top_p = 1.0  # draw from the likeliest tokens that make up this share of the pro
 chat = False  # answer line after line of stdin, by the chat template; a prompt is the first line
 merge = ""  # a new folder: write the model with its LoRA adapter merged into it there, and say nothing
 # pictures
+negative_prompt = ""  # what the pictures are to be unlike
+lora_scale = 1.0  # how much of the LoRA adapter is added: 0 draws as the base does
 class_label = ""  # the name or number of a class; "": all of them
 steps = 0  # from noise to picture; more are finer and slower; 0: as the run has it (0..1000)
 guidance = 0.0  # how much to exaggerate what is typical of the class; 1: not at all; 0: as the run has it
@@ -53,6 +58,7 @@ def say(message):
 # what makes the weights of a run a model, by the kind of the run
 BOTH = {"Shape", "norm", "rotate", "Attention", "MLP", "Block"}
 MODEL_CODE = {"lm": BOTH | {"GPT", "draw"}, "diffusion": BOTH | {"DiT", "Process", "sample", "decode"}}
+PRETRAINED_CODE = {"lm": {"add_adapter"}, "diffusion": {"UNet", "Process", "sample", "decode", "add_lora"}}
 
 
 def model_code(path, names):
@@ -109,28 +115,62 @@ def load_run(folder, run_dir, device):
         if run["kind"] not in MODEL_CODE:
             fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of one of the trainers here")
         kept = ("state.pt", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+        kept += ("pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
         if not any((folder / name).exists() for name in kept):
             found = sorted(run_dir.glob("checkpoints/step_*"))
             last = f"; try --out_dir={found[-1]}" if found else ""
             fail(f"{folder} has no weights yet: they are kept from the first evaluation on{last}")
         pretrained = "fingerprint" in run["model"]  # then its code is that of transformers
-        names = {"add_adapter"} if pretrained else MODEL_CODE[run["kind"]]
+        names = (PRETRAINED_CODE if pretrained else MODEL_CODE)[run["kind"]]
         trainer, state = import_trainer(run_dir, run["kind"], names), None
         if (folder / "state.pt").exists():
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if pretrained:
-            return run, trainer, load_finetuned(run, trainer, folder, state).to(device).eval()
+            load = load_finetuned if run["kind"] == "lm" else load_unet
+            return run, trainer, load(run, trainer, folder, state).to(device).eval()
         state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
         shape = trainer.Shape(**run["model"])
         model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
         model.load_state_dict(state["model"])
-        if "ema" in state["progress"]:  # a diffusion model draws from the average of its weights
-            average = state["progress"]["ema"]["shadow_params"]
-            names = [name for name, _ in model.named_parameters()]
-            model.load_state_dict(dict(zip(names, average, strict=True)))
+        take_average(model, state)
     except Exception as error:  # a broken or foreign file fails in many ways
         fail(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
     return run, trainer, model.to(device).eval()
+
+
+def take_average(model, state):
+    """A diffusion model draws from the average of its weights, where its checkpoint has one."""
+    if "ema" in state["progress"]:
+        average = state["progress"]["ema"]["shadow_params"]
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        model.load_state_dict(dict(zip(names, average, strict=True)), strict=False)
+
+
+def load_unet(run, trainer, folder, state):
+    """-> the UNet that a run has trained, with its pipeline, from `folder` or a checkpoint's `state`."""
+    trained, base = run["settings"], trainer.Base(**run["model"])
+    whole = not trained["adapter"] and not state
+    dtype = torch.bfloat16 if trained["base_dtype"] == "bf16" else torch.float32
+    pipe = trainer.load_pipeline(
+        str(folder) if whole else base.name, dtype if trained["adapter"] else torch.float32
+    )
+    if not whole and trainer.fingerprint(pipe.unet) != base.fingerprint:
+        fail(f"the weights of {base.name} have changed since {folder} was trained on them")
+    if trained["adapter"] and state:
+        trainer.add_lora(pipe.unet, *(trained[name] for name in ("lora_rank", "lora_alpha", "lora_targets")))
+    elif trained["adapter"]:
+        pipe.load_lora_weights(folder, weight_name=trainer.LORA_FILE)
+    model = trainer.UNet(pipe, base, {})
+    if state:
+        unknown = model.load_state_dict(state["model"], strict=False).unexpected_keys
+        if unknown:
+            fail(f"{folder} holds weights of another model: {unknown[0]}")
+        take_average(model, state)
+    if lora_scale != 1 and not trained["adapter"]:
+        fail(f"{lora_scale=}: {folder} has no LoRA adapter, the whole model was trained")
+    if trained["adapter"]:
+        pipe.unet.set_adapters(pipe.unet.active_adapters(), lora_scale)
+    return model
 
 
 def load_finetuned(run, trainer, folder, state):
@@ -299,29 +339,49 @@ def find_class(classes):
     fail(f"{class_label=} is no class of this run: try {near}, or a number from 0 to {len(classes) - 1}")
 
 
+def read_prompts(run):
+    """What to draw: the prompt, each line of a file of them, or what the run has drawn at its evaluations."""
+    if not prompt.strip():
+        return run["prompts"]
+    lines = read_prompt().splitlines() if prompt.startswith("FILE:") else [prompt]
+    return [line.strip() for line in lines if line.strip()] or fail(f"{prompt[5:]} holds no prompt")
+
+
 def draw(run, trainer, model, device):
     """Write a grid of pictures to `output`."""
     classes, process, trained = run["classes"], trainer.Process(**run["process"]), run["settings"]
-    n = num_samples or (1 if class_label else len(classes) or 16)
-    y = [find_class(classes)] * n if class_label else [i % len(classes) if classes else -1 for i in range(n)]
-    scale = guidance or (trained["guidance"] if classes else 1.0)
-    if scale != 1 and not (classes and trained["label_dropout"]):
+    prompts = read_prompts(run) if "prompts" in run else []
+    if not prompts and (prompt.strip() or negative_prompt):
+        fail(f"{out_dir} draws without prompts: leave out --prompt and --negative_prompt")
+    kinds = 1 if class_label else len(classes or prompts)
+    n = num_samples * max(1, len(prompts)) or kinds or 16
+    y = [find_class(classes)] * n if class_label else [i % kinds if kinds else -1 for i in range(n)]
+    scale = guidance or (trained["guidance"] if classes or prompts else 1.0)
+    if scale != 1 and not prompts and not (classes and trained["label_dropout"]):
         lacks = "label_dropout=0, so it does not know pictures without a class" if classes else "no classes"
         fail(f"{guidance=} cannot be had: this model was trained with {lacks}; use --guidance=1")
+    if negative_prompt and scale == 1:
+        fail(f"{negative_prompt=} needs a guidance above 1, which leads away from it")
     if sampler and sampler not in process.samplers:
-        fail(f"{sampler=} does not fit this model ({process}): use {' or '.join(process.samplers)}")
+        fail(f"{sampler=} does not fit this model ({process.objective}): use {' or '.join(process.samplers)}")
     if not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
         fail(f"{output=} must be a .png in a folder that exists")
-    autoencoder = trainer.load_autoencoder(trained["vae"], device) if trained["vae"] else None
+    autoencoder, y = trainer.load_autoencoder(trained["vae"]) if trained["vae"] else None, torch.tensor(y)
+    if hasattr(model, "pipe"):
+        y, autoencoder = trainer.whole_pictures(y, trained["image_size"]), getattr(model.pipe, "vae", None)
+    if prompts:
+        model.captions = trainer.encode_captions(model.pipe, prompts, device, negative_prompt or None)
+    if autoencoder is not None:
+        autoencoder.to(device).eval()
     size = (model.shape.channels, model.shape.size, model.shape.size)
     how = {"steps": steps or trained["sample_steps"], "guidance": scale}
     how["sampler"] = sampler or trained["sampler"] or process.samplers[0]
     say(f"{out_dir} on {device}, seed {seed}, {how}")
     pictures = []
-    for i in range(0, n, 64):
-        labels = torch.tensor(y[i : i + 64], device=device)
+    for i in range(0, n, at_once := 8 if prompts else 64):
+        labels = y[i : i + at_once].to(device)
         seeds = range(seed + i, seed + i + len(labels))
-        pictures.append(trainer.draw_pictures(model, process, size, labels, seeds, autoencoder, **how))
+        pictures.append(trainer.draw_pictures(model, process, size, labels, seeds, autoencoder, **how).cpu())
     try:
         trainer.make_grid(torch.cat(pictures)).save(output)
     except OSError as error:

@@ -4,6 +4,7 @@ Train a diffusion model: one file with the model, the mathematics, the data, the
     accelerate launch train_diffusion.py                                # letters and digits, anywhere
     accelerate launch train_diffusion.py configs/cifar10.py --n_layer=8
     accelerate launch train_diffusion.py configs/my_pictures.py --dataset=photos/ --out_dir=out/mine
+    accelerate launch train_diffusion.py configs/sd15_lora.py --dataset=photos/ # adapt Stable Diffusion
 
 Then `python sample.py --out_dir=out/diffusion` draws from it. Ctrl-C saves; --resume=True goes on.
 """
@@ -72,6 +73,8 @@ seed = 1337  # of the first weights, the order of the pictures, noise and times
 dataset = "glyphs"  # "glyphs" (letters, digits), a folder of pictures, .parquet, a hub name:config@revision
 image_column = "image"  # the column with the pictures, in .parquet and hub data
 label_column = "label"  # the column with their classes, in a folder its subfolders; "": train without classes
+caption_column = "text"  # with init_from: the column with captions, in a folder metadata.jsonl or .txt files
+caption = ""  # or the one caption of all pictures
 val_fraction = 0.05  # of the data, for the validation split if there is none of its own; 0: none (0..<1)
 test_fraction = 0.05  # likewise for the test split, which is looked at once, at the end (0..<1)
 fold = ""  # "2/5": validate on the second of five parts instead (cross-validation)
@@ -79,12 +82,19 @@ image_size = 16  # pixels, in height and width; the shorter side is scaled to it
 crop = "center"  # random: another part of the longer side each time ("center" | "random")
 flip = False  # mirror every other picture, where left and right are alike; letters would suffer
 num_workers = 0  # DataLoader processes; 0 is fastest on a CPU, a few help a fast GPU
-# model
+# model (with init_from, the next three lines alone: the others, and the objective, are that pipeline's)
+init_from = "scratch"  # or a pipeline to go on from: Stable Diffusion 1, 2, XL, DDPM; a hub name, a folder
+base_dtype = "auto"  # of its weights under an adapter; auto: bf16 on CUDA ("auto" | "fp32" | "bf16")
+adapter = ""  # lora: train a few new weights, and leave those of init_from alone ("" | "lora")
 vae = ""  # train in the latents of this AutoencoderKL of diffusers (hub name or folder); "": in pixels
 patch_size = 2  # pixels, or latents, of a token in height and width: smaller is better and slower (1..)
 n_layer = 6  # transformer blocks (1..)
 n_head = 2  # attention heads; of size 64 they are fastest (1..)
 n_embd = 128  # width; n_embd / n_head, the size of a head, must be a multiple of 4 (1..)
+# adapter
+lora_rank = 16  # of the two matrices whose product is added to a frozen one: how much can be learned (1..)
+lora_alpha = 16.0  # the product counts lora_alpha / lora_rank times
+lora_targets = "to_q,to_k,to_v,to_out.0"  # the layers of the UNet that get one, by the end of their names
 # diffusion
 objective = "flow"  # what the model predicts: velocity, noise, or a mix of both ("flow" | "eps" | "v")
 time_mean = 0.0  # flow: mean of the logit of the times that are trained on; above 0: more noise (-9..9)
@@ -92,12 +102,13 @@ time_std = 1.0  # flow: its standard deviation; smaller: fewer times near 0 and 
 beta_schedule = "linear"  # eps and v: how fast the noise grows ("linear" | "cosine")
 zero_snr = False  # v: the last time is noise alone, without a trace of the picture
 min_snr = 0.0  # eps and v: weigh the times by min(signal to noise, this); 5 is usual; 0: do not weigh
-label_dropout = 0.1  # how often the class is hidden: guidance needs to know pictures without one (0..1)
-ema_decay = 0.999  # the average of the weights over about 1 / (1 - this) steps is what is kept (0..<1)
+label_dropout = 0.1  # how often class or caption is hidden: guidance needs to know pictures without (0..1)
+ema_decay = 0.999  # an average of the weights over about 1 / (1 - this) steps is kept; 0: none (0..<1)
 # pictures at evaluation, and the defaults of sample.py
 sampler = ""  # "": heun, or dpm++ for eps, v ("" | "euler" | "heun" | "ddpm" | "ddim" | "dpm++" | "unipc")
 sample_steps = 25  # steps from noise to picture; heun asks the model twice in each (1..1000)
-guidance = 2.0  # exaggerate what is typical of the class; 1: draw from the model as it is
+guidance = 2.0  # exaggerate what is typical of class or caption; 1: draw from the model as it is
+sample_prompts = ""  # with captions: what to draw, with | between them; "": the first captions of the data
 fd_samples = 0  # pictures for the Fréchet distance at the end, some thousands; 0: none
 fd_model = "facebook/dinov2-base"  # the vision model of transformers in whose features it is measured
 # batch and length
@@ -106,8 +117,8 @@ micro_batch_size = 0  # pictures per process and forward pass, fewer if memory i
 max_steps = 700  # optimizer steps; 0: only evaluate
 epochs = 0.0  # passes over the data, instead of max_steps; 0: by max_steps
 # optimizer and learning rate
-optimizer = "muon"  # muon has AdamW beside it, for all but the matrices in the blocks ("muon" | "adamw")
-learning_rate = 0.0  # peak; 0: 0.02 for muon, 0.001 for adamw
+optimizer = "muon"  # with AdamW for all but the blocks; with init_from always AdamW ("muon" | "adamw")
+learning_rate = 0.0  # peak; 0: muon 0.02, adamw 0.001, with init_from 1e-5, lora 1e-4
 adamw_lr = 0.005  # peak, of AdamW beside muon
 beta1 = 0.8  # AdamW's memory of the gradient (0..<1)
 beta2 = 0.95  # AdamW's memory of the squared gradient (0..<1)
@@ -136,10 +147,21 @@ profile = False  # a trace and a table of three steps, in out_dir/profile
 
 
 def check_image_size(unit):
-    """unit: how many pixels a token has in height and width"""
+    """unit: how many pixels a token, or a latent, has in height and width"""
     if image_size % unit:
         near = " or ".join(str(n) for n in (image_size // unit * unit, (image_size // unit + 1) * unit) if n)
-        fail(f"{image_size=} must be a multiple of {unit}, the width of a token in pixels: use {near}")
+        fail(f"{image_size=} must be a multiple of {unit}, the smallest unit that the model sees: use {near}")
+
+
+def check_process(process):
+    """End the program if the settings do not fit the forward and reverse process."""
+    if sampler and sampler not in process.samplers:
+        kind = f"objective={process.objective!r} with zero_snr={process.zero_snr}"
+        fail(f"{sampler=} does not fit {kind}: use {' or '.join(process.samplers)}")
+    if min_snr and process.objective == "flow":
+        fail(f"{min_snr=} weighs the times of eps and v; flow has time_mean and time_std for that")
+    if process.zero_snr and process.objective != "v":
+        fail(f"zero_snr needs objective='v': from noise alone, {process.objective} cannot tell the picture")
 
 
 def check_settings():
@@ -151,24 +173,27 @@ def check_settings():
         fail(f"{val_fraction=} and {test_fraction=} leave nothing to train on")
     if not vae:
         check_image_size(patch_size)
-    if vae and crop == "random":
-        fail(f"{crop=} and {vae=}: latents are made once, of one crop; use crop='center'")
+    if init_from == "scratch" and (adapter or base_dtype != "auto"):
+        fail(f"{adapter=} and {base_dtype=} are for a pretrained pipeline: name it by --init_from=")
+    if init_from != "scratch" and Path(init_from).expanduser().resolve() == Path(out_dir).resolve():
+        fail(f"{init_from=} is out_dir: go on with that run by --resume=True, or choose another --out_dir")
+    if init_from != "scratch" and vae:
+        fail(f"{vae=} is for models from scratch: {init_from} has its own")
+    if (vae or init_from != "scratch") and crop == "random":
+        fail(f"{crop=} with {vae=} and {init_from=}: latents are made once, of one crop; use crop='center'")
     if n_embd % (4 * n_head):
         fail(f"{n_embd=} must be a multiple of 4 x {n_head=}: half of a head's channel pairs turn by row")
-    known = Process(objective, beta_schedule, zero_snr).samplers
-    if sampler and sampler not in known:
-        fail(f"{sampler=} does not fit {objective=} with {zero_snr=}: use {' or '.join(known)}")
-    if min_snr and objective == "flow":
-        fail(f"{min_snr=} weighs the times of eps and v; flow has time_mean and time_std for that")
-    if zero_snr and objective != "v":
-        fail(f"{zero_snr=} needs objective='v': from noise alone, {objective} cannot tell the picture")
-    if label_column and guidance != 1 and not label_dropout:
+    if init_from == "scratch":
+        check_process(Process(objective, beta_schedule, zero_snr))
+    if init_from == "scratch" and label_column and guidance != 1 and not label_dropout:
         fail(f"{guidance=} needs label_dropout above 0: it compares pictures with and without a class")
     if resume and overwrite:
         fail("resume=True goes on with the run that overwrite=True deletes: choose one of them")
     if patience and keep == "last":
         fail(f"{patience=} stops long after the best weights, which keep='last' drops: use keep='best'")
-    if mixed_precision == "fp16" and (optimizer == "muon" or not torch.cuda.is_available()):
+    if mixed_precision == "fp16" and (
+        (optimizer == "muon" and init_from == "scratch") or not torch.cuda.is_available()
+    ):
         fail("mixed_precision='fp16' needs CUDA and optimizer='adamw': use bf16 or no")
     if tracker and not importlib.util.find_spec(tracker):
         fail(f"{tracker=} is not installed: pip install {tracker}")
@@ -307,6 +332,7 @@ class DiT(nn.Module):
 #   eps   alpha^2 = the product of all 1 - beta so far, alpha^2 + sigma^2 = 1, target eps (Ho et al. 2020,
 #         arXiv:2006.11239; cosine: Nichol & Dhariwal 2021, arXiv:2102.09672)
 #   v     the same path, target alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)
+#   x0    the same path, target x_0: only pipelines of others have it
 # -----------------------------------------------------------------------------
 N_TIMES = 1000  # eps and v know the times 0, 1/1000 ... 999/1000
 
@@ -318,6 +344,7 @@ class Process:
     objective: str = "flow"
     beta_schedule: str = "linear"
     zero_snr: bool = False
+    config: dict | None = None  # of the scheduler that a pipeline has, instead of beta_schedule
 
     @property
     def samplers(self):
@@ -331,11 +358,13 @@ class Process:
         import diffusers
 
         kinds = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPMSolverMultistep", "unipc": "UniPCMultistep"}
+        kind = getattr(diffusers, kinds.get(name, "EulerDiscrete") + "Scheduler")
         options = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
+        if self.config:
+            return kind.from_config(self.config, **options)
         betas = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[self.beta_schedule]
         options |= {"beta_schedule": betas, "rescale_betas_zero_snr": self.zero_snr}
         options |= {"prediction_type": {"eps": "epsilon", "v": "v_prediction"}[self.objective]}
-        kind = getattr(diffusers, kinds.get(name, "EulerDiscrete") + "Scheduler")
         return kind(N_TIMES, timestep_spacing="trailing", **options)
 
     def alpha_sigma(self, t):
@@ -351,7 +380,7 @@ class Process:
     def diffuse(self, x_0, eps, t):
         """pictures and noise (B, C, H, W), times (B,) -> x_t, and what the model is to answer to it"""
         alpha, sigma = self.alpha_sigma(t)
-        targets = {"flow": eps - x_0, "eps": eps, "v": alpha * eps - sigma * x_0}
+        targets = {"flow": eps - x_0, "eps": eps, "v": alpha * eps - sigma * x_0, "x0": x_0}
         return alpha * x_0 + sigma * eps, targets[self.objective]
 
     def weight(self, t, min_snr):
@@ -360,14 +389,22 @@ class Process:
             return torch.ones_like(t)
         alpha, sigma = self.alpha_sigma(t)
         snr = (alpha / sigma).square().flatten()
-        return snr.clamp(max=min_snr) / (snr + 1 if self.objective == "v" else snr)
+        return snr.clamp(max=min_snr) / {"eps": snr, "v": snr + 1, "x0": 1}[self.objective]
+
+
+def hide(y, hidden):
+    """conditions (B,), or (B, 7) in UNet -> the same with -1, no class or caption, where hidden (B,) or ()"""
+    y = y.clone()
+    y.view(len(y), -1)[:, 0].masked_fill_(hidden, -1)
+    return y
 
 
 @torch.no_grad()
 def sample(model, process, size, y, rngs, steps=25, guidance=1.0, sampler="", clip=False):
     """
     Draw pictures: start from noise and follow the model's answers back to time 0.
-    model: (x_t, t, y) -> answer, as DiT; size: (C, H, W); y: classes (B,), on the model's device, -1: none;
+    model: (x_t, t, y) -> answer, as DiT; size: (C, H, W); y: classes (B,), on the model's device, -1: none,
+    or what UNet takes;
     rngs: a CPU generator for each picture, so that company does not change it; clip: the data is in [-1, 1].
     guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, C, H, W)
     """
@@ -377,16 +414,17 @@ def sample(model, process, size, y, rngs, steps=25, guidance=1.0, sampler="", cl
         t = torch.full((len(y),), t, device=y.device)
         if guidance == 1:
             out = model(x, t, y)
-        else:  # with and without the class, in one batch
-            both = model(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, torch.full_like(y, -1))))
-            with_class, without = both.chunk(2)
+        else:  # without and with the class, in one batch
+            nothing = hide(y, torch.tensor(True, device=y.device))
+            both = model(torch.cat((x, x)), torch.cat((t, t)), torch.cat((nothing, y)))
+            without, with_class = both.chunk(2)
             out = without + guidance * (with_class - without)
         if clip and process.objective != "flow":  # where the signal is weak, errors of eps are large in x_0
             alpha, sigma = process.alpha_sigma(t)
-            x_0 = alpha * x - sigma * out if process.objective == "v" else (x - sigma * out) / alpha
-            x_0 = x_0.clamp(-1, 1)
+            guess = {"eps": (x - sigma * out) / alpha, "v": alpha * x - sigma * out, "x0": out}
+            x_0 = guess[process.objective].clamp(-1, 1)
             eps = (x - alpha * x_0) / sigma
-            out = eps if process.objective == "eps" else alpha * eps - sigma * x_0
+            out = {"eps": eps, "v": alpha * eps - sigma * x_0, "x0": x_0}[process.objective]
         return out
 
     sampler = sampler or process.samplers[0]
@@ -412,7 +450,7 @@ def draw_pictures(model, process, size, y, seeds, autoencoder=None, **options):
     rngs = [torch.Generator().manual_seed(int(s)) for s in seeds]
     x = sample(model, process, size, y, rngs, clip=autoencoder is None, **options)
     if autoencoder is not None:
-        x = torch.cat([decode(autoencoder, z) for z in x.split(8)])  # pictures take more memory than latents
+        x = decode(autoencoder, x)
     return x.clamp(-1, 1)
 
 
@@ -424,6 +462,145 @@ def make_grid(x):
     for i, tile in enumerate(((x.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()):
         grid.paste(Image.fromarray(tile if C == 3 else tile[:, :, 0]), (i % columns * W, i // columns * H))
     return grid
+
+
+# -----------------------------------------------------------------------------
+# Pipelines of diffusers: Stable Diffusion by the captions of the pictures, DDPM without any
+# -----------------------------------------------------------------------------
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Base:
+    """The pipeline of a run: enough to find it again, and to see that it is still the same."""
+
+    name: str
+    fingerprint: str  # of the UNet's weights
+    size: int  # height and width of what the UNet sees: pixels or latents
+    channels: int
+
+
+class UNet(nn.Module):
+    """
+    The UNet of a pipeline, perhaps with an adapter, that trains as DiT does.
+    captions: {its name for them: what the text encoders make of each (N + 1, ...), and last of no caption}
+    """
+
+    def __init__(self, pipe, base, captions):
+        super().__init__()
+        self.pipe, self.unet, self.shape, self.captions = pipe, pipe.unet, base, captions
+
+    def compile(self):
+        self.unet.compile()  # without the captions, which are looked up on the CPU
+
+    def forward(self, x, t, y):
+        """
+        x (B, channels, size, size), times t (B,) in 0..1, y (B, 7): the number of a caption, -1: none, then
+        what SDXL is told: size of the whole picture, corner and size of the crop, height first
+        -> like x, fp32
+        """
+        k = t * N_TIMES
+        k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)  # 0.981 is not exact in fp32, 981 is
+        rows = y[:, 0].cpu()
+        known = {name: table[rows].to(x.device) for name, table in self.captions.items()}
+        if "text_embeds" in known:
+            known["added_cond_kwargs"] = {"text_embeds": known.pop("text_embeds"), "time_ids": y[:, 1:]}
+        # uncompiled where it draws: another size of batch would make it compile again
+        unet = self.unet if self.training else self.unet.forward
+        return unet(x.to(self.unet.conv_in.weight.dtype), k, **known, return_dict=False)[0].float()
+
+
+def whole_pictures(captions, side):
+    """numbers of captions (B,) -> y (B, 7) of UNet, for pictures of side x side, nothing cut off"""
+    return torch.cat(
+        (captions[:, None], torch.tensor([[side, side, 0, 0, side, side]]).expand(len(captions), 6)), 1
+    )
+
+
+def load_pipeline(name, dtype):
+    """-> a pipeline of diffusers from a folder or the hub, its UNet in dtype, all else in fp32."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    known = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
+    try:
+        Path(name).exists() or reach_hub()
+        dtypes = {"unet": dtype, "default": torch.float32}
+        with warnings.catch_warnings(action="ignore"):  # about how diffusers itself calls the hub
+            pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes)
+    except Exception as error:  # of many kinds
+        fail(f"{name} is no pipeline of diffusers, in a folder or on the hub: {str(error).splitlines()[0]}")
+    if type(pipe).__name__ not in known:
+        fail(f"{name} is a {type(pipe).__name__}; what can be trained is {', '.join(known)}")
+    config, vae = pipe.scheduler.config, getattr(pipe, "vae", None)
+    if "beta_schedule" not in config or config.num_train_timesteps != N_TIMES:
+        fail(f"{name} has a {type(pipe.scheduler).__name__}: only those with {N_TIMES} betas are supported")
+    takes, channels = pipe.unet.config.in_channels, vae.config.latent_channels if vae else 3
+    if takes != channels:
+        fail(f"the UNet of {name} takes {takes} channels, not {channels}: it is made for something else")
+    return pipe
+
+
+def process_of(pipe, rescale):
+    """The forward process of a pipeline's scheduler; rescale: make its signal-to-noise ratio end in 0."""
+    config = {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+    config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if rescale else {}
+    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+    zero = bool(config.get("rescale_betas_zero_snr"))
+    return Process(kinds[config["prediction_type"]], config["beta_schedule"], zero, config)
+
+
+def fingerprint(model):
+    """-> a hash of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def add_lora(unet, rank, alpha, targets):
+    """
+    Freeze a UNet, and add to the matrices of its layers a product of two small ones, in fp32 (Hu et al. 2021,
+    arXiv:2106.09685). targets: the ends of the names of those layers, with commas between them.
+    """
+    from peft import LoraConfig
+
+    can = [name for name, part in unet.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    for target in targets.split(","):
+        if not any(name == target or name.endswith(f".{target}") for name in can):
+            known = sorted({re.search(r"\w+(\.\d+)?$", name)[0] for name in can})
+            fail(f"lora_targets: the UNet has no layer {target!r}; it has {', '.join(known)}")
+    unet.requires_grad_(False)
+    how = {"r": rank, "lora_alpha": alpha, "target_modules": targets.split(",")}
+    unet.add_adapter(LoraConfig(init_lora_weights="gaussian", **how))
+    for weight in unet.parameters():
+        weight.data = weight.data.float() if weight.requires_grad else weight.data  # also above a bf16 model
+
+
+@torch.no_grad()
+def encode_captions(pipe, captions, device, negative=None):
+    """
+    captions -> {the UNet's name for it: what the text encoders make of each (N + 1, ...)}, the last of them
+    of `negative`, or what the pipeline has for no caption. Two tables for SDXL: (N + 1, 77, C), (N + 1, P).
+    """
+    encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
+    for encoder in encoders:
+        encoder.to(device)
+    options, parts = {"device": device, "num_images_per_prompt": 1}, []
+    for i in tqdm(range(0, len(captions), 32), "encoding captions", disable=None, leave=False):
+        made = pipe.encode_prompt(captions[i : i + 32], do_classifier_free_guidance=False, **options)
+        parts.append([table.cpu() for table in made[::2]])  # every other is of the negative prompt
+    made = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=negative, **options)
+    parts.append([table.cpu() for table in made[1::2]])
+    for encoder in encoders:
+        encoder.to("cpu")
+    return dict(zip(("encoder_hidden_states", "text_embeds"), map(torch.cat, zip(*parts))))
 
 
 # -----------------------------------------------------------------------------
@@ -578,33 +755,51 @@ def draw_glyphs(each=256):
     return datasets.Dataset.from_dict({image_column: glyphs, "label": labels}, datasets.Features(features))
 
 
-def load_pictures():
-    """-> {split: (Dataset of undecoded pictures, their classes (N,), -1: none)}, names of the classes"""
+def load_pictures(use):
+    """
+    use: what is told to the model, "label", "caption" or "" -> {split: (Dataset of undecoded pictures, their
+    classes (N,), -1: none)}, names of the classes. Each caption is a class of its own.
+    """
     import datasets
 
     loaded = {"train": draw_glyphs()} if dataset == "glyphs" else load_splits()
     pictures, values = {}, {}
+    told = {"": "", "label": label_column, "caption": "" if caption else caption_column}[use]
     for split, rows in loaded.items():
-        kinds = {"image": (image_column, datasets.Image), "label": (label_column, datasets.ClassLabel)}
+        kinds = {"image": (image_column, datasets.Image)}
+        kinds[use] = (told, datasets.ClassLabel if use == "label" else datasets.Value)
         for which, (column, kind) in kinds.items():
             if column and column not in rows.column_names:
                 likely = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
                 near = nearest(column, likely or rows.column_names)
-                none = ", or --label_column= to train without classes" if which == "label" else ""
+                none = {"label": ", or --label_column= to train without classes"}
+                none["caption"] = ", or --caption=TEXT for one caption for all"
                 found = f"has no column {column!r} in its {split} split, but {rows.column_names}"
-                fail(f"{dataset=} {found}: try --{which}_column={near}{none}")
+                fail(f"{dataset=} {found}: try --{which}_column={near}{none.get(which, '')}")
         try:
             undecoded = datasets.Image(decode=False)
             pictures[split] = rows.select_columns([image_column]).cast_column(image_column, undecoded)
         except Exception as error:  # of pyarrow, by what the column holds
             fail(f"{image_column=} of {dataset=} holds no pictures: {str(error).splitlines()[0]}")
-        values[split] = list(rows[label_column]) if label_column else [None] * len(rows)
-    feature = loaded["train"].features.get(label_column)
+        values[split] = list(rows[told]) if told else [caption or None] * len(rows)
+    feature = loaded["train"].features.get(told)
+    every = [value for column in values.values() for value in column]
     names, number = [], {}
-    if isinstance(feature, datasets.ClassLabel):
+    if use == "caption":
+        for split, column in values.items():
+            lacking = [i for i, v in enumerate(column) if not (isinstance(v, str) and v.strip())]
+            if lacking:
+                example = pictures[split][lacking[0]][image_column]["path"] or f"row {lacking[0]}"
+                which = f"{len(lacking)} of {len(column)} pictures have none, such as {example}"
+                fail(
+                    f"captions are taken from {told!r}; {which}: write them, or one for all by --caption=TEXT"
+                )
+        names = list(dict.fromkeys(every))
+        number = {name: i for i, name in enumerate(names)}
+    elif isinstance(feature, datasets.ClassLabel):
         names, number = feature.names, {i: i for i in range(len(feature.names))}
-    elif label_column:
-        every = [value for column in values.values() for value in column if value is not None]
+    elif told:
+        every = [value for value in every if value is not None]
         names = sorted(set(every)) if {type(value) for value in every} in ({str}, {int}, {bool}) else every
         if len(names) > max(100, len(every) / 2) or not names:  # a caption, a size, a box
             fail(f"{label_column=} holds {every[:1]}, no classes: name another, or --label_column= for none")
@@ -631,7 +826,10 @@ def split_pictures(pictures):
 
 
 def decode_picture(source):
-    """{"bytes", "path"} -> its pixels (h, w, 3) and whether it has colour, or None for what is no picture."""
+    """
+    {"bytes", "path"} -> pixels (h, w, 3), whether they have colour, and [height, width, top, left]: how large
+    the whole picture was, and where, once scaled, the centre is cut out. None for what is no picture.
+    """
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note which side is up
@@ -640,16 +838,18 @@ def decode_picture(source):
         colour = image.mode not in ("1", "L", "LA")
         if image.has_transparency_data:  # what is behind it may be any colour
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        w, h = image.size
+        corner = [round((n * image_size / min(h, w) - image_size) / 2) for n in (h, w)]
         fit = ImageOps.fit if crop == "center" else ImageOps.cover
         image = fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS)
-        return np.asarray(image), colour
+        return np.asarray(image), colour, [h, w, *corner]
     except Exception:  # PIL raises many kinds for broken files
         return None
 
 
 def write_split(rows, labels, ids, path, digest, autoencoder):
     """Write pixels or latents to `path` and, in an .npz, where each picture begins; -> numbers."""
-    shapes, kept, broken, has_colour = [], [], [], False
+    shapes, kept, broken, sizes, has_colour = [], [], [], [], False
     with open(path, "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in tqdm(range(0, len(ids), 256), "reading pictures", disable=None, leave=False):
             some = ids[first : first + 256].tolist()
@@ -659,8 +859,9 @@ def write_split(rows, labels, ids, path, digest, autoencoder):
             broken += [(source or {}).get("path") or "one without a name" for source in missing]
             decoded = {i: picture for i, picture in decoded.items() if picture is not None}
             kept += decoded
-            has_colour |= any(colour for _, colour in decoded.values())
-            arrays = [pixels for pixels, _ in decoded.values()]
+            has_colour |= any(colour for _, colour, _ in decoded.values())
+            sizes += [size for _, _, size in decoded.values()]
+            arrays = [pixels for pixels, _, _ in decoded.values()]
             if autoencoder is not None:
                 arrays = list(encode_all(autoencoder, arrays))
             for array in arrays:
@@ -668,23 +869,27 @@ def write_split(rows, labels, ids, path, digest, autoencoder):
                 digest.update(array.tobytes())
                 f.write(array.tobytes())
     labels = labels[np.array(kept, dtype=int)]
+    if init_from != "scratch":  # SDXL is told the sizes too
+        crops = np.full((len(kept), 2), image_size)
+        labels = np.column_stack((labels, np.array(sizes, dtype=int).reshape(-1, 4), crops))
     digest.update(labels.tobytes())
     starts = np.append(0, np.cumsum([math.prod(shape) for shape in shapes], dtype=np.int64))
     np.savez(path.with_suffix(".npz"), starts=starts, shapes=np.array(shapes), labels=labels)
-    return {"pictures": len(kept), "unreadable": len(broken), "such_as": broken[:1], "colour": has_colour}
+    small = sum(min(h, w) < image_size for h, w, _, _ in sizes)
+    counts = {"pictures": len(kept), "enlarged": small, "unreadable": len(broken), "such_as": broken[:1]}
+    return counts | {"colour": has_colour}
 
 
-def load_autoencoder(name, device):
+def load_autoencoder(name):
     """-> the AutoencoderKL of diffusers of that name, in fp32: in less, some make black pictures."""
     from diffusers import AutoencoderKL
 
     try:
         Path(name).exists() or reach_hub()
         with warnings.catch_warnings(action="ignore"):  # about how diffusers itself calls the hub
-            autoencoder = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
+            return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
     except Exception as error:  # of many kinds
         fail(f"vae={name!r} is no AutoencoderKL, in a folder or on the hub: {str(error).splitlines()[0]}")
-    return autoencoder.to(device).eval().requires_grad_(False)
 
 
 def encode(autoencoder, x):
@@ -693,28 +898,40 @@ def encode(autoencoder, x):
     return (autoencoder.encode(x).latent_dist.mode() - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
+def reduction(autoencoder):
+    """How many pixels a latent has in height and width: it halves them between its blocks."""
+    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
 def decode(autoencoder, z):
+    """latents (B, c, h, w) -> pictures (B, 3, H, W), a megapixel at a time: they take much more memory"""
     config = autoencoder.config
-    return autoencoder.decode(z / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    z = z / config.scaling_factor + (config.shift_factor or 0.0)
+    n = max(1, 2**20 // (reduction(autoencoder) ** 2 * z[0, 0].numel()))
+    return torch.cat([autoencoder.decode(some).sample for some in z.split(n)])
 
 
 def encode_all(autoencoder, arrays):
     """pictures (h, w, 3) -> latents of each, as it is and mirrored (2, c, h, w); without flip (1, c, h, w)"""
-    for i in range(0, len(arrays), 16):
-        x = torch.from_numpy(np.stack(arrays[i : i + 16])).permute(0, 3, 1, 2).to(autoencoder.device)
-        x = x / 127.5 - 1  # (16, 3, H, W)
+    n = max(1, 2**20 // image_size**2)  # a megapixel at a time
+    for i in range(0, len(arrays), n):
+        x = torch.from_numpy(np.stack(arrays[i : i + n])).permute(0, 3, 1, 2).to(autoencoder.device)
+        x = x / 127.5 - 1  # (n, 3, H, W)
         views = [encode(autoencoder, v) for v in ((x, x.flip(-1)) if flip else (x,))]
         yield from torch.stack(views, dim=1).cpu().numpy().astype(np.float16)
 
 
-def prepare_data(autoencoder):
-    """-> (folder, facts): the folder with {split}.bin and {split}.npz, made once for the same data."""
-    pictures, classes = load_pictures()
+def prepare_data(autoencoder, use):
+    """
+    use: as for load_pictures -> (folder, facts, captions): the folder with {split}.bin and {split}.npz, made
+    once for the same data.
+    """
+    pictures, classes = load_pictures(use)
     key = [rows._fingerprint for rows, _ in pictures.values()]
     key += [image_column, label_column, image_size, crop, val_fraction, test_fraction, fold]
+    key += [use, caption_column, caption, init_from != "scratch"]
     if autoencoder is not None:
-        weights = autoencoder.encoder.conv_out.weight.cpu().numpy().tobytes()
-        key += [vae, hashlib.sha256(weights).hexdigest(), flip]
+        key += [fingerprint(autoencoder), flip]
     folder = CACHE / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -729,25 +946,47 @@ def prepare_data(autoencoder):
                 }
                 shape = [3 if any(n["colour"] for n in counts.values()) else 1, image_size]
                 if autoencoder is not None:
-                    shape = np.load(folder / "train.npz")["shapes"][0, 1:3].tolist()  # of (1 or 2, c, h, w)
-                facts = {"splits": counts, "classes": classes, "shape": shape}
+                    shape = [autoencoder.config.latent_channels, image_size // reduction(autoencoder)]
+                digest.update(json.dumps(classes).encode())
+                facts = {"splits": counts, "classes": [] if use == "caption" else classes, "shape": shape}
                 facts["fingerprint"] = digest.hexdigest()
                 # the last file: where it is, all are
                 write_json(folder / "facts.json", facts)
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot write the pictures to {folder}: {error.strerror}; HF_HOME names another place for them")
-    log(f"data: {dataset}, {len(classes)} classes: {' '.join(classes[:10])}{' ...' * (len(classes) > 10)}")
+    kinds = f"{len(classes)} {'captions' if use == 'caption' else 'classes'}"
+    log(f"data: {dataset}, {kinds}: {' '.join(classes[:10])[:80]}{' ...' * (len(classes) > 10)}")
     for split, n in facts["splits"].items():
         log(f"  {split:10} {n['pictures']:>9,} pictures")
-    broken = sum(n["unreadable"] for n in facts["splits"].values())
-    total = sum(n["pictures"] for n in facts["splits"].values()) + broken
+    broken, small, total = (
+        sum(n[which] for n in facts["splits"].values()) for which in ("unreadable", "enlarged", "pictures")
+    )
     if broken:
         example = next(name for n in facts["splits"].values() for name in n["such_as"])
-        if broken > 0.01 * total:
-            fail(f"{broken} of {total} pictures cannot be read, such as {example}: remove or replace them")
+        if broken > 0.01 * (total + broken):
+            advice = "remove or replace them"
+            fail(f"{broken} of {total + broken} pictures cannot be read, such as {example}: {advice}")
         log(f"  {broken} cannot be read, such as {example}: skipped")
-    return folder, facts
+    if small:
+        log(f"  {small} are smaller than {image_size=} and were enlarged, which blurs them")
+    return folder, facts, classes if use == "caption" else []
+
+
+def prepare_captions(pipe, captions, folder, device):
+    """-> the table of a UNet: of the captions of the data, then of those to draw, last of none; made once."""
+    encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
+    tables, key = {}, [captions, [fingerprint(encoder) for encoder in encoders], str(pipe.unet.dtype)]
+    path = folder / f"captions_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            long = [c for c in captions if len(pipe.tokenizer(c).input_ids) > pipe.tokenizer.model_max_length]
+            if long:
+                log(f"  {len(long)} captions are too long and will be cut, such as {long[0]!r}")
+            tables = encode_captions(pipe, captions, device)
+            tables = {name: table.to(pipe.unet.dtype) for name, table in tables.items()}
+            write_file(path, lambda temporary: save_file(tables, temporary))
+    return load_file(path)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -811,14 +1050,19 @@ def sample_numbers(first_step, last_step, micro, accumulation, rank):
 # -----------------------------------------------------------------------------
 
 
+def trained_weights(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
 def make_optimizers(dit):
     """
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
-    the matrices in the blocks. All else is AdamW's.
+    the matrices in the blocks. All else is AdamW's, and so is what somebody else has trained.
     """
-    if optimizer == "adamw":
+    if optimizer == "adamw" or init_from != "scratch":
+        default = 0.001 if init_from == "scratch" else 1e-4 if adapter else 1e-5
         options = {"betas": (beta1, beta2), "weight_decay": weight_decay, "fused": True}
-        return [torch.optim.AdamW(dit.parameters(), learning_rate or 0.001, **options)]
+        return [torch.optim.AdamW(trained_weights(dit), learning_rate or default, **options)]
     matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
     rest = [p for p in dit.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, learning_rate or 0.02, weight_decay=weight_decay, momentum=0.95)
@@ -844,14 +1088,17 @@ def set_learning_rates(groups, peaks, step, total_steps):
 
 
 @contextlib.contextmanager
-def averaged(ema, dit):
+def averaged(ema, net):
     """Let the model have the average of its weights for a while, to be looked at, drawn from, or saved."""
-    ema.store(dit.parameters())
-    ema.copy_to(dit.parameters())
-    dit.eval()
+    weights = trained_weights(net)
+    if ema:
+        ema.store(weights)
+        ema.copy_to(weights)
+    net.eval()
     yield
-    dit.train()
-    ema.restore(dit.parameters())
+    net.train()
+    if ema:
+        ema.restore(weights)
 
 
 # -----------------------------------------------------------------------------
@@ -890,8 +1137,7 @@ def add_noise(accelerator, process, micro_batches, step):
         x_0, y = x_0.to(device, non_blocking=True), y.to(device, non_blocking=True)
         part = slice(at, at + len(y))
         x_t, target = process.diffuse(x_0, eps[part], t[part])
-        y, weight = y.masked_fill(hidden[part], -1), process.weight(t[part], min_snr)
-        noisy.append((x_t, t[part], y, target, weight))
+        noisy.append((x_t, t[part], hide(y, hidden[part]), target, process.weight(t[part], min_snr)))
         at += len(y)
     return noisy
 
@@ -1029,12 +1275,9 @@ def measure_fd(accelerator, draw, network, name, pictures, autoencoder, micro):
     return {f"{name}/frechet_distance": frechet_distance(real, drawn)}
 
 
-def write_sample(accelerator, draw, n_classes, step):
-    """Draw 36 pictures of all classes in turn from fixed noise, in samples/step_N.png and the tracker."""
-    n = n_classes or 1
-    y = torch.arange(36) % n if n <= 36 else torch.linspace(0, n - 1, 36).long()
-    y = y if n_classes else torch.full((36,), -1)
-    grid = make_grid(draw(y=y.to(accelerator.device), seeds=seed + np.arange(36)))
+def write_sample(accelerator, draw, y, step):
+    """Draw a picture of each of y from fixed noise, in samples/step_N.png and the tracker."""
+    grid = make_grid(draw(y=y.to(accelerator.device), seeds=seed + np.arange(len(y))))
     grid.save(Path(out_dir, "samples", f"step_{step:08d}.png"))
     for log_to in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker == "tensorboard" else {}
@@ -1045,12 +1288,15 @@ def write_sample(accelerator, draw, n_classes, step):
 # The run directory: weights for sample.py, checkpoints that a resume continues bit for bit
 # -----------------------------------------------------------------------------
 KIND = "diffusion"
-PACKAGES = ("torch", "transformers", "accelerate", "diffusers", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "diffusers", "peft", "datasets", "numpy")
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 DATA_SETTINGS = {"dataset", "image_column", "label_column", "val_fraction", "test_fraction", "fold"}
-DATA_SETTINGS |= {"image_size", "crop", "vae"}
+DATA_SETTINGS |= {"image_size", "crop", "vae", "caption_column", "caption"}
 MODEL_SETTINGS = {"patch_size", "n_layer", "n_head", "n_embd", "optimizer"}
 MODEL_SETTINGS |= {"objective", "beta_schedule", "zero_snr"}
+MODEL_SETTINGS |= {"init_from", "base_dtype", "adapter", "lora_rank", "lora_alpha", "lora_targets"}
 
 
 def write_file(path, write):
@@ -1127,12 +1373,65 @@ def load_checkpoint(accelerator, model, optimizers, folder):
 
 
 def save_weights(accelerator, model):
-    """model.safetensors: the weights that sample.py draws from."""
-    weights = dcp.get_model_state_dict(model, options=STATE)
-    if accelerator.is_main_process:
+    """The weights that sample.py draws from; those of a pipeline with the names that diffusers gives them."""
+    weights, net = dcp.get_model_state_dict(model, options=STATE), accelerator.unwrap_model(model)
+    if accelerator.is_main_process and isinstance(net, DiT):
         path = Path(out_dir, "model.safetensors")
         write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
+    elif accelerator.is_main_process:
+        weights = {name.removeprefix("unet."): weight.contiguous() for name, weight in weights.items()}
+        if adapter:
+            save_lora(net, weights)
+        else:
+            path = Path(out_dir, UNET_FILE)
+            net.unet.save_config(path.parent)
+            write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
+
+
+def save_lora(net, weights):
+    """Twice: with the names and the alpha that diffusers reads, and with those of kohya and ComfyUI."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
+    weights, config = get_peft_model_state_dict(net.unet, weights), net.unet.peft_config["default"]
+    unfinished = Path(out_dir, "unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    how = {"unet_lora_layers": convert_state_dict_to_diffusers(weights)}
+    net.pipe.save_lora_weights(unfinished, unet_lora_adapter_metadata=config.to_dict(), **how)
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+    for name in [name for name in kohya if name.endswith(".alpha")]:
+        kohya[name] = torch.tensor(float(config.lora_alpha))  # where diffusers writes the rank
+    save_file(kohya, unfinished / KOHYA_FILE)
+    for name in (KOHYA_FILE, LORA_FILE):
+        write_file(Path(out_dir, name), lambda temporary, name=name: (unfinished / name).rename(temporary))
+    unfinished.rmdir()
+
+
+def save_frozen(pipe):
+    """What of a pipeline is not trained, once: with its weights, out_dir is a whole pipeline."""
+    if not Path(out_dir, "model_index.json").exists():
+        for name, part in pipe.components.items():
+            if name != "unet" and hasattr(part, "save_pretrained"):
+                part.save_pretrained(Path(out_dir, name))
+        pipe.save_config(out_dir)  # model_index.json
+
+
+def load_weights(accelerator, model):
+    """Put back what save_weights has kept, to meet the test split."""
+    net = accelerator.unwrap_model(model)
+    if adapter:
+        from diffusers.utils import convert_unet_state_dict_to_peft
+        from peft import set_peft_model_state_dict
+
+        weights = load_file(Path(out_dir, LORA_FILE))
+        weights = {name.removeprefix("unet."): weight for name, weight in weights.items()}
+        set_peft_model_state_dict(net.unet, convert_unet_state_dict_to_peft(weights))
+    elif isinstance(net, UNet):
+        weights = {f"unet.{name}": weight for name, weight in load_file(Path(out_dir, UNET_FILE)).items()}
+        dcp.set_model_state_dict(model, weights, options=STATE)
+    else:
+        dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
 
 
 def claim_run_dir():
@@ -1333,52 +1632,97 @@ def main():
     lock = claim_run_dir() if on_main else None  # noqa: F841
 
     # data
-    autoencoder = load_autoencoder(vae, accelerator.device) if vae else None
-    if autoencoder is not None:  # it halves height and width between its blocks
-        check_image_size(2 ** (len(autoencoder.config.block_out_channels) - 1) * patch_size)
-    folder, facts = prepare_data(autoencoder)
+    pipe = autoencoder = None
+    if init_from != "scratch":
+        auto = "bf16" if device == "cuda" and accelerator.mixed_precision == "bf16" else "fp32"
+        frozen = DTYPES[auto if base_dtype == "auto" else base_dtype]
+        pipe = load_pipeline(init_from, frozen if adapter else torch.float32)
+        autoencoder = getattr(pipe, "vae", None)
+    elif vae:
+        autoencoder = load_autoencoder(vae)
+    if autoencoder is not None:
+        autoencoder.to(accelerator.device).eval().requires_grad_(False)
+        check_image_size(reduction(autoencoder) * (1 if pipe else patch_size))
+    elif pipe and image_size != pipe.unet.config.sample_size:
+        fail(f"{image_size=}: the pictures of {init_from} have --image_size={pipe.unet.config.sample_size}")
+    if adapter and autoencoder is None:
+        fail(f"{adapter=} is for Stable Diffusion, by its captions: train {init_from} whole, --adapter=")
+    process = process_of(pipe, zero_snr) if pipe else Process(objective, beta_schedule, zero_snr)
+    check_process(process)
+    if pipe and zero_snr:  # DDIM knows it, other schedulers may not
+        pipe.scheduler = process.scheduler("ddim")
+        log("zero_snr: what draws from this run needs rescale_betas_zero_snr and trailing timesteps")
+    use = "label" if not pipe else "caption" if autoencoder is not None else ""
+    folder, facts, captions = prepare_data(autoencoder, use)
     vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     n_classes, (channels, size) = len(facts["classes"]), facts["shape"]
-    options = {"channels": channels, "size": size, "latent": bool(vae), "seed": seed, "flip": flip}
+    channels = pipe.unet.config.in_channels if pipe else channels
+    options = {
+        "channels": channels,
+        "size": size,
+        "latent": autoencoder is not None,
+        "seed": seed,
+        "flip": flip,
+    }
     splits = {split: Pictures(folder / f"{split}.bin", **options) for split in facts["splits"]}
     train = splits["train"]
     total_steps = math.ceil(epochs * len(train.labels) / batch_size) if epochs else max_steps
 
-    # model, process and optimizers
+    # model and optimizers
     torch.manual_seed(seed)
-    dit = DiT(Shape(size, channels, patch_size, n_layer, n_head, n_embd, n_classes))
-    dit.gradient_checkpointing = gradient_checkpointing
-    process = Process(objective, beta_schedule, zero_snr)
-    optimizers = make_optimizers(dit)
+    if pipe:
+        prompts = [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()] or captions[:4]
+        table = prepare_captions(pipe, captions + prompts, folder, accelerator.device) if captions else {}
+        net = UNet(pipe, Base(init_from, fingerprint(pipe.unet), size, channels), table)
+        if adapter:
+            add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)
+        if gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        net.train()
+    else:
+        net = DiT(Shape(size, channels, patch_size, n_layer, n_head, n_embd, n_classes))
+        net.gradient_checkpointing = gradient_checkpointing
+    optimizers = make_optimizers(net)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
     if peak_flops:  # the counter knows matrix products alone, so attention has to be made of them here
+        x, y = (values.to(device) for values in train.read(np.zeros(1, int)))
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            dit(torch.zeros(1, channels, size, size), torch.zeros(1), torch.full((1,), -1))
-        flops_per_picture = 3 * counter.get_total_flops()  # the backward pass takes twice the forward's
+            net.to(device)(x, torch.zeros(1, device=device), y)
+        # the backward pass takes twice the forward's, and once where the weights are frozen
+        flops_per_picture = (2 if adapter else 3) * counter.get_total_flops()
     if compile and device == "cuda" and not detect_anomaly:
-        dit.compile()  # in place: the parameters keep their names
-    model, *steppers = accelerator.prepare(dit, *optimizers)
+        net.compile()  # in place: the parameters keep their names
+    model, *steppers = accelerator.prepare(net, *optimizers)
     from diffusers.training_utils import EMAModel
 
-    ema = EMAModel(dit.parameters(), decay=ema_decay, foreach=True)
+    ema = EMAModel(trained_weights(net), decay=ema_decay, foreach=True) if ema_decay else None
 
     # the run
-    run = describe_run(accelerator, dit, facts) | {"process": asdict(process), "classes": facts["classes"]}
+    run = describe_run(accelerator, net, facts) | {"process": asdict(process), "classes": facts["classes"]}
+    run |= {"prompts": prompts} if captions else {}
     found = broadcast_object_list([start_run(run) if on_main else None])[0]
     progress = {"step": 0, "best": math.inf, "waited": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0}
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
     if found:
         progress = load_checkpoint(accelerator, model, optimizers, found)
-        ema.load_state_dict(progress.pop("ema") | {"decay": ema_decay})
-        ema.to(accelerator.device)
+        average = progress.pop("ema", None)
+        if ema and average:
+            ema.load_state_dict(average | {"decay": ema_decay})
+            ema.to(accelerator.device)
+    if on_main and pipe and not adapter:
+        save_frozen(pipe)
+    if captions:  # the text encoders have done their work
+        pipe.text_encoder = pipe.text_encoder_2 = None
     if on_main:
         shutil.copyfile(__file__, Path(out_dir, Path(__file__).name))
     metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
     if tracker:
         start_tracker(accelerator, progress["tracker_id"])
-    log(f"model: {run['parameters']:,} parameters; peak learning rates {', '.join(f'{p:g}' for p in peaks)}")
+    rates = f"peak learning rates {', '.join(f'{p:g}' for p in peaks)}"
+    name = "model" if init_from == "scratch" else f"model: {init_from} {adapter}".rstrip()
+    log(f"{name}: {run['parameters']:,} parameters, {run['trained_parameters']:,} trained; {rates}")
     parts = f"{accelerator.num_processes} processes x {accumulation} micro-batches x {micro}"
     log(f"batch: {batch_size} pictures of {size} x {size} x {channels} = {parts}")
     log(f"length: {total_steps} steps, {total_steps * batch_size / len(train.labels):.2f} epochs")
@@ -1388,10 +1732,19 @@ def main():
     options = {"num_workers": num_workers, "pin_memory": device == "cuda", "generator": torch.Generator()}
     batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
     groups = [group for o in optimizers for group in o.param_groups]
-    how = {"steps": sample_steps, "guidance": guidance if n_classes else 1.0, "sampler": sampler}
+    how = {"steps": sample_steps, "guidance": guidance if n_classes or captions else 1.0, "sampler": sampler}
     how |= {"autoencoder": autoencoder}
-    # forward() and not dit(): a batch of another size would make a compiled model compile again
-    draw = functools.partial(draw_pictures, dit.forward, process, (channels, size, size), **how)
+    # forward() and not net(): a batch of another size would make a compiled model compile again
+    draw = functools.partial(draw_pictures, net.forward, process, (channels, size, size), **how)
+    if captions:
+        shown = len(captions) + torch.arange(max(4, len(prompts))) % len(prompts)
+    elif n_classes:
+        shown = (
+            torch.arange(36) % n_classes if n_classes <= 36 else torch.linspace(0, n_classes - 1, 36).long()
+        )
+    else:
+        shown = torch.full((16 if pipe else 36,), -1)
+    shown = whole_pictures(shown, image_size) if pipe else shown
     bar = tqdm(total=total_steps, initial=saved, disable=None if on_main else True, dynamic_ncols=True)
 
     def report(values):
@@ -1416,17 +1769,18 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
-                progress["seconds"], progress["ema"] = time.monotonic() - clock, ema.state_dict()
+                progress["seconds"] = time.monotonic() - clock
+                progress |= {"ema": ema.state_dict()} if ema else {}
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
                 if keep == "last" or "validation" not in splits:
-                    with averaged(ema, dit):
+                    with averaged(ema, net):
                         save_weights(accelerator, model)
             if stop:
                 break
             if eval_due:
-                with averaged(ema, dit):
+                with averaged(ema, net):
                     if "validation" in splits:
                         values = evaluate(
                             accelerator, model, process, "val", splits["validation"], micro, eval_batches
@@ -1441,7 +1795,7 @@ def main():
                         if better and keep == "best":
                             save_weights(accelerator, model)
                     if on_main:
-                        write_sample(accelerator, draw, n_classes, step)
+                        write_sample(accelerator, draw, shown, step)
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:
@@ -1451,8 +1805,8 @@ def main():
             micro_batches = [next(batches) for _ in range(accumulation)]
             micro_batches = add_noise(accelerator, process, micro_batches, step)
             loss, grad_norm, finite = train_step(accelerator, model, steppers, micro_batches, step)
-            if finite:
-                ema.step(dit.parameters())
+            if finite and ema:
+                ema.step(trained_weights(net))
             progress["step"] = step = step + 1
             count_skipped(progress, finite, saved)
             if step % log_interval == 0 or step == total_steps:
@@ -1471,10 +1825,10 @@ def main():
     # the end
     if not stop:
         if progress["best"] == math.inf or step == 0:  # no weights have been kept
-            with averaged(ema, dit):
+            with averaged(ema, net):
                 save_weights(accelerator, model)
-        dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
-        dit.eval()
+        load_weights(accelerator, model)
+        net.eval()
     summary = {"steps": step, "skipped": progress["skipped"], "minutes": (time.monotonic() - clock) / 60}
     summary |= {"val/loss": progress["best"]} if progress["best"] < math.inf else {}
     if not stop and "test" in splits:

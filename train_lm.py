@@ -414,12 +414,12 @@ def load_causal_lm(name, dtype, dropout=0.0):
     return lm
 
 
-def fingerprint(lm):
+def fingerprint(model):
     """-> a hash of all weights."""
     digest = hashlib.sha256()
-    for name, weight in lm.state_dict().items():
+    for name, weight in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy())
+        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

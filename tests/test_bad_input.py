@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import diffusers
 import pytest
 from conftest import run, within
 from PIL import Image
@@ -146,6 +147,7 @@ LM = [
 ]
 
 
+SD = ("--caption=a square", "--val_fraction=0", "--test_fraction=0")
 DIFFUSION = [
     (["--n_embd=100", "--n_head=3"], "must be a multiple of 4 x n_head=3"),
     (["--objective=noise"], "none of 'flow', 'eps', 'v'"),
@@ -187,8 +189,53 @@ DIFFUSION = [
     (["--dataset={data}/flat", "--label_column=", "--test_fraction=0.5"], "1 pictures are too few"),
     (["--dataset={data}/described"], "cannot load"),
     (["--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
+    (["--adapter=lora"], "are for a pretrained pipeline: name it by --init_from="),
+    (["--init_from={models}/sd", "--out_dir={models}/sd"], "go on with that run by --resume=True"),
+    (["--init_from={models}/sd", "--vae=x"], "{models}/sd has its own"),
+    (["--init_from={models}/sd", "--crop=random"], "use crop='center'"),
+    (["--init_from={models}/none"], "is no pipeline of diffusers"),
+    (["--init_from={models}/gpt2"], "is no pipeline of diffusers"),
+    (["--init_from={models}/torn", *SD], "is no pipeline of diffusers"),
+    (
+        ["--init_from={models}/inpaint", *SD],
+        "what can be trained is StableDiffusionPipeline, StableDiffusionXL",
+    ),
+    (["--init_from={models}/flow", *SD], "a FlowMatchEulerDiscreteScheduler: only those with 1000 betas"),
+    (["--init_from={models}/nine", *SD], "takes 9 channels, not 4"),
+    (["--init_from={models}/sd", *SD, "--image_size=15"], "use 14 or 16"),
+    (["--init_from={models}/sd", *SD, "--sampler=heun"], "use dpm++ or unipc"),
+    (
+        ["--init_from={models}/sd", *SD, "--lora_targets=to_q,to_w", "--adapter=lora"],
+        "no layer 'to_w'; it has conv",
+    ),
+    (["--init_from={models}/sd", *SD, "--lora_rank=0", "--adapter=lora"], "lora_rank=0 must be at least 1"),
+    (["--init_from={models}/sd", "--dataset={data}/flat"], "has no column 'text'"),
+    (["--init_from={models}/sd", "--dataset={data}/flat"], "--caption=TEXT for one caption for all"),
+    (["--init_from={models}/sd", "--dataset={data}/half"], "2 of 4 pictures have none, such as"),
+    (["--init_from={models}/sd", *SD, "--dataset={data}/no_pictures"], "8 of 8 pictures cannot be read"),
+    (["--init_from={models}/ddpm", *SD, "--image_size=16"], "--image_size=8"),
+    (["--init_from={models}/ddpm", "--image_size=8", "--adapter=lora"], "train {models}/ddpm whole"),
 ]
 REFUSED = [("train_lm.py", *case) for case in LM] + [("train_diffusion.py", *case) for case in DIFFUSION]
+
+
+@pytest.fixture(scope="module")
+def pipelines(models, pipeline):
+    """A pipeline of each kind in the folder of models, and what is wrong in some way."""
+    sd = pipeline("sd")
+    for name in ("sd", "torn", "inpaint", "flow", "nine"):
+        shutil.copytree(sd, models / name)
+    shutil.copytree(pipeline("ddpm"), models / "ddpm")
+    shutil.copytree(models / "lm", models / "gpt2")
+    (models / "torn" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    index = (sd / "model_index.json").read_text()
+    (models / "inpaint" / "model_index.json").write_text(
+        index.replace("StableDiffusion", "StableDiffusionInpaint")
+    )
+    (models / "flow" / "model_index.json").write_text(index.replace("DDIM", "FlowMatchEulerDiscrete"))
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(models / "flow" / "scheduler")
+    shape = dict(diffusers.UNet2DConditionModel.load_config(sd / "unet")) | {"in_channels": 9}
+    diffusers.UNet2DConditionModel.from_config(shape).save_pretrained(models / "nine" / "unet")
 
 
 @pytest.fixture
@@ -202,6 +249,11 @@ def pictures(data):
     (data / "no_pictures").mkdir()
     for name in "abcdefgh":
         (data / "no_pictures" / f"{name}.png").write_text("a picture of a pipe")
+    (data / "half").mkdir()
+    for name in "abcd":
+        picture.save(data / "half" / f"{name}.png")
+    for name in "ac":
+        (data / "half" / f"{name}.txt").write_text("red")
     (data / "described").mkdir()
     picture.save(data / "described" / "one.png")
     (data / "described" / "metadata.jsonl").write_text('{"file_name": "one.png", "label":\n')
@@ -222,7 +274,7 @@ def fill_in(tmp_path, data, models, trainer, arguments):
 @pytest.mark.parametrize(
     "trainer, arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else x[:12]
 )
-def test_the_trainer_refuses(tmp_path, data, pictures, models, trainer, arguments, message):
+def test_the_trainer_refuses(tmp_path, data, pictures, models, pipelines, trainer, arguments, message):
     before = {p: p.read_bytes() for p in (*data.rglob("*"), *models.rglob("*")) if p.is_file()}
     out, err = within(trainer, *fill_in(tmp_path, data, models, trainer, arguments), code=2)
     assert message.format(data=data, models=models) in refused(out, err), err
@@ -231,7 +283,7 @@ def test_the_trainer_refuses(tmp_path, data, pictures, models, trainer, argument
 
 
 @pytest.mark.parametrize("trainer, arguments, message", REFUSED[::20], ids=lambda x: "")
-def test_the_command_refuses(tmp_path, data, pictures, models, trainer, arguments, message):
+def test_the_command_refuses(tmp_path, data, pictures, models, pipelines, trainer, arguments, message):
     """Some of the same, as a whole process."""
     out, err = run(trainer, *fill_in(tmp_path, data, models, trainer, arguments), code=2)
     assert message.format(data=data, models=models) in refused(out, err), err

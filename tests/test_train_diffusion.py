@@ -32,7 +32,7 @@ def prepare(monkeypatch, picture_folder):
             assert hasattr(train_diffusion, name)
             monkeypatch.setattr(train_diffusion, name, str(value) if name == "dataset" else value)
         train_diffusion.read_metadata.cache_clear()
-        folder, facts = train_diffusion.prepare_data(autoencoder)
+        folder, facts, _ = train_diffusion.prepare_data(autoencoder, "label")
         channels, size = facts["shape"]
         how = {"channels": channels, "size": size, "latent": autoencoder is not None, "seed": 1}
         flip = train_diffusion.flip
@@ -394,7 +394,7 @@ def test_latents_are_the_autoencoders_own_and_come_back_as_pictures(
     from diffusers import AutoencoderKL
 
     theirs = AutoencoderKL.from_pretrained(small_vae).eval()
-    autoencoder = train_diffusion.load_autoencoder(str(small_vae), "cpu")
+    autoencoder = train_diffusion.load_autoencoder(str(small_vae))
     facts, splits = prepare(autoencoder, vae=str(small_vae), flip=True, val_fraction=0.0, test_fraction=0.0)
     assert facts["shape"] == [4, 4]
     x, _ = splits["train"].read(range(120))
