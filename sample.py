@@ -372,7 +372,7 @@ def draw(run, trainer, model, device):
     if prompts:
         model.captions = trainer.encode_captions(model.pipe, prompts, device, negative_prompt or None)
     if autoencoder is not None:
-        autoencoder.to(device).eval()
+        autoencoder.to(device)
     size = (model.shape.channels, model.shape.size, model.shape.size)
     how = {"steps": steps or trained["sample_steps"], "guidance": scale}
     how["sampler"] = sampler or trained["sampler"] or process.samplers[0]

@@ -584,17 +584,18 @@ def add_lora(unet, rank, alpha, targets):
 
 
 @torch.no_grad()
-def encode_captions(pipe, captions, device, negative=None):
+def encode_captions(pipe, captions, device, negative=None, at_once=1):
     """
     captions -> {the UNet's name for it: what the text encoders make of each (N + 1, ...)}, the last of them
     of `negative`, or what the pipeline has for no caption. Two tables for SDXL: (N + 1, 77, C), (N + 1, P).
+    at_once: many are faster, but then the last bits depend on the others.
     """
     encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
     for encoder in encoders:
         encoder.to(device)
     options, parts = {"device": device, "num_images_per_prompt": 1}, []
-    for i in tqdm(range(0, len(captions), 32), "encoding captions", disable=None, leave=False):
-        made = pipe.encode_prompt(captions[i : i + 32], do_classifier_free_guidance=False, **options)
+    for i in tqdm(range(0, len(captions), at_once), "encoding captions", disable=None, leave=False):
+        made = pipe.encode_prompt(captions[i : i + at_once], do_classifier_free_guidance=False, **options)
         parts.append([table.cpu() for table in made[::2]])  # every other is of the negative prompt
     made = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=negative, **options)
     parts.append([table.cpu() for table in made[1::2]])
@@ -892,6 +893,7 @@ def load_autoencoder(name):
         fail(f"vae={name!r} is no AutoencoderKL, in a folder or on the hub: {str(error).splitlines()[0]}")
 
 
+@torch.no_grad()
 def encode(autoencoder, x):
     """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1"""
     config = autoencoder.config
@@ -903,6 +905,7 @@ def reduction(autoencoder):
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
+@torch.no_grad()
 def decode(autoencoder, z):
     """latents (B, c, h, w) -> pictures (B, 3, H, W), a megapixel at a time: they take much more memory"""
     config = autoencoder.config
@@ -973,18 +976,19 @@ def prepare_data(autoencoder, use):
     return folder, facts, classes if use == "caption" else []
 
 
-def prepare_captions(pipe, captions, folder, device):
+def prepare_captions(pipe, captions, prompts, folder, device):
     """-> the table of a UNet: of the captions of the data, then of those to draw, last of none; made once."""
     encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
-    tables, key = {}, [captions, [fingerprint(encoder) for encoder in encoders], str(pipe.unet.dtype)]
+    key = [captions, prompts, [fingerprint(encoder) for encoder in encoders], str(pipe.unet.dtype)]
     path = folder / f"captions_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             long = [c for c in captions if len(pipe.tokenizer(c).input_ids) > pipe.tokenizer.model_max_length]
             if long:
                 log(f"  {len(long)} captions are too long and will be cut, such as {long[0]!r}")
-            tables = encode_captions(pipe, captions, device)
-            tables = {name: table.to(pipe.unet.dtype) for name, table in tables.items()}
+            tables = encode_captions(pipe, captions, device, at_once=32)
+            for name, shown in encode_captions(pipe, prompts, device).items():
+                tables[name] = torch.cat((tables[name][:-1], shown)).to(pipe.unet.dtype)
             write_file(path, lambda temporary: save_file(tables, temporary))
     return load_file(path)
 
@@ -1641,7 +1645,7 @@ def main():
     elif vae:
         autoencoder = load_autoencoder(vae)
     if autoencoder is not None:
-        autoencoder.to(accelerator.device).eval().requires_grad_(False)
+        autoencoder.to(accelerator.device)
         check_image_size(reduction(autoencoder) * (1 if pipe else patch_size))
     elif pipe and image_size != pipe.unet.config.sample_size:
         fail(f"{image_size=}: the pictures of {init_from} have --image_size={pipe.unet.config.sample_size}")
@@ -1672,7 +1676,7 @@ def main():
     torch.manual_seed(seed)
     if pipe:
         prompts = [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()] or captions[:4]
-        table = prepare_captions(pipe, captions + prompts, folder, accelerator.device) if captions else {}
+        table = prepare_captions(pipe, captions, prompts, folder, accelerator.device) if captions else {}
         net = UNet(pipe, Base(init_from, fingerprint(pipe.unet), size, channels), table)
         if adapter:
             add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)

@@ -119,69 +119,12 @@ def pretrained(tmp_path_factory, text_file):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """pipeline(kind, **the scheduler's config) -> the folder of a tiny pipeline of diffusers with random weights."""
-    import diffusers
-    import torch
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
+    """pipeline(kind, **the scheduler's config) -> the folder of a tiny pipeline of diffusers, made once."""
+    from pipelines import make_pipeline
 
-    def clip(hidden, kind=transformers.CLIPTextModel):
-        ids = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-        shape = {
-            "hidden_size": hidden,
-            "intermediate_size": 37,
-            "num_hidden_layers": 3,
-            "projection_dim": hidden,
-        }
-        shape |= {"num_attention_heads": 2, "vocab_size": 514, "max_position_embeddings": 77}
-        return kind(transformers.CLIPTextConfig(**shape, **ids)).eval()
-
+    @functools.cache
     def pipeline(kind="sd", **scheduler):
-        folder = tmp_path_factory.mktemp("pipeline") / kind
-        torch.manual_seed(0)
-        noise = {
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "steps_offset": 1,
-        }
-        noise |= {"timestep_spacing": "leading", "clip_sample": False} | scheduler
-        unet = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
-        if kind == "ddpm":
-            blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-            model = diffusers.UNet2DModel(**unet, **blocks)
-            made = diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(**scheduler))
-            made.save_pretrained(folder)
-            return folder
-        letters = sorted(ByteLevel.alphabet())
-        words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-        vocabulary = {word: i for i, word in enumerate(words)}
-        tok = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-        unet |= {"in_channels": 4, "out_channels": 4, "attention_head_dim": (2, 4), "cross_attention_dim": 24}
-        unet |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-        unet |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-        vae = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
-        vae["scaling_factor"] = 3.0  # with random weights, this makes the variance of latents about 1
-        vae |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-        parts = {"vae": diffusers.AutoencoderKL(**vae), "tokenizer": tok, "text_encoder": clip(24)}
-        parts |= {"scheduler": diffusers.DDIMScheduler(**noise), "feature_extractor": None}
-        if kind == "sdxl":
-            parts |= {
-                "tokenizer_2": tok,
-                "text_encoder_2": clip(16, transformers.CLIPTextModelWithProjection),
-            }
-            unet |= {
-                "cross_attention_dim": 40,
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 4,
-            }
-            unet |= {"projection_class_embeddings_input_dim": 6 * 4 + 16, "use_linear_projection": True}
-            make = diffusers.StableDiffusionXLPipeline
-        else:
-            make = functools.partial(diffusers.StableDiffusionPipeline, safety_checker=None)
-            make = functools.partial(make, requires_safety_checker=False)
-        make(unet=diffusers.UNet2DConditionModel(**unet), **parts).save_pretrained(folder)
-        return folder
+        return make_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind, **scheduler)
 
     return pipeline
 

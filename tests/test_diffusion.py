@@ -162,7 +162,7 @@ def test_guidance_of_1_is_the_conditional_model_and_more_goes_on_in_its_directio
     assert all(torch.equal(labels, y) for labels in asked)
     asked.clear()
     by_hand = drawn(3.0)
-    assert all(labels.tolist() == [0, 1, 1, -1, -1, -1] for labels in asked)
+    assert all(labels.tolist() == [-1, -1, -1, 0, 1, 1] for labels in asked)
     guided = drawn(
         1.0, lambda x, t, y: model(x, t, 0 * y - 1) + 3 * (model(x, t, y) - model(x, t, 0 * y - 1))
     )

@@ -34,11 +34,13 @@ def test_ci_runs_the_command_of_the_readme():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
-def test_every_config_is_legal(tmp_path, pretrained, path):
+def test_every_config_is_legal(tmp_path, pretrained, pipeline, path):
     """It gets as far as the data, which is not there, with the trainer that its first command names."""
     trainer = re.search(r"train_\w+\.py", path.read_text())[0]
     nothing = (f"--dataset={tmp_path}/none.parquet", f"--out_dir={tmp_path / 'run'}")
-    if trainer == "train_diffusion.py":
+    if "_lora" in path.name and trainer == "train_diffusion.py":
+        nothing += (f"--init_from={pipeline('sdxl' if 'sdxl' in path.name else 'sd')}",)
+    elif trainer == "train_diffusion.py":
         nothing += ("--vae=",)
     elif "init_from" in path.read_text():
         nothing += (f"--init_from={pretrained('gpt2', max_position_embeddings=1100)}",)
