@@ -150,10 +150,10 @@ def load_unet(run, trainer, folder, state):
     """-> the UNet that a run has trained, with its pipeline, from `folder` or a checkpoint's `state`."""
     trained, base = run["settings"], trainer.Base(**run["model"])
     whole = not trained["adapter"] and not state
-    dtype = torch.bfloat16 if trained["base_dtype"] == "bf16" else torch.float32
-    pipe = trainer.load_pipeline(
-        str(folder) if whole else base.name, dtype if trained["adapter"] else torch.float32
-    )
+    auto = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    frozen = trainer.DTYPES[auto if trained["base_dtype"] == "auto" else trained["base_dtype"]]
+    dtype = frozen if trained["adapter"] else torch.float32
+    pipe = trainer.load_pipeline(str(folder) if whole else base.name, dtype)
     if not whole and trainer.fingerprint(pipe.unet) != base.fingerprint:
         fail(f"the weights of {base.name} have changed since {folder} was trained on them")
     if trained["adapter"] and state:

@@ -179,6 +179,8 @@ def check_settings():
         fail(f"{init_from=} is out_dir: go on with that run by --resume=True, or choose another --out_dir")
     if init_from != "scratch" and vae:
         fail(f"{vae=} is for models from scratch: {init_from} has its own")
+    if init_from == "scratch" and sample_prompts:
+        fail(f"{sample_prompts=} is for pipelines with captions: name one by --init_from=")
     if (vae or init_from != "scratch") and crop == "random":
         fail(f"{crop=} with {vae=} and {init_from=}: latents are made once, of one crop; use crop='center'")
     if n_embd % (4 * n_head):
@@ -504,12 +506,13 @@ class UNet(nn.Module):
         k = t * N_TIMES
         k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)  # 0.981 is not exact in fp32, 981 is
         rows = y[:, 0].cpu()
-        known = {name: table[rows].to(x.device) for name, table in self.captions.items()}
+        dtype = self.unet.conv_in.weight.dtype
+        known = {name: table[rows].to(x.device, dtype) for name, table in self.captions.items()}
         if "text_embeds" in known:
             known["added_cond_kwargs"] = {"text_embeds": known.pop("text_embeds"), "time_ids": y[:, 1:]}
         # uncompiled where it draws: another size of batch would make it compile again
         unet = self.unet if self.training else self.unet.forward
-        return unet(x.to(self.unet.conv_in.weight.dtype), k, **known, return_dict=False)[0].float()
+        return unet(x.to(dtype), k, **known, return_dict=False)[0].float()
 
 
 def whole_pictures(captions, side):
@@ -1388,7 +1391,6 @@ def save_weights(accelerator, model):
             save_lora(net, weights)
         else:
             path = Path(out_dir, UNET_FILE)
-            net.unet.save_config(path.parent)
             write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
 
@@ -1414,11 +1416,13 @@ def save_lora(net, weights):
 
 def save_frozen(pipe):
     """What of a pipeline is not trained, once: with its weights, out_dir is a whole pipeline."""
-    if not Path(out_dir, "model_index.json").exists():
+    index = Path(out_dir, "model_index.json")  # the last file: where it is, all are
+    if not index.exists():
         for name, part in pipe.components.items():
             if name != "unet" and hasattr(part, "save_pretrained"):
                 part.save_pretrained(Path(out_dir, name))
-        pipe.save_config(out_dir)  # model_index.json
+        pipe.unet.save_config(Path(out_dir, "unet"))
+        write_file(index, lambda temporary: temporary.write_text(pipe.to_json_string(), encoding="utf-8"))
 
 
 def load_weights(accelerator, model):
@@ -1677,7 +1681,8 @@ def main():
     if pipe:
         prompts = [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()] or captions[:4]
         table = prepare_captions(pipe, captions, prompts, folder, accelerator.device) if captions else {}
-        net = UNet(pipe, Base(init_from, fingerprint(pipe.unet), size, channels), table)
+        name = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
+        net = UNet(pipe, Base(name, fingerprint(pipe.unet), size, channels), table)
         if adapter:
             add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)
         if gradient_checkpointing:

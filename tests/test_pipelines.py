@@ -240,6 +240,28 @@ def test_a_pipeline_without_captions_is_trained_whole(tmp_path, pipeline, pictur
     assert torch.equal(ours, x)
 
 
+@pytest.mark.parametrize("base", ["eps", "sdxl"], indirect=True)
+def test_a_bf16_base_takes_an_fp32_adapter(tmp_path, base, captioned):
+    out, grids = tmp_path / "run", {}
+    how = (f"--init_from={base}", f"--dataset={captioned}", *FAST, *LORA, "--gradient_checkpointing=True")
+    for name, more in (
+        ("bf16", ("--base_dtype=bf16",)),
+        ("both", ("--base_dtype=bf16", "--mixed_precision=bf16")),
+    ):
+        within("train_diffusion.py", *how, *more, f"--out_dir={out / name}")
+        losses = [row["val/loss"] for row in rows(out / name, "val/loss")]
+        assert losses[-1] < losses[0]
+        assert all(
+            w.dtype == torch.float32 for w in load_file(out / name / train_diffusion.LORA_FILE).values()
+        )
+        within("sample.py", f"--out_dir={out / name}", "--num_samples=2", f"--output={tmp_path / 'a.png'}")
+        grids[name] = np.array(read_grid(tmp_path / "a.png", 16, 4), int)
+    within("train_diffusion.py", *how, f"--out_dir={out / 'fp32'}")
+    within("sample.py", f"--out_dir={out / 'fp32'}", "--num_samples=2", f"--output={tmp_path / 'a.png'}")
+    exact = np.array(read_grid(tmp_path / "a.png", 16, 4), int)
+    assert all(0 < np.abs(grid - exact).mean() < 5 for grid in grids.values())  # of 255
+
+
 def test_captions_come_the_same_from_every_place(tmp_path, pipeline, captioned):
     import datasets
 

@@ -4,7 +4,8 @@ Everything that needs a GPU, in one command of under ten minutes, with one table
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
 A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), LoRA on a model
-of transformers of that size beside a plain loop with peft (tokens/s, memory), nanoGPT's Shakespeare setting to its end,
+of transformers of that size beside a plain loop with peft (tokens/s, memory), LoRA on pipelines of the true shapes of
+Stable Diffusion 1.5 and XL beside the loop of diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare setting,
 CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory), a killed and resumed run of each
 trainer against an unbroken one, and nanoGPT beside them where its checkout is given.
 Without a GPU it says so and exits with 1.
@@ -139,6 +140,104 @@ def lora(folder, text):
     resume(folder, "train_lm.py", *how, "--compile=False", "--batch_size=4")
 
 
+PEER_DIFFUSION = """
+import sys, time, numpy, torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+folder, size, batch, checkpointing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+accelerator = Accelerator(mixed_precision="bf16")
+pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+unet, vae, xl = pipe.unet, pipe.vae, hasattr(pipe, "text_encoder_2")
+vae.to(torch.float32 if xl else torch.bfloat16)
+for part in (unet, vae, pipe.text_encoder, *((pipe.text_encoder_2,) if xl else ())):
+    part.requires_grad_(False)
+targets = ["to_k", "to_q", "to_v", "to_out.0"]
+unet.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets))
+cast_training_params(unet, torch.float32)
+if checkpointing:
+    unet.enable_gradient_checkpointing()
+trained = [p for p in unet.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-4)
+scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+unet, optimizer = accelerator.prepare(unet.train(), optimizer)
+pixels = torch.randn(batch, 3, size, size, device="cuda")
+def step():
+    with torch.no_grad():
+        x = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+        out = pipe.encode_prompt(["a red square"] * batch, device="cuda", num_images_per_prompt=1,
+                                 do_classifier_free_guidance=False)
+    x = x.to(torch.bfloat16)
+    noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device="cuda")
+    more = {}
+    if xl:
+        ids = torch.tensor([[size, size, 0, 0, size, size]] * batch, device="cuda", dtype=torch.bfloat16)
+        more = {"added_cond_kwargs": {"text_embeds": out[2], "time_ids": ids}}
+    answer = unet(scheduler.add_noise(x, noise, t), t, out[0], return_dict=False, **more)[0]
+    accelerator.backward(F.mse_loss(answer.float(), noise.float()))
+    accelerator.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+[step() for _ in range(5)]; torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); t = time.time()
+[step() for _ in range(15)]; torch.cuda.synchronize()
+print("speed", 15 * batch / (time.time() - t), "memory", torch.cuda.max_memory_allocated() / 1e9)
+"""
+
+
+def stable_diffusion(folder, kind, size, batch, checkpointing):
+    """
+    LoRA on a pipeline of the true shape with random weights, beside the loop of diffusers'
+    train_text_to_image_lora(_sdxl).py, which encodes pictures and captions again in each step.
+    """
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from pipelines import make_pipeline
+
+    base, pictures = make_pipeline(folder / kind, kind), folder / f"pictures {kind}"
+    pictures.mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    command = [sys.executable, "-c", PEER_DIFFUSION, str(base), str(size), str(batch), str(checkpointing)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found, name = (
+        re.search(r"speed ([\d.]+) memory ([\d.]+)", done.stdout),
+        f"LoRA on {kind}, {size} x {size}",
+    )
+    note(f"{name}, loop of diffusers", float(found[1]) if found else done.stderr[-300:], "images/s")
+    note(f"{name}, loop of diffusers: memory", float(found[2]) if found else "", "GB")
+    config = "sdxl_lora.py" if "xl" in kind else "sd15_lora.py"
+    how = [
+        str(ROOT / "configs" / config),
+        f"--init_from={base}",
+        f"--dataset={pictures}",
+        "--caption=a red square",
+    ]
+    how += [f"--image_size={size}", f"--batch_size={batch}", "--micro_batch_size=0", "--val_fraction=0"]
+    how += [
+        f"--gradient_checkpointing={checkpointing}",
+        "--sample_steps=2",
+        "--log_interval=1",
+        "--max_steps=25",
+    ]
+    for which, compiled in (("", "False"), (", compiled", "True")):
+        out = folder / f"{kind}{which}"
+        more = [*how, "--eval_interval=25", "--save_interval=25", f"--compile={compiled}"]
+        rows, seconds, _ = train(out, *more, trainer="train_diffusion.py")
+        rows = [row for row in rows if "images_per_s" in row][10:]
+        for key, unit in (("images_per_s", "images/s"), ("memory", "GB"), ("mfu", "of the peak")):
+            note(
+                f"{name}{which}: {key} (median)",
+                sorted(row.get(key, 0) for row in rows)[len(rows) // 2],
+                unit,
+            )
+        note(f"{name}{which}: whole command", round(seconds), "s")
+
+
 def shakespeare(folder, text):
     rows, seconds, _ = train(
         folder / "shakespeare", str(ROOT / "configs/shakespeare_char.py"), f"--dataset={text}"
@@ -245,6 +344,8 @@ def main():
         resume(folder, "train_lm.py")
         resume(folder, "train_diffusion.py")
         lora(folder, arguments.shakespeare)
+        stable_diffusion(folder, "sd15", 512, 4, False)
+        stable_diffusion(folder, "sdxl10", 1024, 1, True)
         if arguments.cifar10:
             cifar10(folder, arguments.cifar10)
         shakespeare(folder, arguments.shakespeare)
