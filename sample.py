@@ -28,13 +28,11 @@ from configurator import configure, fail, nearest
 # Settings
 # -----------------------------------------------------------------------------
 out_dir = "out/lm"  # a run, one of its checkpoints, or a folder with a model of transformers
-num_samples = 0  # texts or pictures; 0: one text; a picture of each class, or 16
+num_samples = 0  # texts or pictures, of each prompt; 0: one; a picture of each class, or 16 without any
 seed = 1337  # the same seed, the same text or picture
 trust_run_code = False  # run the model code that lies in out_dir: only for runs whose author you trust
 # text
-prompt = (
-    "\n"  # the text to go on from, or what to draw; FILE:x.txt reads it from a file, to draw line by line
-)
+prompt = "\n"  # the text to go on from, or what to draw; FILE:x.txt: from a file, line by line to draw
 max_new_tokens = 300  # length of each (1..)
 temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above: wilder
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
@@ -94,7 +92,7 @@ def read_prompt():
             text = Path(prompt[5:]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             fail(f"cannot read the prompt from {prompt[5:]}: {error}")
-    return text or fail('the prompt is empty: give it some text to go on from, as in --prompt="def "')
+    return text or fail('the prompt is empty: give it some text, as in --prompt="def "')
 
 
 def load_tokenizer(folder):
@@ -150,26 +148,19 @@ def load_unet(run, trainer, folder, state):
     """-> the UNet that a run has trained, with its pipeline, from `folder` or a checkpoint's `state`."""
     trained, base = run["settings"], trainer.Base(**run["model"])
     whole = not trained["adapter"] and not state
-    auto = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    frozen = trainer.DTYPES[auto if trained["base_dtype"] == "auto" else trained["base_dtype"]]
-    dtype = frozen if trained["adapter"] else torch.float32
-    pipe = trainer.load_pipeline(str(folder) if whole else base.name, dtype)
+    pipe = trainer.load_pipeline(str(folder) if whole else base.name, base.dtype)
     if not whole and trainer.fingerprint(pipe.unet) != base.fingerprint:
         fail(f"the weights of {base.name} have changed since {folder} was trained on them")
-    if trained["adapter"] and state:
+    if trained["adapter"]:
         trainer.add_lora(pipe.unet, *(trained[name] for name in ("lora_rank", "lora_alpha", "lora_targets")))
-    elif trained["adapter"]:
-        pipe.load_lora_weights(folder, weight_name=trainer.LORA_FILE)
+        state or trainer.load_lora(pipe.unet, folder)
+        pipe.unet.set_adapters(pipe.unet.active_adapters(), lora_scale)
     model = trainer.UNet(pipe, base, {})
     if state:
         unknown = model.load_state_dict(state["model"], strict=False).unexpected_keys
         if unknown:
             fail(f"{folder} holds weights of another model: {unknown[0]}")
         take_average(model, state)
-    if lora_scale != 1 and not trained["adapter"]:
-        fail(f"{lora_scale=}: {folder} has no LoRA adapter, the whole model was trained")
-    if trained["adapter"]:
-        pipe.unet.set_adapters(pipe.unet.active_adapters(), lora_scale)
     return model
 
 
@@ -350,6 +341,10 @@ def read_prompts(run):
 def draw(run, trainer, model, device):
     """Write a grid of pictures to `output`."""
     classes, process, trained = run["classes"], trainer.Process(**run["process"]), run["settings"]
+    if merge or chat:
+        fail(f"{out_dir} holds a diffusion model: it draws, without --chat and --merge")
+    if lora_scale != 1 and not trained.get("adapter"):
+        fail(f"{lora_scale=}: {out_dir} has no LoRA adapter, the whole model was trained")
     prompts = read_prompts(run) if "prompts" in run else []
     if not prompts and (prompt.strip() or negative_prompt):
         fail(f"{out_dir} draws without prompts: leave out --prompt and --negative_prompt")
@@ -377,13 +372,11 @@ def draw(run, trainer, model, device):
     how = {"steps": steps or trained["sample_steps"], "guidance": scale}
     how["sampler"] = sampler or trained["sampler"] or process.samplers[0]
     say(f"{out_dir} on {device}, seed {seed}, {how}")
-    pictures = []
-    for i in range(0, n, at_once := 8 if prompts else 64):
-        labels = y[i : i + at_once].to(device)
-        seeds = range(seed + i, seed + i + len(labels))
-        pictures.append(trainer.draw_pictures(model, process, size, labels, seeds, autoencoder, **how).cpu())
+    how["at_once"] = trainer.at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
+    seeds = range(seed, seed + n)
+    pictures = trainer.draw_pictures(model, process, size, y.to(device), seeds, autoencoder, **how)
     try:
-        trainer.make_grid(torch.cat(pictures)).save(output)
+        trainer.make_grid(pictures).save(output)
     except OSError as error:
         fail(f"cannot write the grid to {output=}: {error}")
     say(f"{n} pictures: {output}")

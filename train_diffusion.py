@@ -93,7 +93,7 @@ n_head = 2  # attention heads; of size 64 they are fastest (1..)
 n_embd = 128  # width; n_embd / n_head, the size of a head, must be a multiple of 4 (1..)
 # adapter
 lora_rank = 16  # of the two matrices whose product is added to a frozen one: how much can be learned (1..)
-lora_alpha = 16.0  # the product counts lora_alpha / lora_rank times
+lora_alpha = 16.0  # the product counts lora_alpha / lora_rank times (1..)
 lora_targets = "to_q,to_k,to_v,to_out.0"  # the layers of the UNet that get one, by the end of their names
 # diffusion
 objective = "flow"  # what the model predicts: velocity, noise, or a mix of both ("flow" | "eps" | "v")
@@ -175,14 +175,16 @@ def check_settings():
         check_image_size(patch_size)
     if init_from == "scratch" and (adapter or base_dtype != "auto"):
         fail(f"{adapter=} and {base_dtype=} are for a pretrained pipeline: name it by --init_from=")
+    if base_dtype == "bf16" and not adapter:
+        fail(f"{base_dtype=} is for the frozen weights under an adapter: what is trained is in fp32")
     if init_from != "scratch" and Path(init_from).expanduser().resolve() == Path(out_dir).resolve():
         fail(f"{init_from=} is out_dir: go on with that run by --resume=True, or choose another --out_dir")
     if init_from != "scratch" and vae:
         fail(f"{vae=} is for models from scratch: {init_from} has its own")
     if init_from == "scratch" and sample_prompts:
         fail(f"{sample_prompts=} is for pipelines with captions: name one by --init_from=")
-    if (vae or init_from != "scratch") and crop == "random":
-        fail(f"{crop=} with {vae=} and {init_from=}: latents are made once, of one crop; use crop='center'")
+    if vae and crop == "random":
+        fail(f"{crop=} and {vae=}: latents are made once, of one crop; use crop='center'")
     if n_embd % (4 * n_head):
         fail(f"{n_embd=} must be a multiple of 4 x {n_head=}: half of a head's channel pairs turn by row")
     if init_from == "scratch":
@@ -447,13 +449,14 @@ def sample(model, process, size, y, rngs, steps=25, guidance=1.0, sampler="", cl
     return x
 
 
-def draw_pictures(model, process, size, y, seeds, autoencoder=None, **options):
+def draw_pictures(model, process, size, y, seeds, autoencoder=None, at_once=64, **options):
     """Like `sample`, one seed for each picture -> pictures in [-1, 1], decoded where they are latents."""
-    rngs = [torch.Generator().manual_seed(int(s)) for s in seeds]
-    x = sample(model, process, size, y, rngs, clip=autoencoder is None, **options)
-    if autoencoder is not None:
-        x = decode(autoencoder, x)
-    return x.clamp(-1, 1)
+    pictures = []
+    for i in range(0, len(y), at_once):
+        rngs = [torch.Generator().manual_seed(int(s)) for s in seeds[i : i + at_once]]
+        x = sample(model, process, size, y[i : i + at_once], rngs, clip=autoencoder is None, **options)
+        pictures.append(x if autoencoder is None else decode(autoencoder, x))
+    return torch.cat(pictures).clamp(-1, 1)
 
 
 def make_grid(x):
@@ -479,7 +482,8 @@ class Base:
     """The pipeline of a run: enough to find it again, and to see that it is still the same."""
 
     name: str
-    fingerprint: str  # of the UNet's weights
+    fingerprint: str  # of the UNet's weights, in dtype
+    dtype: str
     size: int  # height and width of what the UNet sees: pixels or latents
     channels: int
 
@@ -497,7 +501,7 @@ class UNet(nn.Module):
     def compile(self):
         self.unet.compile()  # without the captions, which are looked up on the CPU
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, captions=None):
         """
         x (B, channels, size, size), times t (B,) in 0..1, y (B, 7): the number of a caption, -1: none, then
         what SDXL is told: size of the whole picture, corner and size of the crop, height first
@@ -507,12 +511,17 @@ class UNet(nn.Module):
         k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)  # 0.981 is not exact in fp32, 981 is
         rows = y[:, 0].cpu()
         dtype = self.unet.conv_in.weight.dtype
-        known = {name: table[rows].to(x.device, dtype) for name, table in self.captions.items()}
+        known = {name: table[rows].to(x.device, dtype) for name, table in (captions or self.captions).items()}
         if "text_embeds" in known:
             known["added_cond_kwargs"] = {"text_embeds": known.pop("text_embeds"), "time_ids": y[:, 1:]}
         # uncompiled where it draws: another size of batch would make it compile again
         unet = self.unet if self.training else self.unet.forward
         return unet(x.to(dtype), k, **known, return_dict=False)[0].float()
+
+
+def at_once(side):
+    """How many pictures of side x side a pipeline draws together: 8 of 512 pixels, 2 of 1024."""
+    return max(1, 2**21 // side**2)
 
 
 def whole_pictures(captions, side):
@@ -533,29 +542,36 @@ def load_pipeline(name, dtype):
     known = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
     try:
         Path(name).exists() or reach_hub()
-        dtypes = {"unet": dtype, "default": torch.float32}
         with warnings.catch_warnings(action="ignore"):  # about how diffusers itself calls the hub
-            pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes)
+            kind = diffusers.DiffusionPipeline.load_config(name)["_class_name"]
+            if kind in known:  # else many gigabytes would be loaded in vain
+                dtypes = {"unet": DTYPES[dtype], "default": torch.float32}
+                pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes)
     except Exception as error:  # of many kinds
         fail(f"{name} is no pipeline of diffusers, in a folder or on the hub: {str(error).splitlines()[0]}")
-    if type(pipe).__name__ not in known:
-        fail(f"{name} is a {type(pipe).__name__}; what can be trained is {', '.join(known)}")
-    config, vae = pipe.scheduler.config, getattr(pipe, "vae", None)
-    if "beta_schedule" not in config or config.num_train_timesteps != N_TIMES:
+    if kind not in known:
+        fail(f"{name} is a {kind}; what can be trained is {', '.join(known)}")
+    scheduler, unet, vae = pipe.scheduler.config, pipe.unet.config, getattr(pipe, "vae", None)
+    if "beta_schedule" not in scheduler or scheduler.num_train_timesteps != N_TIMES:
         fail(f"{name} has a {type(pipe.scheduler).__name__}: only those with {N_TIMES} betas are supported")
-    takes, channels = pipe.unet.config.in_channels, vae.config.latent_channels if vae else 3
-    if takes != channels:
-        fail(f"the UNet of {name} takes {takes} channels, not {channels}: it is made for something else")
+    channels = vae.config.latent_channels if vae else unet.in_channels
+    if not unet.in_channels == unet.out_channels == channels:
+        takes = f"takes {unet.in_channels} channels and gives {unet.out_channels}"
+        fail(f"the UNet of {name} {takes}, not {channels}: it is made for something else")
+    if unet.get("class_embed_type") or unet.get("num_class_embeds"):
+        fail(f"the UNet of {name} is told classes, which is not supported")
     return pipe
 
 
 def process_of(pipe, rescale):
     """The forward process of a pipeline's scheduler; rescale: make its signal-to-noise ratio end in 0."""
-    config = {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+    known = pipe.scheduler.config
+    absent = known.get("_use_default_values", ())  # what its file does not say each sampler has its own way
+    config = {name: value for name, value in known.items() if name[0] != "_" and name not in absent}
     config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if rescale else {}
     kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
     zero = bool(config.get("rescale_betas_zero_snr"))
-    return Process(kinds[config["prediction_type"]], config["beta_schedule"], zero, config)
+    return Process(kinds[known.prediction_type], known.beta_schedule, zero, config)
 
 
 def fingerprint(model):
@@ -575,15 +591,20 @@ def add_lora(unet, rank, alpha, targets):
     from peft import LoraConfig
 
     can = [name for name, part in unet.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    for target in targets.split(","):
+    targets = [target.strip() for target in targets.split(",")]
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in can):
             known = sorted({re.search(r"\w+(\.\d+)?$", name)[0] for name in can})
             fail(f"lora_targets: the UNet has no layer {target!r}; it has {', '.join(known)}")
     unet.requires_grad_(False)
-    how = {"r": rank, "lora_alpha": alpha, "target_modules": targets.split(",")}
+    how = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
     unet.add_adapter(LoraConfig(init_lora_weights="gaussian", **how))
     for weight in unet.parameters():
         weight.data = weight.data.float() if weight.requires_grad else weight.data  # also above a bf16 model
+
+
+def text_encoders(pipe):
+    return [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
 
 
 @torch.no_grad()
@@ -593,8 +614,10 @@ def encode_captions(pipe, captions, device, negative=None, at_once=1):
     of `negative`, or what the pipeline has for no caption. Two tables for SDXL: (N + 1, 77, C), (N + 1, P).
     at_once: many are faster, but then the last bits depend on the others.
     """
-    encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
-    for encoder in encoders:
+    long = [c for c in captions if len(pipe.tokenizer(c).input_ids) > pipe.tokenizer.model_max_length]
+    if long:
+        log(f"{len(long)} captions are too long, and will be cut, such as {long[0]!r}")
+    for encoder in text_encoders(pipe):
         encoder.to(device)
     options, parts = {"device": device, "num_images_per_prompt": 1}, []
     for i in tqdm(range(0, len(captions), at_once), "encoding captions", disable=None, leave=False):
@@ -602,7 +625,7 @@ def encode_captions(pipe, captions, device, negative=None, at_once=1):
         parts.append([table.cpu() for table in made[::2]])  # every other is of the negative prompt
     made = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=negative, **options)
     parts.append([table.cpu() for table in made[1::2]])
-    for encoder in encoders:
+    for encoder in text_encoders(pipe):
         encoder.to("cpu")
     return dict(zip(("encoder_hidden_states", "text_embeds"), map(torch.cat, zip(*parts))))
 
@@ -937,7 +960,8 @@ def prepare_data(autoencoder, use):
     key += [image_column, label_column, image_size, crop, val_fraction, test_fraction, fold]
     key += [use, caption_column, caption, init_from != "scratch"]
     if autoencoder is not None:
-        key += [fingerprint(autoencoder), flip]
+        config = autoencoder.config
+        key += [fingerprint(autoencoder), config.scaling_factor, config.shift_factor, flip]
     folder = CACHE / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -979,19 +1003,15 @@ def prepare_data(autoencoder, use):
     return folder, facts, classes if use == "caption" else []
 
 
-def prepare_captions(pipe, captions, prompts, folder, device):
-    """-> the table of a UNet: of the captions of the data, then of those to draw, last of none; made once."""
-    encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
-    key = [captions, prompts, [fingerprint(encoder) for encoder in encoders], str(pipe.unet.dtype)]
+def prepare_captions(pipe, captions, folder, device):
+    """-> what encode_captions makes of the captions of the data, in the precision of the UNet; made once."""
+    key = [captions, [fingerprint(encoder) for encoder in text_encoders(pipe)], str(pipe.unet.dtype)]
+    key += [pipe.tokenizer(captions).input_ids, pipe.config.get("force_zeros_for_empty_prompt")]
     path = folder / f"captions_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            long = [c for c in captions if len(pipe.tokenizer(c).input_ids) > pipe.tokenizer.model_max_length]
-            if long:
-                log(f"  {len(long)} captions are too long and will be cut, such as {long[0]!r}")
             tables = encode_captions(pipe, captions, device, at_once=32)
-            for name, shown in encode_captions(pipe, prompts, device).items():
-                tables[name] = torch.cat((tables[name][:-1], shown)).to(pipe.unet.dtype)
+            tables = {name: table.to(pipe.unet.dtype) for name, table in tables.items()}
             write_file(path, lambda temporary: save_file(tables, temporary))
     return load_file(path)
 
@@ -1156,6 +1176,8 @@ def forward_backward(accelerator, model, micro_batches, step):
     """
     total = torch.zeros((), device=accelerator.device)
     for i, (x_t, t, y, target, weight) in enumerate(micro_batches):
+        key = np.random.SeedSequence([seed, step, accelerator.process_index, i])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # for dropout, which some UNets have
         last = i == len(micro_batches) - 1  # gradients travel between processes once a step
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             try:
@@ -1386,10 +1408,12 @@ def save_weights(accelerator, model):
         path = Path(out_dir, "model.safetensors")
         write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     elif accelerator.is_main_process:
-        weights = {name.removeprefix("unet."): weight.contiguous() for name, weight in weights.items()}
+        weights = {name.removeprefix("unet."): weight for name, weight in weights.items()}
         if adapter:
             save_lora(net, weights)
         else:
+            for name, weight in frozen_weights(accelerator, model).items():  # that of some kinds of embedding
+                weights[name.removeprefix("unet.")] = weight.detach().cpu()
             path = Path(out_dir, UNET_FILE)
             write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
@@ -1397,14 +1421,14 @@ def save_weights(accelerator, model):
 
 def save_lora(net, weights):
     """Twice: with the names and the alpha that diffusers reads, and with those of kohya and ComfyUI."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from diffusers.utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
     weights, config = get_peft_model_state_dict(net.unet, weights), net.unet.peft_config["default"]
     unfinished = Path(out_dir, "unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    how = {"unet_lora_layers": convert_state_dict_to_diffusers(weights)}
-    net.pipe.save_lora_weights(unfinished, unet_lora_adapter_metadata=config.to_dict(), **how)
+    how = {"unet_lora_adapter_metadata": config.to_dict()}
+    net.pipe.save_lora_weights(unfinished, unet_lora_layers=weights, **how)
     kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
     for name in [name for name in kohya if name.endswith(".alpha")]:
         kohya[name] = torch.tensor(float(config.lora_alpha))  # where diffusers writes the rank
@@ -1414,27 +1438,31 @@ def save_lora(net, weights):
     unfinished.rmdir()
 
 
-def save_frozen(pipe):
+def load_lora(unet, folder):
+    """Put what save_lora has written into the layers of add_lora, in fp32."""
+    from peft import set_peft_model_state_dict
+
+    weights = load_file(Path(folder, LORA_FILE))
+    set_peft_model_state_dict(unet, {name.removeprefix("unet."): w for name, w in weights.items()})
+
+
+def save_frozen(pipe, process):
     """What of a pipeline is not trained, once: with its weights, out_dir is a whole pipeline."""
-    index = Path(out_dir, "model_index.json")  # the last file: where it is, all are
-    if not index.exists():
-        for name, part in pipe.components.items():
-            if name != "unet" and hasattr(part, "save_pretrained"):
-                part.save_pretrained(Path(out_dir, name))
-        pipe.unet.save_config(Path(out_dir, "unet"))
-        write_file(index, lambda temporary: temporary.write_text(pipe.to_json_string(), encoding="utf-8"))
+    for name, part in pipe.components.items():
+        if name != "unet" and hasattr(part, "save_pretrained"):
+            part.save_pretrained(Path(out_dir, name))
+    # diffusers writes down what its file left open, but other samplers have other defaults
+    scheduler = {"_class_name": type(pipe.scheduler).__name__} | process.config
+    write_json(Path(out_dir, "scheduler", "scheduler_config.json"), scheduler)
+    pipe.unet.save_config(Path(out_dir, "unet"))
+    pipe.save_config(out_dir)  # model_index.json
 
 
 def load_weights(accelerator, model):
     """Put back what save_weights has kept, to meet the test split."""
     net = accelerator.unwrap_model(model)
     if adapter:
-        from diffusers.utils import convert_unet_state_dict_to_peft
-        from peft import set_peft_model_state_dict
-
-        weights = load_file(Path(out_dir, LORA_FILE))
-        weights = {name.removeprefix("unet."): weight for name, weight in weights.items()}
-        set_peft_model_state_dict(net.unet, convert_unet_state_dict_to_peft(weights))
+        load_lora(net.unet, out_dir)
     elif isinstance(net, UNet):
         weights = {f"unet.{name}": weight for name, weight in load_file(Path(out_dir, UNET_FILE)).items()}
         dcp.set_model_state_dict(model, weights, options=STATE)
@@ -1502,7 +1530,9 @@ def start_run(run):
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         if base != run["model"].get("fingerprint"):
-            fail(f"cannot resume: the weights of {run['settings']['init_from']} have changed since it began")
+            fail(
+                f"cannot resume: the weights of {run['settings']['init_from']}, or their dtype, have changed since it began"
+            )
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)
@@ -1642,15 +1672,19 @@ def main():
     # data
     pipe = autoencoder = None
     if init_from != "scratch":
-        auto = "bf16" if device == "cuda" and accelerator.mixed_precision == "bf16" else "fp32"
-        frozen = DTYPES[auto if base_dtype == "auto" else base_dtype]
-        pipe = load_pipeline(init_from, frozen if adapter else torch.float32)
+        auto = "bf16" if adapter and device == "cuda" and accelerator.mixed_precision == "bf16" else "fp32"
+        dtype = auto if base_dtype == "auto" else base_dtype
+        path = Path(init_from).expanduser()
+        name = str(path.resolve()) if path.exists() else init_from
+        pipe = load_pipeline(name, dtype)
         autoencoder = getattr(pipe, "vae", None)
     elif vae:
         autoencoder = load_autoencoder(vae)
     if autoencoder is not None:
         autoencoder.to(accelerator.device)
         check_image_size(reduction(autoencoder) * (1 if pipe else patch_size))
+        if crop == "random":
+            fail(f"{crop=}: latents are made once, of one crop; use crop='center'")
     elif pipe and image_size != pipe.unet.config.sample_size:
         fail(f"{image_size=}: the pictures of {init_from} have --image_size={pipe.unet.config.sample_size}")
     if adapter and autoencoder is None:
@@ -1664,7 +1698,9 @@ def main():
     folder, facts, captions = prepare_data(autoencoder, use)
     vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     n_classes, (channels, size) = len(facts["classes"]), facts["shape"]
-    channels = pipe.unet.config.in_channels if pipe else channels
+    if pipe and channels > pipe.unet.config.in_channels:
+        fail(f"{init_from} draws in grey, the pictures have colour: make them grey first")
+    channels = pipe.unet.config.in_channels if pipe else channels  # grey pictures can be drawn in colour
     options = {
         "channels": channels,
         "size": size,
@@ -1680,9 +1716,9 @@ def main():
     torch.manual_seed(seed)
     if pipe:
         prompts = [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()] or captions[:4]
-        table = prepare_captions(pipe, captions, prompts, folder, accelerator.device) if captions else {}
-        name = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
-        net = UNet(pipe, Base(name, fingerprint(pipe.unet), size, channels), table)
+        table = prepare_captions(pipe, captions, folder, accelerator.device) if captions else {}
+        shown = encode_captions(pipe, prompts, accelerator.device) if captions else {}
+        net = UNet(pipe, Base(name, fingerprint(pipe.unet), dtype, size, channels), table)
         if adapter:
             add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)
         if gradient_checkpointing:
@@ -1720,8 +1756,8 @@ def main():
         if ema and average:
             ema.load_state_dict(average | {"decay": ema_decay})
             ema.to(accelerator.device)
-    if on_main and pipe and not adapter:
-        save_frozen(pipe)
+    if on_main and pipe and not (adapter or found):
+        save_frozen(pipe, process)
     if captions:  # the text encoders have done their work
         pipe.text_encoder = pipe.text_encoder_2 = None
     if on_main:
@@ -1742,18 +1778,21 @@ def main():
     batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
     groups = [group for o in optimizers for group in o.param_groups]
     how = {"steps": sample_steps, "guidance": guidance if n_classes or captions else 1.0, "sampler": sampler}
-    how |= {"autoencoder": autoencoder}
+    how |= {"autoencoder": autoencoder, "at_once": at_once(image_size) if pipe else 64}
     # forward() and not net(): a batch of another size would make a compiled model compile again
-    draw = functools.partial(draw_pictures, net.forward, process, (channels, size, size), **how)
+    forward, space = net.forward, (process, (channels, size, size))
+    draw = draw_samples = functools.partial(draw_pictures, forward, *space, **how)
     if captions:
-        shown = len(captions) + torch.arange(max(4, len(prompts))) % len(prompts)
+        drawn = torch.arange(max(4, len(prompts))) % len(prompts)
+        forward = functools.partial(forward, captions=shown)
+        draw_samples = functools.partial(draw_pictures, forward, *space, **how)
     elif n_classes:
-        shown = (
+        drawn = (
             torch.arange(36) % n_classes if n_classes <= 36 else torch.linspace(0, n_classes - 1, 36).long()
         )
     else:
-        shown = torch.full((16 if pipe else 36,), -1)
-    shown = whole_pictures(shown, image_size) if pipe else shown
+        drawn = torch.full((16 if pipe else 36,), -1)
+    drawn = whole_pictures(drawn, image_size) if pipe else drawn
     bar = tqdm(total=total_steps, initial=saved, disable=None if on_main else True, dynamic_ncols=True)
 
     def report(values):
@@ -1804,7 +1843,7 @@ def main():
                         if better and keep == "best":
                             save_weights(accelerator, model)
                     if on_main:
-                        write_sample(accelerator, draw, shown, step)
+                        write_sample(accelerator, draw_samples, drawn, step)
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:

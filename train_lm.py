@@ -88,7 +88,7 @@ n_kv_head = 0  # heads of keys and values, fewer for grouped-query attention; 0:
 n_embd = 128  # width; n_embd / n_head, the size of a head, must be even (1..)
 # adapter
 lora_rank = 16  # of the two matrices whose product is added to a frozen one: how much can be learned (1..)
-lora_alpha = 32.0  # the product counts lora_alpha / lora_rank times
+lora_alpha = 32.0  # the product counts lora_alpha / lora_rank times (1..)
 lora_dropout = 0.0  # before the product (0..<1)
 lora_targets = "all-linear"  # the layers that get one: all but the head, or names of layers, as q_proj,v_proj
 virtual_tokens = 20  # p_tuning: how many learned vectors stand before every text (1..)
@@ -1492,7 +1492,9 @@ def start_run(run):
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         if base != run["model"].get("fingerprint"):
-            fail(f"cannot resume: the weights of {run['settings']['init_from']} have changed since it began")
+            fail(
+                f"cannot resume: the weights of {run['settings']['init_from']}, or their dtype, have changed since it began"
+            )
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)

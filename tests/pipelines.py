@@ -1,5 +1,8 @@
 """Pipelines of diffusers with random weights: tiny ones, and ones of the true shapes of SD 1.5 and SDXL 1.0."""
 
+import json
+from pathlib import Path
+
 import diffusers
 import torch
 import transformers
@@ -32,6 +35,7 @@ SHAPES = {
 
 def make_pipeline(folder, kind, **scheduler):
     """Write one to `folder`: a key of SHAPES, or "ddpm". scheduler: its config; -> the folder"""
+    folder = Path(folder)
     torch.manual_seed(0)
     if kind == "ddpm":
         blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -66,4 +70,16 @@ def make_pipeline(folder, kind, **scheduler):
     else:
         options = {"safety_checker": None, "requires_safety_checker": False}
         diffusers.StableDiffusionPipeline(**parts, **options).save_pretrained(folder)
+    if not scheduler and len(encoders) == 1:  # as the published file of SD 1.5, which leaves much unsaid
+        published = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012}
+        published |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
+        published |= {
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "clip_sample": False,
+        }
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(published))
+        index = folder / "model_index.json"
+        index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
     return folder

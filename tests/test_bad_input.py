@@ -191,6 +191,9 @@ DIFFUSION = [
     (["--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
     (["--adapter=lora"], "are for a pretrained pipeline: name it by --init_from="),
     (["--init_from={models}/sd", "--out_dir={models}/sd"], "go on with that run by --resume=True"),
+    (["--init_from={models}/sd", "--base_dtype=bf16"], "what is trained is in fp32"),
+    (["--sample_prompts=a cat"], "is for pipelines with captions"),
+    (["--init_from={models}/told", "--image_size=8"], "is told classes"),
     (["--init_from={models}/sd", "--vae=x"], "{models}/sd has its own"),
     (["--init_from={models}/sd", "--crop=random"], "use crop='center'"),
     (["--init_from={models}/none"], "is no pipeline of diffusers"),
@@ -201,7 +204,7 @@ DIFFUSION = [
         "what can be trained is StableDiffusionPipeline, StableDiffusionXL",
     ),
     (["--init_from={models}/flow", *SD], "a FlowMatchEulerDiscreteScheduler: only those with 1000 betas"),
-    (["--init_from={models}/nine", *SD], "takes 9 channels, not 4"),
+    (["--init_from={models}/nine", *SD], "takes 9 channels and gives 4"),
     (["--init_from={models}/sd", *SD, "--image_size=15"], "use 14 or 16"),
     (["--init_from={models}/sd", *SD, "--sampler=heun"], "use dpm++ or unipc"),
     (
@@ -232,8 +235,11 @@ def pipelines(models, pipeline):
     (models / "inpaint" / "model_index.json").write_text(
         index.replace("StableDiffusion", "StableDiffusionInpaint")
     )
-    (models / "flow" / "model_index.json").write_text(index.replace("DDIM", "FlowMatchEulerDiscrete"))
+    (models / "flow" / "model_index.json").write_text(index.replace("PNDM", "FlowMatchEulerDiscrete"))
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(models / "flow" / "scheduler")
+    shutil.copytree(models / "ddpm", models / "told")
+    shape = dict(diffusers.UNet2DModel.load_config(models / "told" / "unet")) | {"num_class_embeds": 3}
+    diffusers.UNet2DModel.from_config(shape).save_pretrained(models / "told" / "unet")
     shape = dict(diffusers.UNet2DConditionModel.load_config(sd / "unet")) | {"in_channels": 9}
     diffusers.UNet2DConditionModel.from_config(shape).save_pretrained(models / "nine" / "unet")
 
