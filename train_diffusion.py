@@ -1531,7 +1531,7 @@ def start_run(run):
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         if base != run["model"].get("fingerprint"):
             fail(
-                f"cannot resume: the weights of {run['settings']['init_from']}, or their dtype, have changed since it began"
+                f"cannot resume: weights or dtype of {run['settings']['init_from']} have changed since it began"
             )
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
