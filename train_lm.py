@@ -1492,9 +1492,7 @@ def start_run(run):
         if model:
             fail(f"cannot resume with another model or optimizer ({model}): choose another --out_dir")
         if base != run["model"].get("fingerprint"):
-            fail(
-                f"cannot resume: weights or dtype of {run['settings']['init_from']} have changed since it began"
-            )
+            fail(f"cannot resume: weights or dtype of {init_from} have changed since it began")
         for name in sorted(differ.keys() - {"resume", "overwrite"}):
             log(f"resume: {differ[name]}")
     write_json(path / "run.json", run)
