@@ -372,7 +372,7 @@ def draw(run, trainer, model, device):
     how = {"steps": steps or trained["sample_steps"], "guidance": scale}
     how["sampler"] = sampler or trained["sampler"] or process.samplers[0]
     say(f"{out_dir} on {device}, seed {seed}, {how}")
-    how["at_once"] = trainer.at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
+    how["at_once"] = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
     seeds = range(seed, seed + n)
     pictures = trainer.draw_pictures(model, process, size, y.to(device), seeds, autoencoder, **how)
     try:

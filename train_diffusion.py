@@ -519,16 +519,15 @@ class UNet(nn.Module):
         return unet(x.to(dtype), k, **known, return_dict=False)[0].float()
 
 
-def at_once(side):
+def pictures_at_once(side):
     """How many pictures of side x side a pipeline draws together: 8 of 512 pixels, 2 of 1024."""
     return max(1, 2**21 // side**2)
 
 
 def whole_pictures(captions, side):
     """numbers of captions (B,) -> y (B, 7) of UNet, for pictures of side x side, nothing cut off"""
-    return torch.cat(
-        (captions[:, None], torch.tensor([[side, side, 0, 0, side, side]]).expand(len(captions), 6)), 1
-    )
+    sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(captions), 6)
+    return torch.column_stack((captions, sizes))
 
 
 def load_pipeline(name, dtype):
@@ -1738,10 +1737,6 @@ def main():
     if compile and device == "cuda" and not detect_anomaly:
         net.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(net, *optimizers)
-    from diffusers.training_utils import EMAModel
-
-    ema = EMAModel(trained_weights(net), decay=ema_decay, foreach=True) if ema_decay else None
-
     # the run
     run = describe_run(accelerator, net, facts) | {"process": asdict(process), "classes": facts["classes"]}
     run |= {"prompts": prompts} if captions else {}
@@ -1750,10 +1745,13 @@ def main():
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
     if found:
         progress = load_checkpoint(accelerator, model, optimizers, found)
-        average = progress.pop("ema", None)
-        if ema and average:
-            ema.load_state_dict(average | {"decay": ema_decay})
-            ema.to(accelerator.device)
+    from diffusers.training_utils import EMAModel
+
+    average = progress.pop("ema", None)
+    ema = EMAModel(trained_weights(net), decay=ema_decay, foreach=True) if ema_decay else None
+    if ema and average:
+        ema.load_state_dict(average | {"decay": ema_decay})
+        ema.to(accelerator.device)
     if on_main and pipe and not (adapter or found):
         save_frozen(pipe, process)
     if captions:  # the text encoders have done their work
@@ -1776,7 +1774,7 @@ def main():
     batches = iter(torch.utils.data.DataLoader(train, batch_size=None, sampler=numbers, **options))
     groups = [group for o in optimizers for group in o.param_groups]
     how = {"steps": sample_steps, "guidance": guidance if n_classes or captions else 1.0, "sampler": sampler}
-    how |= {"autoencoder": autoencoder, "at_once": at_once(image_size) if pipe else 64}
+    how |= {"autoencoder": autoencoder, "at_once": pictures_at_once(image_size) if pipe else 64}
     # forward() and not net(): a batch of another size would make a compiled model compile again
     forward, space = net.forward, (process, (channels, size, size))
     draw = draw_samples = functools.partial(draw_pictures, forward, *space, **how)
