@@ -1281,10 +1281,13 @@ MODEL_SETTINGS |= {"adapter", "lora_rank", "lora_alpha", "lora_targets", "virtua
 def write_file(path, write):
     """Let `write(temporary)` make a file, then give it its name: what has the name is always whole."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file, on a full disk
 
 
 def write_json(path, value):
@@ -1443,7 +1446,7 @@ def claim_run_dir():
         fail(f"another trainer is at work in {out_dir}: choose another --out_dir")
     except OSError as error:
         fail(f"cannot write to {out_dir=}: {error.strerror}")
-    if others and not others & {"run.json", "checkpoints"}:
+    if others and not others & {"run.json", "run.json.tmp", "checkpoints"}:
         fail(f"{out_dir} holds other files, such as {min(others)}: choose another --out_dir")
     if others and not (resume or overwrite):
         ways = "--resume=True goes on with it, --overwrite=True deletes it, another --out_dir leaves it alone"
@@ -1514,7 +1517,7 @@ def open_metrics(size):
     path = Path(out_dir, "metrics.jsonl")
     rows = path.read_bytes()[:size] if path.exists() else b""
     path.write_bytes(rows[: rows.rfind(b"\n") + 1])
-    return open(path, "ab")
+    return open(path, "ab", buffering=0)  # a row is on its way at once
 
 
 # -----------------------------------------------------------------------------
@@ -1524,6 +1527,10 @@ STOP = {"signal": 0, "time": 0.0, "polled": False}  # polled: from the first ste
 LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 PEAK_FLOPS |= {"4090": 165e12}  # in bf16, by part of the GPU's name; the first that fits
+
+
+# what Python, torch and safetensors say of a disk that is full, or gone
+CANNOT_WRITE = "No space left|File too large|quota exceeded|Read-only|Input/output error|inline_container"
 
 
 def log(message):
@@ -1697,7 +1704,6 @@ def main():
         if on_main:
             row = {"step": step, "time": round(time.monotonic() - clock, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
-            metrics.flush()
         if tracker:
             accelerator.log(values, step=step)
         line = " ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -1794,4 +1800,10 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not re.search(CANNOT_WRITE, str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        fail(f"cannot write ({reason}): make room; what was saved is whole, --resume=True goes on with it")

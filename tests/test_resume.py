@@ -317,3 +317,36 @@ def test_two_processes_stop_together(tmp_path, tiny, trainer):
     out, err = process.communicate(timeout=60)
     assert "the same command with --resume=True goes on" in out, err
     assert last_state(tmp_path / "run")["progress"]["step"] >= 20
+
+
+def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, tiny, trainer):
+    """No file may grow beyond half a checkpoint in the last ten steps."""
+    import resource
+
+    unbroken, broken = tmp_path / "run", tmp_path / "broken"
+    within(trainer, tiny)
+    shutil.copytree(unbroken, broken)
+    shutil.rmtree(broken / "checkpoints" / "step_00000040")
+    before = last_state(broken)
+    size = (broken / "checkpoints" / "step_00000030" / "state.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        _, err = within(trainer, tiny, f"--out_dir={broken}", "--resume=True", code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = [line for line in err.splitlines() if "cannot write" in line]
+    assert len(lines) == 1 and "--resume=True goes on" in lines[0] and "Traceback" not in err
+    assert not differences(before, last_state(broken)) and not list(broken.rglob("*.tmp"))
+    within(trainer, tiny, f"--out_dir={broken}", "--resume=True")
+    equal_runs(unbroken, broken)
+
+
+@LM_IS_ENOUGH
+def test_a_run_killed_while_it_wrote_its_first_file_goes_on(tmp_path, tiny, trainer):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.tmp").write_text('{"kind": "lm", "sett')
+    _, err = within(trainer, tiny, code=2)
+    assert "holds a run already" in err
+    within(trainer, tiny, "--resume=True", "--max_steps=10")
+    assert rows(tmp_path / "run")[-1]["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))

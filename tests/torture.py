@@ -1,0 +1,355 @@
+"""
+Attack real runs of every mode, and show that nothing is lost:
+
+    python tests/torture.py [--kills=24] [--modes="LoRA,SD LoRA"] [--seed=0]
+
+Every mode runs once undisturbed, then again under attack: kill -9 at random instants and in the middle of saves, SIGTERM
+to the trainer, its launcher and their process group at every stage, a disk that fills up, checkpoints that are cut,
+half removed or another run's, a metrics file cut in a line. Each time the same command with --resume=True goes on, and
+what comes out has to be equal to the undisturbed run, bit for bit: weights, optimizer, average, metrics.
+Two modes run at a time, each on a core of its own. Prints a table; exits with 1 if anything was lost.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+from conftest import ROOT, TINY, TINY_MODEL, differences, last_state, rows
+from PIL import Image
+from pipelines import make_pipeline
+
+STEPS = 24
+HOW = [f"--max_steps={STEPS}", "--save_interval=3", "--eval_interval=6", "--log_interval=1", "--keep=last"]
+PATIENCE = 120  # seconds until a process that does not end counts as hanging
+TABLE, LOCK = {}, threading.Lock()
+
+
+def count(mode, what, ok=True, note=""):
+    """A line of the table: how often something was tried, and how often it went wrong."""
+    with LOCK:
+        tried, wrong, notes = TABLE.setdefault((mode, what), (0, 0, []))
+        TABLE[mode, what] = (tried + 1, wrong + (not ok), notes + [note] * (not ok))
+    if not ok:
+        print(f"WRONG: {mode}, {what}: {note}", flush=True)
+
+
+class Mode:
+    """One way to train: its command, the core it has, its undisturbed run."""
+
+    def __init__(self, name, work, trainer, *arguments):
+        self.name, self.trainer, self.arguments = name, trainer, arguments
+        self.folder = work / name.replace(" ", "_")
+        self.config = self.folder / "tiny.py"
+        self.folder.mkdir()
+        self.config.write_text(TINY_MODEL[trainer] + TINY)
+        self.unbroken = self.folder / "unbroken"
+
+    def command(self, out, *more):
+        where = [str(ROOT / self.trainer), str(self.config), *self.arguments, *HOW, f"--out_dir={out}"]
+        return [*where, "--resume=True", *more]
+
+    def start(self, out, *more, launcher=False, limit=0, **env):
+        """The real command in a process group of its own; limit: no file may become larger, in bytes."""
+
+        start = ["taskset", "--cpu-list", str(self.core)] if shutil.which("taskset") else []
+        start += ["prlimit", f"--fsize={limit}"] if limit else []
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--quiet",
+            "--cpu",
+            "--num_processes=1",
+            "--num_machines=1",
+        ]
+        launch += ["--mixed_precision=no", "--dynamo_backend=no"]
+        command = [*start, sys.executable, *(launch if launcher else []), *self.command(out, *more)]
+        with open(self.folder / "output.txt", "w") as output:
+            streams = {"stdout": output, "stderr": output, "start_new_session": True}
+            return subprocess.Popen(command, env=os.environ | env, **streams)
+
+    def finish(self, process, what):
+        """Wait for a process -> its exit code and output; a hang is noted, and killed."""
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            count(self.name, what, False, "it hangs")
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        return code, (self.folder / "output.txt").read_text()
+
+    def alive(self, out):
+        """The processes that still work for a run."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            if f"--out_dir={out}" in (process.info["cmdline"] or []):
+                found.append(process)
+        return found
+
+    def no_orphans(self, out, what, seconds=15):
+        began = time.monotonic()
+        while self.alive(out) and time.monotonic() - began < seconds:
+            time.sleep(0.1)
+        left = self.alive(out)
+        count(self.name, "orphans", not left, f"{what} left {len(left)} processes")
+        for process in left:
+            process.kill()
+
+    def go_on(self, out, what):
+        """Resume to the end, and compare with the undisturbed run."""
+        code, output = self.finish(self.start(out), what)
+        if code:
+            return count(self.name, what, False, f"resume: exit code {code}: {output[-300:]}")
+        lost = differences(last_state(self.unbroken), last_state(out))
+        lost += ["metrics"] if rows(self.unbroken) != rows(out) else []
+        lost += [
+            path.name for path in self.weights(self.unbroken) if not self.same_weights(path, out / path.name)
+        ]
+        count(self.name, what, not lost, f"differs: {lost[:3]}")
+
+    def weights(self, out):
+        return sorted(out.glob("*.safetensors"))
+
+    def same_weights(self, a, b):
+        from safetensors.torch import load_file
+
+        return b.exists() and not differences(load_file(a), load_file(b))
+
+
+def newest(out):
+    """The step of the newest whole checkpoint, 0 if there is none."""
+    steps = [0]
+    for folder in out.glob("checkpoints/step_*"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes = json.loads((folder / "manifest.json").read_text())
+            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+                steps.append(int(folder.name[5:]))
+    return max(steps)
+
+
+def seen(out):
+    """What can be seen of a run from outside, for an attack to be timed by."""
+    state = {"saving": (out / "checkpoints" / "unfinished").exists()}
+    with contextlib.suppress(OSError):
+        state["replacing"] = any(name.endswith(".tmp") for name in os.listdir(out))
+        state["rows"] = (out / "metrics.jsonl").stat().st_size
+        state["samples"] = len(os.listdir(out / "samples"))
+    return state
+
+
+def wait_for(process, out, event, times, seconds):
+    """Until an event has been seen so many times, or the process has ended, or time is over; -> was it seen?"""
+    began, before = time.monotonic(), seen(out)
+    while process.poll() is None and time.monotonic() - began < seconds:
+        now = seen(out)
+        if now.get(event) and now.get(event) != before.get(event):
+            times -= 1
+            if times <= 0:
+                return True
+        before = now
+        time.sleep(0.0003)
+    return False
+
+
+def kill_at_random(mode, kills, rng):
+    """kill -9, again and again, and --resume=True each time, until the run is at its end; then another run."""
+    done, turn = 0, 0
+    began = time.monotonic()
+    mode.finish(mode.start(mode.folder / "timed"), "undisturbed")
+    whole = time.monotonic() - began
+    while done < kills:
+        out, turn, reached = mode.folder / f"killed_{turn}", turn + 1, 0
+        while done < kills:
+            process = mode.start(out)
+            event = rng.choice(["time", "saving", "saving", "replacing", "rows", "samples"])
+            if event == "time":
+                wait_for(process, out, "", 1, rng.uniform(0, whole))
+            else:
+                wait_for(process, out, event, rng.randint(1, 6), PATIENCE)
+            if process.poll() is not None:
+                code, output = mode.finish(process, "kill -9")
+                count(mode.name, "runs between kills", code == 0, f"exit code {code}: {output[-300:]}")
+                break
+            process.kill()
+            process.wait()
+            done += 1
+            count(mode.name, f"kill -9 at {event}")
+            now = newest(out)
+            count(
+                mode.name, "checkpoints kept", now >= reached, f"step {reached} is gone, {now} is the newest"
+            )
+            reached = max(now, reached)
+        mode.no_orphans(out, "kill -9")
+        mode.go_on(out, "killed runs equal to the unbroken")
+
+
+TARGETS = ("trainer", "launcher", "group")
+STAGES = {
+    "start-up": ("", 0.5),
+    "training": ("rows", 4),
+    "evaluation": ("rows", 7),
+    "sampling": ("samples", 2),
+}
+STAGES |= {"saving": ("saving", 3), "replacing": ("replacing", 2), "imports": ("", 2.5)}
+
+
+def stop_by_signal(mode, rng):
+    """SIGTERM to the trainer, the launcher and the group, at each stage: it ends in time, and nothing is lost."""
+    for i, (stage, (event, times)) in enumerate(STAGES.items()):
+        for target in TARGETS:
+            out = mode.folder / f"stopped_{stage}_{target}"
+            process = mode.start(out, launcher=target != "trainer")
+            wait_for(process, out, event, times if event else 1, PATIENCE if event else times)
+            if process.poll() is None:
+                (os.killpg if target == "group" else os.kill)(process.pid, signal.SIGTERM)
+            code, output = mode.finish(process, f"SIGTERM to the {target}")
+            # the launcher has exit codes of its own
+            good = code in (0, 143, -signal.SIGTERM) or (target != "trainer" and code == 1)
+            quiet = target != "trainer" or "Traceback" not in output
+            count(mode.name, f"SIGTERM to the {target}", good and quiet, f"{stage}: {code} {output[-300:]}")
+            mode.no_orphans(out, f"SIGTERM to the {target}")
+            if target == TARGETS[i % 3]:  # a resume costs as much as a run
+                mode.go_on(out, "stopped runs equal to the unbroken")
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def fill_the_disk(mode, rng):
+    """No file may grow beyond a limit, as on a full disk: in a checkpoint, in the weights, in the cache."""
+    state = max((mode.unbroken / "checkpoints").glob("step_*")) / "state.pt"
+    sizes = [state.stat().st_size, *(path.stat().st_size for path in mode.weights(mode.unbroken))]
+    for limit in sorted({max(4096, int(size * part)) for size in sizes for part in (0.2, 0.9)}):
+        out = mode.folder / "full"
+        shutil.rmtree(out, ignore_errors=True)
+        process = mode.start(out)
+        wait_for(process, out, "saving", rng.randint(1, 5), PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        code, output = mode.finish(process, "full disk")
+        line = output.strip().splitlines()[-1] if output.strip() else ""
+        clear = code == 2 and "Traceback" not in output and "--resume=True goes on" in line
+        note = f"limit {limit}: {code} {output[-400:]}"
+        count(mode.name, "full disk: one clear line", clear, note)
+        mode.no_orphans(out, "a full disk")
+        mode.go_on(out, "full disk, then room: equal")
+    full = {"limit": 2048, "HF_HOME": str(mode.folder / "home")}
+    code, output = mode.finish(mode.start(mode.folder / "cache", **full), "full disk in the cache")
+    clear = code == 2 and "Traceback" not in output
+    count(mode.name, "full disk in the cache", clear, f"{code} {output[-400:]}")
+
+
+def damage(mode, rng):
+    """The newest checkpoint cut, half removed, or another run's; metrics.jsonl cut in a line."""
+
+    def cut(folder):
+        with open(folder / "state.pt", "rb+") as f:
+            f.truncate(f.seek(0, 2) // 2)
+
+    attacks = {
+        "newest checkpoint cut": lambda out, last: cut(last),
+        "newest checkpoint half removed": lambda out, last: (last / "state.pt").unlink(),
+        "newest checkpoint without manifest": lambda out, last: (last / "manifest.json").unlink(),
+        "a save left unfinished": lambda out, last: shutil.copytree(last, last.with_name("unfinished")),
+        "metrics.jsonl cut in a line": lambda out, last: os.truncate(
+            out / "metrics.jsonl", (out / "metrics.jsonl").stat().st_size - 7
+        ),
+    }
+    for what, attack in attacks.items():
+        out = mode.folder / "damaged"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(mode.unbroken, out)
+        shutil.rmtree(max((out / "checkpoints").glob("step_*")))  # so that there is something left to do
+        mode.finish(mode.start(out, "--save_interval=1"), what)
+        attack(out, max((out / "checkpoints").glob("step_*")))
+        mode.go_on(out, what)
+
+
+def make_data(work):
+    """Text, pictures and captioned pictures of our own; a pipeline; -> the modes"""
+    text, rng = work / "text.txt", np.random.default_rng(0)
+    text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:60000], encoding="utf-8")
+    for i in range(60):
+        colour, pixels = ("red", "green", "blue")[i % 3], rng.integers(0, 60, (16, 16, 3))
+        pixels[4:12, 4:12, i % 3] = 220
+        for path in (work / "classes" / colour / f"{i}.png", work / "captioned" / f"{i}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+        (work / "captioned" / f"{i}.txt").write_text(f"a {colour} square")
+    pipeline = make_pipeline(work / "sd", "sd")
+    base = Mode("base", work, "train_lm.py", f"--dataset={text}", "--tokenizer=bpe:300")
+    base.core = 0
+    code, output = base.finish(base.start(base.unbroken, "--max_steps=3"), "base")
+    if code:
+        raise SystemExit(output)
+    tuned = (f"--init_from={base.unbroken}", f"--dataset={text}", "--tokenizer=", "--virtual_tokens=4")
+    tuned += ("--block_size=28",)
+    pictures = ("--image_size=16", "--sample_steps=2", "--batch_size=4")
+    sd = (f"--init_from={pipeline}", f"--dataset={work / 'captioned'}", "--sampler=ddim", *pictures)
+    return [
+        Mode("scratch LM", work, "train_lm.py", f"--dataset={text}"),
+        Mode("LoRA", work, "train_lm.py", *tuned, "--adapter=lora"),
+        Mode("P-tuning", work, "train_lm.py", *tuned, "--adapter=p_tuning"),
+        Mode("scratch diffusion", work, "train_diffusion.py", f"--dataset={work / 'classes'}", *pictures),
+        Mode("SD LoRA", work, "train_diffusion.py", *sd, "--adapter=lora"),
+    ]
+
+
+def attack(mode, cores, arguments):
+    mode.core = cores.pop()
+    rng = random.Random(f"{arguments.seed} {mode.name}")
+    code, output = mode.finish(mode.start(mode.unbroken), "undisturbed")
+    if code:
+        count(mode.name, "undisturbed", False, output[-1000:])
+    else:
+        kill_at_random(mode, arguments.kills, rng)
+        stop_by_signal(mode, rng)
+        fill_the_disk(mode, rng)
+        damage(mode, rng)
+    cores.append(mode.core)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=24, help="kill -9 in each mode")
+    parser.add_argument("--modes", help="with commas between them; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["HF_HOME"] = str(Path(work, "home"))
+        modes = make_data(Path(work))
+        chosen = arguments.modes.split(",") if arguments.modes else [mode.name for mode in modes]
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        cores = cores[:2] if len(cores) > 1 else cores * 2
+        with ThreadPoolExecutor(2) as pool:
+            work = [pool.submit(attack, m, cores, arguments) for m in modes if m.name in chosen]
+            for job in work:
+                job.result()
+    order = {mode.name: i for i, mode in enumerate(modes)}
+    width = max(len(what) for _, what in TABLE)
+    print(f"\n{'mode':18} {'attack':{width}} {'times':>6} {'wrong':>6}")
+    for (mode, what), (tried, wrong, _) in sorted(TABLE.items(), key=lambda line: order[line[0][0]]):
+        print(f"{mode:18} {what:{width}} {tried:6} {wrong:6}")
+    kills = sum(tried for (_, what), (tried, _, _) in TABLE.items() if what.startswith("kill -9 at"))
+    wrong = sum(wrong for _, wrong, _ in TABLE.values())
+    print(f"\n{kills} kills, {wrong} wrong, {(time.monotonic() - began) / 60:.0f} minutes")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
