@@ -7,7 +7,7 @@ Every mode runs once undisturbed, then again under attack: kill -9 at random ins
 to the trainer, its launcher and their process group at every stage, a disk that fills up, checkpoints that are cut,
 half removed or another run's, a metrics file cut in a line. Each time the same command with --resume=True goes on, and
 what comes out has to be equal to the undisturbed run, bit for bit: weights, optimizer, average, metrics.
-Two modes run at a time, each on a core of its own. Prints a table; exits with 1 if anything was lost.
+Two modes run at a time, each on a core of its own. Prints a table of each; exits with 1 if anything was lost.
 """
 
 import argparse
@@ -318,6 +318,10 @@ def attack(mode, cores, arguments):
         fill_the_disk(mode, rng)
         damage(mode, rng)
     cores.append(mode.core)
+    with LOCK:
+        print(f"\n{mode.name:40} {'times':>6} {'wrong':>6}")
+        for (_, what), (tried, wrong, _) in filter(lambda line: line[0][0] == mode.name, TABLE.items()):
+            print(f"  {what:38} {tried:6} {wrong:6}", flush=True)
 
 
 def main():
@@ -337,14 +341,9 @@ def main():
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
         cores = cores[:2] if len(cores) > 1 else cores * 2
         with ThreadPoolExecutor(2) as pool:
-            work = [pool.submit(attack, m, cores, arguments) for m in modes if m.name in chosen]
-            for job in work:
+            jobs = [pool.submit(attack, mode, cores, arguments) for mode in modes if mode.name in chosen]
+            for job in jobs:
                 job.result()
-    order = {mode.name: i for i, mode in enumerate(modes)}
-    width = max(len(what) for _, what in TABLE)
-    print(f"\n{'mode':18} {'attack':{width}} {'times':>6} {'wrong':>6}")
-    for (mode, what), (tried, wrong, _) in sorted(TABLE.items(), key=lambda line: order[line[0][0]]):
-        print(f"{mode:18} {what:{width}} {tried:6} {wrong:6}")
     kills = sum(tried for (_, what), (tried, _, _) in TABLE.items() if what.startswith("kill -9 at"))
     wrong = sum(wrong for _, wrong, _ in TABLE.values())
     print(f"\n{kills} kills, {wrong} wrong, {(time.monotonic() - began) / 60:.0f} minutes")
