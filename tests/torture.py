@@ -41,8 +41,8 @@ TABLE, LOCK = {}, threading.Lock()
 def count(mode, what, ok=True, note=""):
     """A line of the table: how often something was tried, and how often it went wrong."""
     with LOCK:
-        tried, wrong, notes = TABLE.setdefault((mode, what), (0, 0, []))
-        TABLE[mode, what] = (tried + 1, wrong + (not ok), notes + [note] * (not ok))
+        tried, wrong = TABLE.get((mode, what), (0, 0))
+        TABLE[mode, what] = (tried + 1, wrong + (not ok))
     if not ok:
         print(f"WRONG: {mode}, {what}: {note}", flush=True)
 
@@ -64,7 +64,6 @@ class Mode:
 
     def start(self, out, *more, launcher=False, limit=0, **env):
         """The real command in a process group of its own; limit: no file may become larger, in bytes."""
-
         start = ["taskset", "--cpu-list", str(self.core)] if shutil.which("taskset") else []
         start += ["prlimit", f"--fsize={limit}"] if limit else []
         launch = [
@@ -320,7 +319,7 @@ def attack(mode, cores, arguments):
     cores.append(mode.core)
     with LOCK:
         print(f"\n{mode.name:40} {'times':>6} {'wrong':>6}")
-        for (_, what), (tried, wrong, _) in filter(lambda line: line[0][0] == mode.name, TABLE.items()):
+        for (_, what), (tried, wrong) in filter(lambda line: line[0][0] == mode.name, TABLE.items()):
             print(f"  {what:38} {tried:6} {wrong:6}", flush=True)
 
 
@@ -344,8 +343,8 @@ def main():
             jobs = [pool.submit(attack, mode, cores, arguments) for mode in modes if mode.name in chosen]
             for job in jobs:
                 job.result()
-    kills = sum(tried for (_, what), (tried, _, _) in TABLE.items() if what.startswith("kill -9 at"))
-    wrong = sum(wrong for _, wrong, _ in TABLE.values())
+    kills = sum(tried for (_, what), (tried, _) in TABLE.items() if what.startswith("kill -9 at"))
+    wrong = sum(wrong for _, wrong in TABLE.values())
     print(f"\n{kills} kills, {wrong} wrong, {(time.monotonic() - began) / 60:.0f} minutes")
     raise SystemExit(1 if wrong else 0)
 
