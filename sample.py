@@ -153,13 +153,14 @@ def load_unet(run, trainer, folder, state):
         fail(f"the weights of {base.name} have changed since {folder} was trained on them")
     if trained["adapter"]:
         trainer.add_lora(pipe.unet, *(trained[name] for name in ("lora_rank", "lora_alpha", "lora_targets")))
-        state or trainer.load_lora(pipe.unet, folder)
         pipe.unet.set_adapters(pipe.unet.active_adapters(), lora_scale)
     model = trainer.UNet(pipe, base, {})
-    if state:
-        unknown = model.load_state_dict(state["model"], strict=False).unexpected_keys
+    if not whole:
+        weights = state["model"] if state else trainer.read_lora(folder)
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
         if unknown:
             fail(f"{folder} holds weights of another model: {unknown[0]}")
+    if state:
         take_average(model, state)
     return model
 

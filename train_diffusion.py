@@ -39,7 +39,7 @@ import urllib.request
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,8 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -279,6 +281,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """A diffusion transformer of the given Shape."""
 
+    _no_split_modules = ("Block",)  # the parts in which FSDP2 gathers the weights, one after another
+
     def __init__(self, shape):
         super().__init__()
         self.shape, self.gradient_checkpointing = shape, False
@@ -497,6 +501,9 @@ class UNet(nn.Module):
     def __init__(self, pipe, base, captions):
         super().__init__()
         self.pipe, self.unet, self.shape, self.captions = pipe, pipe.unet, base, captions
+        # the parts in which FSDP2 gathers the weights, one after another
+        kinds = {type(part).__name__ for part in pipe.unet.modules()}
+        self._no_split_modules = sorted(kinds.intersection(pipe.unet._no_split_modules or ()))
 
     def compile(self):
         self.unet.compile()  # without the captions, which are looked up on the CPU
@@ -514,9 +521,7 @@ class UNet(nn.Module):
         known = {name: table[rows].to(x.device, dtype) for name, table in (captions or self.captions).items()}
         if "text_embeds" in known:
             known["added_cond_kwargs"] = {"text_embeds": known.pop("text_embeds"), "time_ids": y[:, 1:]}
-        # uncompiled where it draws: another size of batch would make it compile again
-        unet = self.unet if self.training else self.unet.forward
-        return unet(x.to(dtype), k, **known, return_dict=False)[0].float()
+        return self.unet(x.to(dtype), k, **known, return_dict=False)[0].float()
 
 
 def pictures_at_once(side):
@@ -1015,6 +1020,12 @@ def prepare_captions(pipe, captions, folder, device):
     return load_file(path)
 
 
+def same_data(facts):
+    """End the program if the machines of a run do not have the same data."""
+    if len(set(gather_object([facts["fingerprint"]]))) > 1:
+        fail(f"{dataset=} is not the same on all machines: copy it from one to the others")
+
+
 class Pictures(torch.utils.data.Dataset):
     """
     A split as the samples of a run. Each epoch goes through it in a fresh order, a function of (seed, epoch);
@@ -1077,7 +1088,9 @@ def sample_numbers(first_step, last_step, micro, accumulation, rank):
 
 
 def trained_weights(model):
-    return [weight for weight in model.parameters() if weight.requires_grad]
+    """Those of this process: with FSDP2 it has a part of each."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
 
 def make_optimizers(dit):
@@ -1170,8 +1183,8 @@ def add_noise(accelerator, process, micro_batches, step):
 
 def forward_backward(accelerator, model, micro_batches, step):
     """
-    Add up the gradient of the mean loss over all pictures of the global batch; -> that loss. Each backward
-    pass divides by batch_size, so the gradient does not depend on how the batch is cut up.
+    Add up the gradient of the mean loss over all pictures of the global batch; -> this process's share of it.
+    Each backward pass divides by batch_size, so the gradient does not depend on how the batch is cut up.
     """
     total = torch.zeros((), device=accelerator.device)
     for i, (x_t, t, y, target, weight) in enumerate(micro_batches):
@@ -1180,23 +1193,30 @@ def forward_backward(accelerator, model, micro_batches, step):
         last = i == len(micro_batches) - 1  # gradients travel between processes once a step
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             try:
-                with NaNFinder() if detect_anomaly else contextlib.nullcontext():
+                with accelerator.autocast(), NaNFinder() if detect_anomaly else contextlib.nullcontext():
                     loss = (weight * (model(x_t, t, y) - target).square().mean(dim=(1, 2, 3))).sum()
-                # DDP takes the mean over processes
+                # DDP and FSDP2 take the mean over processes
                 accelerator.backward(loss * accelerator.num_processes / batch_size)
             except (FloatingPointError, RuntimeError) as error:  # by NaNFinder, or by torch's anomaly mode
                 if not detect_anomaly or "nan" not in str(error).lower():
                     raise
                 raise SystemExit(f"step {step}: {error}") from None
         total += loss.detach()
-    return accelerator.reduce(total, "sum") / batch_size
+    return total / batch_size
+
+
+def whole(tensor):
+    """In one piece: FSDP2 cuts weights up among the processes, and so all that is computed from them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train_step(accelerator, model, steppers, micro_batches, step):
     """Gradient, clipping, update; -> loss, gradient norm, finite? If they are not, nothing is updated."""
     loss = forward_backward(accelerator, model, micro_batches, step)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
+    both = torch.stack((loss, whole(grad_norm).to(loss.device) / accelerator.num_processes))
+    # what is not finite in one process is so in all; and this is the one wait for the GPU in a step
+    loss, grad_norm = accelerator.reduce(both, "sum").tolist()
     scaler = accelerator.scaler  # that of fp16 must be asked: it skips such steps itself and adapts its scale
     finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler is not None)
     for stepper in steppers:
@@ -1248,7 +1268,7 @@ def evaluate(accelerator, model, process, name, pictures, micro, batches):
         for quarter in range(4):
             t = ((quarter + within) / 4 * N_TIMES).floor() / N_TIMES
             x_t, target = process.diffuse(x_0, eps, t)
-            with torch.no_grad():
+            with torch.no_grad(), accelerator.autocast():
                 loss = (model(x_t, t, y) - target).square().mean(dim=(1, 2, 3))
             losses[quarter] += loss[torch.from_numpy(valid)].sum()
         n_valid += int(valid.sum())
@@ -1304,9 +1324,13 @@ def measure_fd(accelerator, draw, network, name, pictures, autoencoder, micro):
 
 
 def write_sample(accelerator, draw, y, step):
-    """Draw a picture of each of y from fixed noise, in samples/step_N.png and the tracker."""
+    """
+    Draw a picture of each of y from fixed noise, in samples/step_N.png and the tracker. All processes do
+    so in step: with FSDP2 each has a part of the weights.
+    """
     grid = make_grid(draw(y=y.to(accelerator.device), seeds=seed + np.arange(len(y))))
-    grid.save(Path(out_dir, "samples", f"step_{step:08d}.png"))
+    if accelerator.is_main_process:
+        grid.save(Path(out_dir, "samples", f"step_{step:08d}.png"))
     for log_to in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker == "tensorboard" else {}
         log_to.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
@@ -1384,17 +1408,30 @@ def save_checkpoint(accelerator, model, optimizers, progress):
     accelerator.wait_for_everyone()
 
 
+def told_by_main(accelerator):
+    """How to load what only the main process has read; strict=False: what is frozen is not there."""
+    return replace(STATE, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
+
+
 def load_checkpoint(accelerator, model, optimizers, folder):
-    """Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress."""
+    """
+    Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress. The main
+    process reads the file and tells the others, who may be on a machine that does not have it.
+    """
     groups = [group for o in optimizers for group in o.param_groups]
     today = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    state = {"model": {}, "optimizers": {}, "scaler": {}, "progress": {}}
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        weights = state["model"] | frozen_weights(accelerator, model)
-        states = {"model_state_dict": weights, "optim_state_dict": state["optimizers"]}
-        dcp.set_state_dict(model, optimizers, **states, options=STATE)
+        if accelerator.is_main_process:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
+            if {name for name, weight in named if weight.requires_grad} != state["model"].keys():
+                raise ValueError("its weights have other names")
+        how = {"options": told_by_main(accelerator)}
+        dcp.set_model_state_dict(model, state["model"], **how)
+        dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], **how)
         if accelerator.scaler:
-            accelerator.scaler.load_state_dict(state["scaler"])
+            accelerator.scaler.load_state_dict(broadcast_object_list([state["scaler"]])[0])
     except Exception as error:  # a foreign file fails in many ways
         fail(f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to use an older one")
     for group, values in zip((group for o in optimizers for group in o.param_groups), today):
@@ -1406,6 +1443,9 @@ def load_checkpoint(accelerator, model, optimizers, folder):
 def save_weights(accelerator, model):
     """The weights that sample.py draws from; those of a pipeline with the names that diffusers gives them."""
     weights, net = dcp.get_model_state_dict(model, options=STATE), accelerator.unwrap_model(model)
+    if not adapter:  # some kinds of embedding are not trained
+        frozen = frozen_weights(accelerator, model).items()
+        weights |= {name: whole(weight.detach()).cpu() for name, weight in frozen}
     if accelerator.is_main_process and isinstance(net, DiT):
         path = Path(out_dir, "model.safetensors")
         write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
@@ -1414,8 +1454,6 @@ def save_weights(accelerator, model):
         if adapter:
             save_lora(net, weights)
         else:
-            for name, weight in frozen_weights(accelerator, model).items():  # that of some kinds of embedding
-                weights[name.removeprefix("unet.")] = weight.detach().cpu()
             path = Path(out_dir, UNET_FILE)
             write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
     accelerator.wait_for_everyone()
@@ -1440,12 +1478,10 @@ def save_lora(net, weights):
     unfinished.rmdir()
 
 
-def load_lora(unet, folder):
-    """Put what save_lora has written into the layers of add_lora, in fp32."""
-    from peft import set_peft_model_state_dict
-
+def read_lora(folder):
+    """-> what save_lora has written, with the names that it has in UNet, which peft leaves its own out of."""
     weights = load_file(Path(folder, LORA_FILE))
-    set_peft_model_state_dict(unet, {name.removeprefix("unet."): w for name, w in weights.items()})
+    return {re.sub("(lora_[AB])", r"\1.default", name): weight for name, weight in weights.items()}
 
 
 def save_frozen(pipe, process):
@@ -1462,14 +1498,15 @@ def save_frozen(pipe, process):
 
 def load_weights(accelerator, model):
     """Put back what save_weights has kept, to meet the test split."""
-    net = accelerator.unwrap_model(model)
-    if adapter:
-        load_lora(net.unet, out_dir)
-    elif isinstance(net, UNet):
+    if not accelerator.is_main_process:
+        weights = {}
+    elif adapter:
+        weights = read_lora(out_dir)
+    elif isinstance(accelerator.unwrap_model(model), UNet):
         weights = {f"unet.{name}": weight for name, weight in load_file(Path(out_dir, UNET_FILE)).items()}
-        dcp.set_model_state_dict(model, weights, options=STATE)
     else:
-        dcp.set_model_state_dict(model, load_file(Path(out_dir, "model.safetensors")), options=STATE)
+        weights = load_file(Path(out_dir, "model.safetensors"))
+    dcp.set_model_state_dict(model, weights, options=told_by_main(accelerator))
 
 
 def claim_run_dir():
@@ -1557,8 +1594,9 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 PEAK_FLOPS |= {"4090": 165e12}  # in bf16, by part of the GPU's name; the first that fits
 
 
-# what Python, torch and safetensors say of a disk that is full, or gone
-CANNOT_WRITE = "No space left|File too large|quota exceeded|Read-only|Input/output error|inline_container"
+# what Python, torch and safetensors say of a disk that is full, or gone, or not ours
+CANNOT_WRITE = "No space left|File too large|quota exceeded|Read-only|Permission denied|Input/output error"
+CANNOT_WRITE += "|inline_container"
 
 
 def log(message):
@@ -1603,11 +1641,22 @@ def start_accelerator():
     torch.use_deterministic_algorithms(deterministic)
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
     options = {"log_with": tracker or None, "project_dir": out_dir}
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
+    if accelerator.is_fsdp2:  # in bf16 as autocast has it: sums of gradients, inputs and outputs stay in fp32
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if accelerator.mixed_precision == "fp16":
+            fail("mixed_precision='fp16' does not go with FSDP2: use bf16 or no")
+        if accelerator.state.fsdp_plugin.activation_checkpointing:
+            fail("fsdp_activation_checkpointing renames the weights: use gradient_checkpointing=True instead")
+    elif accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        fail(f"{accelerator.distributed_type.value} is not supported: see configs/accelerate for what is")
     kind = accelerator.device.type
     if kind == "cpu":  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1654,7 +1703,8 @@ def make_profiler():
 
     schedule = torch.profiler.schedule(wait=2, warmup=2, active=3, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    return profiler if profile else contextlib.nullcontext()
+    on_main = os.environ.get("RANK", "0") == "0"
+    return profiler if profile and on_main else contextlib.nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -1700,6 +1750,7 @@ def main():
         log("zero_snr: what draws from this run needs rescale_betas_zero_snr and trailing timesteps")
     use = "label" if not pipe else "caption" if autoencoder is not None else ""
     folder, facts, captions = prepare_data(autoencoder, use)
+    same_data(facts)
     vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     n_classes, (channels, size) = len(facts["classes"]), facts["shape"]
     if pipe and channels > pipe.unet.config.in_channels:
@@ -1742,8 +1793,13 @@ def main():
         # the backward pass takes twice the forward's, and once where the weights are frozen
         flops_per_picture = (2 if adapter else 3) * counter.get_total_flops()
     if compile and device == "cuda" and not detect_anomaly:
-        net.compile()  # in place: the parameters keep their names
+        blocks = [part for part in net.modules() if type(part).__name__ in net._no_split_modules]
+        for part in blocks if accelerator.is_fsdp2 else [net]:
+            part.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(net, *optimizers)
+    if accelerator.is_fsdp2:
+        model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
+
     # the run
     run = describe_run(accelerator, net, facts) | {"process": asdict(process), "classes": facts["classes"]}
     run |= {"prompts": prompts} if captions else {}
@@ -1754,11 +1810,17 @@ def main():
         progress = load_checkpoint(accelerator, model, optimizers, found)
     from diffusers.training_utils import EMAModel
 
-    average = progress.pop("ema", None)
+    average = progress.pop("ema", {})
+    kept = average.pop("shadow_params", [])  # of the main process, which tells the others through the model
+    progress, average = broadcast_object_list([progress, average])
+    names = [name for name, weight in net.named_parameters() if weight.requires_grad]
     ema = EMAModel(trained_weights(net), decay=ema_decay, foreach=True) if ema_decay else None
     if ema and average:
-        ema.load_state_dict(average | {"decay": ema_decay})
-        ema.to(accelerator.device)
+        own = trained_weights(net)
+        ema.store(own)
+        dcp.set_model_state_dict(model, dict(zip(names, kept)), options=told_by_main(accelerator))
+        ema.load_state_dict(average | {"decay": ema_decay, "shadow_params": [w.detach() for w in own]})
+        ema.restore(own)
     if on_main and pipe and not (adapter or found):
         save_frozen(pipe, process)
     if captions:  # the text encoders have done their work
@@ -1782,13 +1844,18 @@ def main():
     groups = [group for o in optimizers for group in o.param_groups]
     how = {"steps": sample_steps, "guidance": guidance if n_classes or captions else 1.0, "sampler": sampler}
     how |= {"autoencoder": autoencoder, "at_once": pictures_at_once(image_size) if pipe else 64}
-    # forward() and not net(): a batch of another size would make a compiled model compile again
-    forward, space = net.forward, (process, (channels, size, size))
-    draw = draw_samples = functools.partial(draw_pictures, forward, *space, **how)
+
+    @torch.compiler.set_stance("force_eager")  # another size of batch would be compiled anew
+    def answer(*noisy, **options):
+        with accelerator.autocast():
+            return net(*noisy, **options)
+
+    space = process, (channels, size, size)
+    draw = draw_samples = functools.partial(draw_pictures, answer, *space, **how)
     if captions:
         drawn = torch.arange(max(4, len(prompts))) % len(prompts)
-        forward = functools.partial(forward, captions=shown)
-        draw_samples = functools.partial(draw_pictures, forward, *space, **how)
+        tell = functools.partial(answer, captions=shown)
+        draw_samples = functools.partial(draw_pictures, tell, *space, **how)
     elif n_classes:
         drawn = (
             torch.arange(36) % n_classes if n_classes <= 36 else torch.linspace(0, n_classes - 1, 36).long()
@@ -1820,7 +1887,11 @@ def main():
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
                 progress["seconds"] = time.monotonic() - clock
-                progress |= {"ema": ema.state_dict()} if ema else {}
+                if ema:
+                    with averaged(ema, net):
+                        average = dcp.get_model_state_dict(model, options=STATE)
+                        weights = [average[name].clone() for name in names] if on_main else []
+                    progress["ema"] = ema.state_dict() | {"shadow_params": weights}
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
@@ -1844,8 +1915,7 @@ def main():
                         progress["best"] = values["val/loss"] if better else progress["best"]
                         if better and keep == "best":
                             save_weights(accelerator, model)
-                    if on_main:
-                        write_sample(accelerator, draw_samples, drawn, step)
+                    write_sample(accelerator, draw_samples, drawn, step)
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:
@@ -1868,7 +1938,7 @@ def main():
                 values |= {"mfu": speed * flops_per_picture / peak_flops} if peak_flops else {}
                 report(values | {"memory": memory / 1e9})
             bar.update()
-            if profile:
+            if profiler:
                 profiler.step()
     bar.close()
 
@@ -1916,4 +1986,4 @@ if __name__ == "__main__":
         if not re.search(CANNOT_WRITE, str(error)):
             raise
         reason = str(error).splitlines()[0]
-        fail(f"cannot write ({reason}): make room; what was saved is whole, --resume=True goes on with it")
+        fail(f"cannot write ({reason}); what was saved is whole, and --resume=True goes on with it")

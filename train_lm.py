@@ -50,6 +50,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -237,6 +239,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer of the given Shape."""
 
+    _no_split_modules = ("Block",)  # the parts in which FSDP2 gathers the weights, one after another
+
     def __init__(self, shape):
         super().__init__()
         self.shape, self.gradient_checkpointing = shape, False
@@ -302,8 +306,7 @@ class GPT(nn.Module):
             if len(set(map(len, prompts))) > 1:  # look at nothing that comes later, and not at the padding
                 key = torch.arange(width, device=device)
                 mask = (key <= key[cached:, None]) & (key >= pad[:, None, None, None])  # (B, 1, T, start + T)
-            # forward() and not self(): each new length would make a compiled model compile again
-            logits = self.forward(idx[:, cached:], cache=cache, start=cached, mask=mask)[:, -1]  # (B, V)
+            logits = self(idx[:, cached:], cache=cache, start=cached, mask=mask)[:, -1]  # (B, V)
             token = draw(logits, temperature, top_k, top_p, rng)  # (B,)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
@@ -359,6 +362,9 @@ class Pretrained(nn.Module):
         prompt = getattr(lm, "active_peft_config", None)
         self.n_virtual = getattr(prompt, "num_virtual_tokens", 0)
         plain = lm.get_base_model() if prompt else lm
+        # the parts in which FSDP2 gathers the weights, one after another
+        kinds = {type(part).__name__ for part in plain.modules()}
+        self._no_split_modules = sorted(kinds.intersection(plain._no_split_modules or ()))
         self.can_keep = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def forward(self, idx, targets, kept=None):
@@ -371,6 +377,9 @@ class Pretrained(nn.Module):
         if logits.size(1) > targets.size(1):  # nothing is asked of the learned prompt
             logits = logits[:, -targets.size(1) :]
         return sum_losses(logits.float(), targets)
+
+    def generate(self, **options):
+        return self.lm.generate(**options)
 
     def flops_per_token(self, T):
         """As that of GPT; a weight that is not trained takes no gradient, a third of the work."""
@@ -928,6 +937,12 @@ def prepare_data():
     return folder, facts
 
 
+def same_data(facts):
+    """End the program if the machines of a run do not have the same data."""
+    if len(set(gather_object([facts["fingerprint"]]))) > 1:
+        fail(f"{dataset=} is not the same on all machines: copy it from one to the others")
+
+
 class Tokens(torch.utils.data.Dataset):
     """
     A split of text as the samples of a run. Each epoch cuts the text into blocks of T tokens from a fresh
@@ -1145,8 +1160,8 @@ class NaNFinder(TorchDispatchMode):
 
 def forward_backward(accelerator, model, micro_batches, step):
     """
-    Add up the gradient of the mean loss over all valid tokens of the global batch; -> that loss.
-    Each backward pass divides by the number of tokens in all processes and micro-batches. So the gradient
+    Add up the gradient of the mean loss over all valid tokens of the global batch; -> this process's share of
+    it. Each backward pass divides by the number of tokens in all processes and micro-batches. So the gradient
     does not depend on how the batch is cut up, as it would if the mean losses of micro-batches were added up.
     """
     n_valid = sum(int((y != -100).sum()) for _, y, *_ in micro_batches)
@@ -1160,23 +1175,30 @@ def forward_backward(accelerator, model, micro_batches, step):
         last = i == len(micro_batches) - 1  # gradients travel between processes once a step
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             try:
-                with NaNFinder() if detect_anomaly else contextlib.nullcontext():
+                with accelerator.autocast(), NaNFinder() if detect_anomaly else contextlib.nullcontext():
                     loss = model(*batch)
-                # DDP takes the mean over processes
+                # DDP and FSDP2 take the mean over processes
                 accelerator.backward(loss * accelerator.num_processes / n_valid)
             except (FloatingPointError, RuntimeError) as error:  # by NaNFinder, or by torch's anomaly mode
                 if not detect_anomaly or "nan" not in str(error).lower():
                     raise
                 raise SystemExit(f"step {step}: {error}") from None
         total += loss.detach()
-    return accelerator.reduce(total, "sum") / n_valid
+    return total / n_valid
+
+
+def whole(tensor):
+    """In one piece: FSDP2 cuts weights up among the processes, and so all that is computed from them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train_step(accelerator, model, steppers, micro_batches, step):
     """Gradient, clipping, update; -> loss, gradient norm, finite? If they are not, nothing is updated."""
     loss = forward_backward(accelerator, model, micro_batches, step)
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss, grad_norm = torch.stack((loss, grad_norm)).tolist()  # the one wait for the GPU in a step
+    both = torch.stack((loss, whole(grad_norm).to(loss.device) / accelerator.num_processes))
+    # what is not finite in one process is so in all; and this is the one wait for the GPU in a step
+    loss, grad_norm = accelerator.reduce(both, "sum").tolist()
     scaler = accelerator.scaler  # that of fp16 must be asked: it skips such steps itself and adapts its scale
     finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler is not None)
     for stepper in steppers:
@@ -1228,16 +1250,24 @@ def evaluate(accelerator, model, name, data, n, micro, batches):
     return {f"{name}/loss": loss, f"{name}/perplexity": perplexity, f"{name}/bits_per_byte": bits}
 
 
-def add_base_loss(accelerator, gpt, values, *how):
+def add_base_loss(accelerator, model, gpt, values, *how):
     """The first evaluation's values, with base/loss: that of the model, which is still what it was."""
     before = values
     if adapter == "p_tuning":  # it is, but for a prompt of random vectors
-        before = evaluate(accelerator, Pretrained(gpt.lm.get_base_model(), gpt.shape), "val", *how)
+        gpt.n_virtual = 0
+        with gpt.lm.disable_adapter():
+            before = evaluate(accelerator, model, "val", *how)
+        gpt.n_virtual = virtual_tokens
     return before and values | {"base/loss": before["val/loss"]}
 
 
-def write_sample(gpt, tok, prompt, step):
-    """Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt."""
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # each new length would be compiled anew
+def write_sample(accelerator, gpt, tok, prompt, step):
+    """
+    Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt. All processes do
+    so in step: with FSDP2 each has a part of the weights.
+    """
     gpt.eval()
     device = next(gpt.parameters()).device
     if isinstance(gpt, Pretrained):
@@ -1246,15 +1276,16 @@ def write_sample(gpt, tok, prompt, step):
         how = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
         how["max_new_tokens"] = min(200, max(1, room))
         x = torch.tensor([prompt], device=device)
-        new = gpt.lm.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)[
-            0, len(prompt) :
-        ].tolist()
+        how |= {"attention_mask": torch.ones_like(x), "synced_gpus": accelerator.num_processes > 1}
+        new = gpt.generate(input_ids=x, **how)[0, len(prompt) :].tolist()
     else:
         rng = torch.Generator(device).manual_seed(seed)
-        tokens = gpt.generate([prompt], 200, temperature=0.8, eos=tok.eos_token_id, rng=rng)
-        new = [int(token) for token in tokens]
+        new = [int(token) for token in gpt.generate([prompt], 200, temperature=0.8, rng=rng)]
+        new = new[: new.index(tok.eos_token_id) + 1] if tok.eos_token_id in new else new
     gpt.train()
-    Path(out_dir, "samples", f"step_{step:08d}.txt").write_text(tok.decode(prompt + new), encoding="utf-8")
+    if accelerator.is_main_process:
+        path = Path(out_dir, "samples", f"step_{step:08d}.txt")
+        path.write_text(tok.decode(prompt + new), encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
@@ -1335,17 +1366,30 @@ def save_checkpoint(accelerator, model, optimizers, progress):
     accelerator.wait_for_everyone()
 
 
+def told_by_main(accelerator):
+    """How to load what only the main process has read; strict=False: what is frozen is not there."""
+    return replace(STATE, strict=False, broadcast_from_rank0=accelerator.num_processes > 1)
+
+
 def load_checkpoint(accelerator, model, optimizers, folder):
-    """Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress."""
+    """
+    Put back what save_checkpoint wrote, but with the optimizers' settings of today; -> progress. The main
+    process reads the file and tells the others, who may be on a machine that does not have it.
+    """
     groups = [group for o in optimizers for group in o.param_groups]
     today = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    state = {"model": {}, "optimizers": {}, "scaler": {}, "progress": {}}
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        weights = state["model"] | frozen_weights(accelerator, model)
-        states = {"model_state_dict": weights, "optim_state_dict": state["optimizers"]}
-        dcp.set_state_dict(model, optimizers, **states, options=STATE)
+        if accelerator.is_main_process:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
+            if {name for name, weight in named if weight.requires_grad} != state["model"].keys():
+                raise ValueError("its weights have other names")
+        how = {"options": told_by_main(accelerator)}
+        dcp.set_model_state_dict(model, state["model"], **how)
+        dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], **how)
         if accelerator.scaler:
-            accelerator.scaler.load_state_dict(state["scaler"])
+            accelerator.scaler.load_state_dict(broadcast_object_list([state["scaler"]])[0])
     except Exception as error:  # a foreign file fails in many ways
         fail(f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to use an older one")
     for group, values in zip((group for o in optimizers for group in o.param_groups), today):
@@ -1400,12 +1444,15 @@ def write_config(shape, tok):
 def save_weights(accelerator, model, tok):
     """Make the run directory a model: its weights, or those of its adapter, and what describes them."""
     weights, gpt = dcp.get_model_state_dict(model, options=STATE), accelerator.unwrap_model(model)
+    if adapter and accelerator.is_fsdp2:
+        gpt.unshard()  # the prompt of p_tuning is about to be computed
     if accelerator.is_main_process and isinstance(gpt, Pretrained):
         unfinished = Path(out_dir, "unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        state = {name.removeprefix("lm."): weight for name, weight in weights.items()}
-        how = {"save_embedding_layers": False} if adapter else {"state_dict": state}
-        gpt.lm.save_pretrained(unfinished, **how)
+        names = {name for name, _ in gpt.named_parameters()}  # each weight by one of its names
+        state = {name.removeprefix("lm."): weights[name] for name in names & weights.keys()}
+        how = {"save_embedding_layers": False} if adapter else {}
+        gpt.lm.save_pretrained(unfinished, state_dict=state, **how)
         for path in sorted(unfinished.iterdir()):
             if path.suffix != ".md":  # a model card without content
                 write_file(Path(out_dir, path.name), lambda temporary, path=path: path.rename(temporary))
@@ -1421,18 +1468,17 @@ def save_weights(accelerator, model, tok):
 def load_weights(accelerator, model):
     """Put back what save_weights has kept, to meet the test split."""
     gpt, weights = accelerator.unwrap_model(model), {}
-    if adapter:
-        from peft import set_peft_model_state_dict
-
-        gpt.lm.active_peft_config.inference_mode = True  # p_tuning: its prompt was kept, not what had made it
-        set_peft_model_state_dict(gpt.lm, load_file(Path(out_dir, "adapter_model.safetensors")))
-        return
-    for path in Path(out_dir).glob("model*.safetensors"):  # one, or the parts of a large one
-        weights |= load_file(path)
+    for path in Path(out_dir).glob("*model*.safetensors") if accelerator.is_main_process else ():
+        weights |= load_file(path)  # one, or the parts of a large one
+    if adapter == "p_tuning":  # its prompt was kept, not what had made it
+        gpt.lm.active_peft_config.inference_mode = True
+        names = {"prompt_embeddings": "prompt_encoder.default.embedding.weight"}
+        weights = {names[name]: weight for name, weight in weights.items()}
+    # peft leaves its own name for the adapter out of those of the matrices
+    weights = {re.sub("(lora_(embedding_)?[AB])", r"\1.default", name): w for name, w in weights.items()}
     if isinstance(gpt, Pretrained):
         weights = {f"lm.{name}": weight for name, weight in weights.items()}
-    # not strict: where embedding and head are one matrix, transformers keeps it once
-    dcp.set_model_state_dict(model, weights, options=replace(STATE, strict=isinstance(gpt, GPT)))
+    dcp.set_model_state_dict(model, weights, options=told_by_main(accelerator))
 
 
 def claim_run_dir():
@@ -1529,8 +1575,9 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 PEAK_FLOPS |= {"4090": 165e12}  # in bf16, by part of the GPU's name; the first that fits
 
 
-# what Python, torch and safetensors say of a disk that is full, or gone
-CANNOT_WRITE = "No space left|File too large|quota exceeded|Read-only|Input/output error|inline_container"
+# what Python, torch and safetensors say of a disk that is full, or gone, or not ours
+CANNOT_WRITE = "No space left|File too large|quota exceeded|Read-only|Permission denied|Input/output error"
+CANNOT_WRITE += "|inline_container"
 
 
 def log(message):
@@ -1575,11 +1622,22 @@ def start_accelerator():
     torch.use_deterministic_algorithms(deterministic)
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
     options = {"log_with": tracker or None, "project_dir": out_dir}
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
+    if accelerator.is_fsdp2:  # in bf16 as autocast has it: sums of gradients, inputs and outputs stay in fp32
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if accelerator.mixed_precision == "fp16":
+            fail("mixed_precision='fp16' does not go with FSDP2: use bf16 or no")
+        if accelerator.state.fsdp_plugin.activation_checkpointing:
+            fail("fsdp_activation_checkpointing renames the weights: use gradient_checkpointing=True instead")
+    elif accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        fail(f"{accelerator.distributed_type.value} is not supported: see configs/accelerate for what is")
     kind = accelerator.device.type
     if kind == "cpu":  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1626,7 +1684,8 @@ def make_profiler():
 
     schedule = torch.profiler.schedule(wait=2, warmup=2, active=3, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    return profiler if profile else contextlib.nullcontext()
+    on_main = os.environ.get("RANK", "0") == "0"
+    return profiler if profile and on_main else contextlib.nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -1648,6 +1707,7 @@ def main():
     # data and model; a pretrained one first, so that a wrong name costs no tokenizing
     gpt = load_base() if init_from != "scratch" else None
     folder, facts = prepare_data()
+    same_data(facts)
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(folder)
@@ -1668,8 +1728,14 @@ def main():
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
     if compile and device == "cuda" and not detect_anomaly:
-        gpt.compile()  # in place: the parameters keep their names
+        blocks = [part for part in gpt.modules() if type(part).__name__ in gpt._no_split_modules]
+        for part in blocks if accelerator.is_fsdp2 else [gpt]:
+            part.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(gpt, *optimizers)
+    if accelerator.is_fsdp2:
+        model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
+        if isinstance(gpt, Pretrained):
+            register_fsdp_forward_method(gpt, "generate")
 
     # the run
     run = describe_run(accelerator, gpt, facts)
@@ -1680,6 +1746,7 @@ def main():
     progress |= {"metrics_bytes": 0, "tracker_id": uuid.uuid4().hex[:8]}
     if found:
         progress = load_checkpoint(accelerator, model, optimizers, found)
+    progress = broadcast_object_list([progress])[0]
     metrics = open_metrics(progress["metrics_bytes"]) if on_main else None
     if tracker:
         start_tracker(accelerator, progress["tracker_id"])
@@ -1731,7 +1798,7 @@ def main():
                 how = (splits["validation"], facts["splits"]["validation"], micro, eval_batches)
                 values = evaluate(accelerator, model, "val", *how)
                 if values and step == 0 and init_from != "scratch":
-                    values = add_base_loss(accelerator, gpt, values, *how)
+                    values = add_base_loss(accelerator, model, gpt, values, *how)
                 if values is None:  # a signal came: save, then leave
                     continue
                 report(values)
@@ -1742,8 +1809,8 @@ def main():
                 progress["best"] = values["val/loss"] if better else progress["best"]
                 if better and keep == "best":
                     save_weights(accelerator, model, tok)
-            if eval_due and on_main:
-                write_sample(gpt, tok, prompt, step)
+            if eval_due:
+                write_sample(accelerator, gpt, tok, prompt, step)
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:
@@ -1764,7 +1831,7 @@ def main():
                 values |= {"mfu": speed * gpt.flops_per_token(block_size) / peak_flops} if peak_flops else {}
                 report(values | {"memory": memory / 1e9})
             bar.update()
-            if profile:
+            if profiler:
                 profiler.step()
     bar.close()
 
@@ -1806,4 +1873,4 @@ if __name__ == "__main__":
         if not re.search(CANNOT_WRITE, str(error)):
             raise
         reason = str(error).splitlines()[0]
-        fail(f"cannot write ({reason}): make room; what was saved is whole, --resume=True goes on with it")
+        fail(f"cannot write ({reason}); what was saved is whole, and --resume=True goes on with it")

@@ -248,6 +248,7 @@ model = accelerator.prepare(dit)
 batches = [(x[i : i + micro], y[i : i + micro]) for i in mine]
 batches = train_diffusion.add_noise(accelerator, train_diffusion.Process("v"), batches, step=3)
 loss = train_diffusion.forward_backward(accelerator, model, batches, 3)
+loss = accelerator.reduce(loss, "sum")
 if accelerator.is_main_process:
     torch.save((loss, {{n: p.grad for n, p in dit.named_parameters()}}), {path!r})
 accelerator.wait_for_everyone()
@@ -275,6 +276,7 @@ per_process = 8 // accelerator.num_processes
 mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process, micro)
 model = accelerator.prepare(gpt)
 loss = train_lm.forward_backward(accelerator, model, [(x[i : i + micro], y[i : i + micro]) for i in mine], 0)
+loss = accelerator.reduce(loss, "sum")
 if accelerator.is_main_process:
     torch.save((loss, {{n: p.grad for n, p in gpt.named_parameters()}}), {path!r})
 accelerator.wait_for_everyone()

@@ -4,10 +4,13 @@ Attack real runs of every mode, and show that nothing is lost:
     python tests/torture.py [--kills=24] [--modes="LoRA,SD LoRA"] [--seed=0]
 
 Every mode runs once undisturbed, then again under attack: kill -9 at random instants and in the middle of saves, SIGTERM
-to the trainer, its launcher and their process group at every stage, a disk that fills up, checkpoints that are cut,
-half removed or another run's, a metrics file cut in a line. Each time the same command with --resume=True goes on, and
-what comes out has to be equal to the undisturbed run, bit for bit: weights, optimizer, average, metrics.
-Two modes run at a time, each on a core of its own. Prints a table of each; exits with 1 if anything was lost.
+to the trainer, its launcher and their process group at every stage, a disk that fills up or may not be written to,
+checkpoints that are cut, half removed or another run's, a metrics file cut in a line, a second trainer on the same run,
+data that changed, one of two processes killed, NaN and Inf planted in pictures, losses and gradients. Each time the same
+command with --resume=True goes on, and what comes out has to be equal to the undisturbed run, bit for bit: weights,
+optimizer, average, metrics. (What was skipped for a NaN cannot be equal; such a run has to end, and two processes have
+to skip alike.) Two modes run at a time, each on a core of its own. Prints a table of each; exits with 1 if anything was
+lost.
 """
 
 import argparse
@@ -62,25 +65,24 @@ class Mode:
         where = [str(ROOT / self.trainer), str(self.config), *self.arguments, *HOW, f"--out_dir={out}"]
         return [*where, "--resume=True", *more]
 
-    def start(self, out, *more, launcher=False, limit=0, **env):
-        """The real command in a process group of its own; limit: no file may become larger, in bytes."""
+    def start(self, out, *more, launcher=False, processes=1, before=(), plant="", output="output", **env):
+        """
+        The real command in a process group of its own. before: what goes before it, as prlimit. plant: what
+        goes wrong inside it (see plant.py).
+        """
         start = ["taskset", "--cpu-list", str(self.core)] if shutil.which("taskset") else []
-        start += ["prlimit", f"--fsize={limit}"] if limit else []
-        launch = [
-            "-m",
-            "accelerate.commands.launch",
-            "--quiet",
-            "--cpu",
-            "--num_processes=1",
-            "--num_machines=1",
-        ]
-        launch += ["--mixed_precision=no", "--dynamo_backend=no"]
-        command = [*start, sys.executable, *(launch if launcher else []), *self.command(out, *more)]
-        with open(self.folder / "output.txt", "w") as output:
-            streams = {"stdout": output, "stderr": output, "start_new_session": True}
+        launch = ["-m", "accelerate.commands.launch", "--quiet", "--num_machines=1", "--main_process_port=0"]
+        launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_processes={processes}"]
+        launch += ["--cpu"] if processes == 1 else ["--multi_gpu"]
+        launch = launch if launcher or processes > 1 else []
+        planted = [str(ROOT / "tests/plant.py"), plant] if plant else []
+        env |= {"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}
+        command = [*start, *before, sys.executable, *launch, *planted, *self.command(out, *more)]
+        with open(self.folder / f"{output}.txt", "w") as file:
+            streams = {"stdout": file, "stderr": file, "start_new_session": True}
             return subprocess.Popen(command, env=os.environ | env, **streams)
 
-    def finish(self, process, what):
+    def finish(self, process, what, output="output"):
         """Wait for a process -> its exit code and output; a hang is noted, and killed."""
         try:
             code = process.wait(PATIENCE)
@@ -88,7 +90,7 @@ class Mode:
             count(self.name, what, False, "it hangs")
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        return code, (self.folder / "output.txt").read_text()
+        return code, (self.folder / f"{output}.txt").read_text()
 
     def alive(self, out):
         """The processes that still work for a run."""
@@ -107,17 +109,24 @@ class Mode:
         for process in left:
             process.kill()
 
-    def go_on(self, out, what):
+    def go_on(self, out, what, *more, unbroken=None, **how):
         """Resume to the end, and compare with the undisturbed run."""
-        code, output = self.finish(self.start(out), what)
+        code, output = self.finish(self.start(out, *more, **how), what)
         if code:
             return count(self.name, what, False, f"resume: exit code {code}: {output[-300:]}")
-        lost = differences(last_state(self.unbroken), last_state(out))
-        lost += ["metrics"] if rows(self.unbroken) != rows(out) else []
-        lost += [
-            path.name for path in self.weights(self.unbroken) if not self.same_weights(path, out / path.name)
-        ]
+        self.compare(out, what, unbroken or self.unbroken)
+
+    def compare(self, out, what, unbroken):
+        lost = differences(last_state(unbroken), last_state(out))
+        lost += ["metrics"] if rows(unbroken) != rows(out) else []
+        lost += [path.name for path in self.weights(unbroken) if not self.same_weights(path, out / path.name)]
         count(self.name, what, not lost, f"differs: {lost[:3]}")
+
+    def refused(self, out, what, message, *more, code=2, **how):
+        """The command ends in one clear line."""
+        ended, output = self.finish(self.start(out, *more, **how), what, how.get("output", "output"))
+        good = ended == code and message in output and "Traceback" not in output
+        count(self.name, f"{what}: one clear line", good, f"{ended} {output[-400:]}")
 
     def weights(self, out):
         return sorted(out.glob("*.safetensors"))
@@ -208,7 +217,7 @@ STAGES |= {"saving": ("saving", 3), "replacing": ("replacing", 2), "imports": ("
 def stop_by_signal(mode, rng):
     """SIGTERM to the trainer, the launcher and the group, at each stage: it ends in time, and nothing is lost."""
     for i, (stage, (event, times)) in enumerate(STAGES.items()):
-        for target in TARGETS:
+        for target in TARGETS if "scratch" in mode.name else [TARGETS[i % 3]]:
             out = mode.folder / f"stopped_{stage}_{target}"
             process = mode.start(out, launcher=target != "trainer")
             wait_for(process, out, event, times if event else 1, PATIENCE if event else times)
@@ -228,8 +237,9 @@ def stop_by_signal(mode, rng):
 def fill_the_disk(mode, rng):
     """No file may grow beyond a limit, as on a full disk: in a checkpoint, in the weights, in the cache."""
     state = max((mode.unbroken / "checkpoints").glob("step_*")) / "state.pt"
+    parts = (0.2, 0.9) if "scratch" in mode.name else (0.5,)
     sizes = [state.stat().st_size, *(path.stat().st_size for path in mode.weights(mode.unbroken))]
-    for limit in sorted({max(4096, int(size * part)) for size in sizes for part in (0.2, 0.9)}):
+    for limit in sorted({max(4096, int(size * part)) for size in sizes for part in parts}):
         out = mode.folder / "full"
         shutil.rmtree(out, ignore_errors=True)
         process = mode.start(out)
@@ -243,10 +253,136 @@ def fill_the_disk(mode, rng):
         count(mode.name, "full disk: one clear line", clear, note)
         mode.no_orphans(out, "a full disk")
         mode.go_on(out, "full disk, then room: equal")
-    full = {"limit": 2048, "HF_HOME": str(mode.folder / "home")}
+    full = {"before": ("prlimit", "--fsize=2048"), "HF_HOME": str(mode.folder / "home")}
     code, output = mode.finish(mode.start(mode.folder / "cache", **full), "full disk in the cache")
     clear = code == 2 and "Traceback" not in output
     count(mode.name, "full disk in the cache", clear, f"{code} {output[-400:]}")
+
+
+# root may write anywhere, unless it is told not to
+PLAIN = (
+    "setpriv",
+    "--bounding-set=-dac_override,-dac_read_search",
+    "--inh-caps=-dac_override,-dac_read_search",
+)
+
+
+def forbid_writing(mode, rng):
+    """The place of the run, or in the middle of it that of its checkpoints, becomes read-only."""
+    before = PLAIN if os.geteuid() == 0 else ()
+    place = mode.folder / "place"
+    place.mkdir()
+    place.chmod(0o500)
+    mode.refused(place / "run", "read-only place", "cannot write", before=before)
+    place.chmod(0o700)
+    out = mode.folder / "readonly"
+    process = mode.start(out, before=before)
+    wait_for(process, out, "saving", rng.randint(1, 4), PATIENCE)
+    (out / "checkpoints").chmod(0o500)
+    code, output = mode.finish(process, "read-only checkpoints")
+    clear = code == 2 and "Traceback" not in output and "cannot write" in output
+    count(mode.name, "read-only checkpoints: one clear line", clear, f"{code} {output[-400:]}")
+    (out / "checkpoints").chmod(0o700)
+    mode.go_on(out, "read-only, then not: equal")
+
+
+def run_twice(mode, rng):
+    """A second trainer on the run of one at work; one on the run of another kind of model."""
+    out = mode.folder / "twice"
+    process = mode.start(out)
+    wait_for(process, out, "rows", 2, PATIENCE)
+    mode.refused(out, "second trainer", "another trainer is at work", output="second")
+    code, output = mode.finish(process, "second trainer")
+    count(mode.name, "first of two trainers ends well", code == 0, f"{code} {output[-300:]}")
+    mode.compare(out, "first of two trainers: equal", mode.unbroken)
+
+
+def change_data(mode, rng):
+    """The data set is another one when a killed run goes on; then it is the old one again."""
+    what, out = "data changed under a resume", mode.folder / "changed"
+    source = Path(next(a for a in reversed(mode.arguments) if a.startswith("--dataset="))[10:])
+    copy = mode.folder / f"data{source.suffix}"
+    (shutil.copyfile if source.is_file() else shutil.copytree)(source, copy)
+    process = mode.start(out, f"--dataset={copy}")
+    wait_for(process, out, "saving", 3, PATIENCE)
+    process.kill()
+    process.wait()
+    file = copy if copy.is_file() else min(copy.rglob("*.png"))
+    old = file.read_bytes()
+    file.write_bytes(old + b"a new end" if copy.is_file() else max(copy.rglob("*.png")).read_bytes())
+    mode.refused(out, what, "cannot resume on other data", f"--dataset={copy}")
+    file.write_bytes(old)
+    mode.go_on(out, f"{what}, then back: equal", f"--dataset={copy}")
+
+
+def kill_one_of_two(mode, rng):
+    """kill -9 to one of two processes: both end, and with two again the run ends as one of two that lived."""
+    what, two = "one of two processes killed", mode.folder / "two"
+    code, output = mode.finish(mode.start(two, processes=2), what)
+    count(mode.name, "two processes", code == 0, f"{code} {output[-400:]}")
+    out = mode.folder / "one_of_two"
+    process = mode.start(out, processes=2)
+    wait_for(process, out, "saving", rng.randint(2, 5), PATIENCE)
+    trainers = [p for p in mode.alive(out) if "accelerate.commands.launch" not in p.cmdline()]
+    rng.choice(sorted(trainers, key=lambda p: p.pid)).kill()
+    code, output = mode.finish(process, what)
+    count(mode.name, what, code != 0, f"{code} {output[-300:]}")
+    mode.no_orphans(out, what)
+    mode.go_on(out, f"{what}: equal", unbroken=two, processes=2)
+
+
+def plant(mode, rng):
+    """
+    NaN and Inf in pictures (tokens cannot be NaN), losses and gradients: a few are skipped and counted, ten in a
+    row end the run and name its last checkpoint; in one of two processes, both skip, and stay equal.
+    """
+    places = ["loss:nan", "loss:inf", "gradient:nan", "gradient:inf"]
+    places += ["data:nan", "data:inf"] if mode.trainer == "train_diffusion.py" else []
+    for place in places:
+        out = mode.folder / place.replace(":", "_")
+        code, output = mode.finish(mode.start(out, plant=f"{place}:0:5,6,11"), f"{place} planted")
+        skipped = code == 0 and last_state(out)["progress"]["skipped"] == 3
+        finite = all(weight.isfinite().all() for weight in last_state(out)["model"].values())
+        count(
+            mode.name, "NaN, Inf: skipped and counted", skipped and finite, f"{place} {code} {output[-300:]}"
+        )
+    out, steps = mode.folder / "lost", ",".join(map(str, range(7, STEPS)))
+    message = "the last good checkpoint is"
+    mode.refused(out, "NaN ten times in a row", message, code=1, plant=f"loss:nan:0:{steps}")
+    code, output = mode.finish(mode.start(out), "after ten NaN")
+    count(mode.name, "NaN ten times: goes on without them", code == 0, f"{code} {output[-300:]}")
+    for place in ("loss:nan", "gradient:inf"):
+        out = mode.folder / f"two_{place.replace(':', '_')}"
+        code, output = mode.finish(
+            mode.start(out, processes=2, plant=f"{place}:1:5,6"), f"{place} in one of two"
+        )
+        good = code == 0 and last_state(out)["progress"]["skipped"] == 2 and "the same weights" in output
+        count(mode.name, "NaN, Inf in one of two processes", good, f"{place} {code} {output[-300:]}")
+
+
+def tokenize_slowly(mode, rng):
+    """SIGTERM and kill -9 while the text becomes tokens: what is half made is made again."""
+    text = mode.folder / "long.txt"
+    text.write_text(
+        "".join(path.read_text("utf-8", "ignore") for path in Path(json.__file__).parent.parent.glob("*.py"))
+        * 3
+    )
+    how, prints = (f"--dataset={text}", "--max_steps=2", "--tokenizer=bpe:2000"), []
+    for i, signum in enumerate((0, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        home, out = mode.folder / f"home_{i}", mode.folder / f"tokenized_{i}"
+        process = mode.start(out, *how, HF_HOME=str(home))
+        while signum and process.poll() is None and not list(home.glob("datasets/train_lm/*/")):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5) if signum else 0)
+        if signum:
+            process.send_signal(signum)
+            code, output = mode.finish(process, "tokenization")
+            good = code in (143, -signum) and "Traceback" not in output
+            count(mode.name, "SIGTERM, kill -9 in tokenization", good, f"{code} {output[-300:]}")
+            process = mode.start(out, *how, HF_HOME=str(home))
+        code, output = mode.finish(process, "tokenization")
+        prints.append(json.loads((out / "run.json").read_text())["data"] if code == 0 else output[-300:])
+    count(mode.name, "tokens after that: equal", all(print == prints[0] for print in prints), str(prints))
 
 
 def damage(mode, rng):
@@ -260,6 +396,7 @@ def damage(mode, rng):
         "newest checkpoint cut": lambda out, last: cut(last),
         "newest checkpoint half removed": lambda out, last: (last / "state.pt").unlink(),
         "newest checkpoint without manifest": lambda out, last: (last / "manifest.json").unlink(),
+        "newest checkpoint another run's": lambda out, last: None,
         "a save left unfinished": lambda out, last: shutil.copytree(last, last.with_name("unfinished")),
         "metrics.jsonl cut in a line": lambda out, last: os.truncate(
             out / "metrics.jsonl", (out / "metrics.jsonl").stat().st_size - 7
@@ -272,6 +409,11 @@ def damage(mode, rng):
         shutil.rmtree(max((out / "checkpoints").glob("step_*")))  # so that there is something left to do
         mode.finish(mode.start(out, "--save_interval=1"), what)
         attack(out, max((out / "checkpoints").glob("step_*")))
+        if what == "newest checkpoint another run's":
+            foreign = out / "checkpoints" / "step_00000099"
+            shutil.copytree(max((mode.foreign / "checkpoints").glob("step_*")), foreign)
+            mode.refused(out, what, "is of another run")
+            shutil.rmtree(foreign)
         mode.go_on(out, what)
 
 
@@ -292,16 +434,17 @@ def make_data(work):
     code, output = base.finish(base.start(base.unbroken, "--max_steps=3"), "base")
     if code:
         raise SystemExit(output)
+    Mode.foreign = base.unbroken
     tuned = (f"--init_from={base.unbroken}", f"--dataset={text}", "--tokenizer=", "--virtual_tokens=4")
     tuned += ("--block_size=28",)
     pictures = ("--image_size=16", "--sample_steps=2", "--batch_size=4")
     sd = (f"--init_from={pipeline}", f"--dataset={work / 'captioned'}", "--sampler=ddim", *pictures)
-    return [
+    return [  # the longest first
+        Mode("SD LoRA", work, "train_diffusion.py", *sd, "--adapter=lora"),
+        Mode("scratch diffusion", work, "train_diffusion.py", f"--dataset={work / 'classes'}", *pictures),
         Mode("scratch LM", work, "train_lm.py", f"--dataset={text}"),
         Mode("LoRA", work, "train_lm.py", *tuned, "--adapter=lora"),
         Mode("P-tuning", work, "train_lm.py", *tuned, "--adapter=p_tuning"),
-        Mode("scratch diffusion", work, "train_diffusion.py", f"--dataset={work / 'classes'}", *pictures),
-        Mode("SD LoRA", work, "train_diffusion.py", *sd, "--adapter=lora"),
     ]
 
 
@@ -316,6 +459,13 @@ def attack(mode, cores, arguments):
         stop_by_signal(mode, rng)
         fill_the_disk(mode, rng)
         damage(mode, rng)
+        forbid_writing(mode, rng)
+        run_twice(mode, rng)
+        change_data(mode, rng)
+        kill_one_of_two(mode, rng)
+        plant(mode, rng)
+        if mode.name == "scratch LM":
+            tokenize_slowly(mode, rng)
     cores.append(mode.core)
     with LOCK:
         print(f"\n{mode.name:40} {'times':>6} {'wrong':>6}")

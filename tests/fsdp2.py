@@ -1,0 +1,27 @@
+"""
+python tests/fsdp2.py TRAINER ARGUMENTS, under `accelerate launch` with configs/accelerate/fsdp2.yaml's environment: a
+trainer whose model Accelerate wraps by fully_shard. Of itself it does so on accelerators alone; on CPUs it takes DDP
+without a word. Here it is told that this is FSDP all the same, and everything else is its own code and the trainer's.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+begin = AcceleratorState.__init__
+
+
+def on_cpu(self, *args, fsdp_plugin=None, **options):
+    begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if fsdp_plugin:
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+AcceleratorState.__init__ = on_cpu
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
