@@ -282,7 +282,10 @@ def converse(model, tok, limit, device):
     for line in itertools.chain([read_prompt()] if prompt.strip() else [], read_lines()):
         messages.append({"role": "user", "content": line})
         while True:
-            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template may raise what it likes
+                fail(f"the chat template of {out_dir} refuses this: {str(error).splitlines()[0]}")
             ids = to_ids(tok, text, add_special_tokens=False)
             if not limit or len(ids) < limit or len(messages) == 1:
                 break

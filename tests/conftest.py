@@ -8,8 +8,11 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -223,6 +226,42 @@ def within(script, *arguments, code=0, stdin=""):
                 signal.signal(signum, handler)
     assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()
+
+
+def forked(script, *arguments, code=0, **env):
+    """As run() with two processes, forked from this one, which has imported all they need; -> what rank 0 printed."""
+    from accelerate.state import AcceleratorState
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    children = []
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as other:
+        for rank, file in enumerate((output, other)):
+            children.append(os.fork())
+            if children[-1]:
+                continue
+            ended = 99
+            try:
+                AcceleratorState._reset_state(True)
+                os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+                sys.stdout = sys.stderr = file
+                sys.argv = [str(script), *map(str, arguments)]
+                os.chdir(ROOT)
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as end:
+                ended = 1 if isinstance(end.code, str) else end.code or 0
+                print(end.code if ended == 1 else "", file=file)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                file.flush()
+                os._exit(ended)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        texts = [file.seek(0) or file.read() for file in (output, other)]
+    assert ended == [code, code], f"exit codes {ended}\n{texts[0]}\n{texts[1]}"
+    return texts[0]
 
 
 def rows(run_dir, *names):

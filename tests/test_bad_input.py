@@ -2,13 +2,17 @@
 Bad input through the real commands: one line that names the remedy, a non-zero exit, no traceback, nothing overwritten.
 """
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
-from conftest import run, within
+import torch
+from conftest import TINY, TINY_MODEL, run, within
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -354,56 +358,74 @@ def test_a_run_in_use_and_resumes_that_do_not_fit(tmp_path, tiny, finished, data
     assert "run.json cannot be read" in refused(out, err)
 
 
-def test_the_sampler_refuses(tmp_path, finished):
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "empty.txt").write_text("")
-    for arguments, message in (
-        (["--prompt="], "prompt is empty"),
-        ([f"--prompt=FILE:{tmp_path / 'empty.txt'}"], "prompt is empty"),
-        ([f"--prompt=FILE:{tmp_path / 'none.txt'}"], "cannot read the prompt"),
-        ([f"--prompt=FILE:{tmp_path / 'latin.txt'}"], "cannot read the prompt"),
-        (["--prompt=" + "x" * 33], "at most 32"),
-        (["--prompt=数学"], "cannot represent ['学', '数']"),
-        (["--temperature=-1"], "at least 0"),
-        (["--num_samples=-1"], "at least 0"),
-        ([f"--out_dir={tmp_path / 'nowhere'}"], "there is no run"),
-        ([f"--out_dir={tmp_path}"], "neither a run"),
-    ):
-        out, err = within("sample.py", f"--out_dir={finished}", *arguments, code=2)
-        assert message in refused(out, err), err
-    (finished / "model.safetensors").write_bytes(b"not weights")
-    out, err = within("sample.py", f"--out_dir={finished}", code=2)
-    assert "cannot be loaded" in refused(out, err)
-    (finished / "model.safetensors").unlink()
-    out, err = within("sample.py", f"--out_dir={finished}", code=2)
-    assert "checkpoints/step_00000010" in refused(out, err)
-    facts = json.loads((finished / "run.json").read_text())
-    (finished / "run.json").write_text(json.dumps(facts | {"kind": "music"}))
-    out, err = within("sample.py", f"--out_dir={finished}", code=2)
-    assert "kind 'music'" in refused(out, err)
+SAMPLER = [
+    ("text", ["--prompt="], "prompt is empty"),
+    ("text", ["--prompt=FILE:{data}/empty.txt"], "prompt is empty"),
+    ("text", ["--prompt=FILE:{data}/none.txt"], "cannot read the prompt"),
+    ("text", ["--prompt=FILE:{data}/latin.txt"], "cannot read the prompt"),
+    ("text", ["--prompt=" + "x" * 33], "at most 32"),
+    ("text", ["--prompt=数学"], "cannot represent ['学', '数']"),
+    ("text", ["--temperature=-1"], "at least 0"),
+    ("text", ["--temperature=hot"], "write a number"),
+    ("text", ["--top_p=1.5"], "at most 1"),
+    ("text", ["--max_new_tokens=0"], "at least 1"),
+    ("text", ["--num_samples=-1"], "at least 0"),
+    ("text", ["--promt=a"], "did you mean --prompt"),
+    ("text", ["--prompt", "a"], "--prompt=a"),
+    ("text", ["--out_dir={runs}/nowhere"], "there is no run"),
+    ("text", ["--out_dir={runs}"], "neither a run"),
+    ("text", ["--out_dir={runs}/text/checkpoints"], "neither a run"),
+    ("text", ["--merge={data}/merged"], ""),
+    ("text", ["--chat=True"], ""),
+    ("torn", [], "cannot be loaded"),
+    ("weightless", [], "checkpoints/step_00000010"),
+    ("music", [], "kind 'music'"),
+    ("unreadable", [], "cannot be loaded"),
+    ("pictures", ["--class_label=rad"], "try red, or a number from 0 to 2"),
+    ("pictures", ["--class_label=3"], "from 0 to 2"),
+    ("pictures", ["--sampler=ddim"], "use heun or euler"),
+    ("pictures", ["--steps=1001"], "at most 1000"),
+    ("pictures", ["--output={data}/nowhere/grid.png"], "must be a .png in a folder that exists"),
+    ("pictures", ["--output={data}/grid.xyz"], "must be a .png"),
+    ("pictures", ["--prompt=a cat"], ""),
+    ("pictures", ["--negative_prompt=a cat"], ""),
+    ("classless", ["--guidance=2"], "no classes; use --guidance=1"),
+    ("classless", ["--class_label=red"], "without classes"),
+    ("unhidden", ["--guidance=2"], "label_dropout=0"),
+]
 
 
-@pytest.mark.parametrize("trainer", ["train_diffusion.py"])
-def test_the_sampler_of_pictures_refuses(tmp_path, tiny, trainer):
-    within(trainer, tiny, "--max_steps=1")
-    for arguments, message in (
-        (["--class_label=rad"], "try red, or a number from 0 to 2"),
-        (["--sampler=ddim"], "use heun or euler"),
-        ([f"--output={tmp_path}/nowhere/grid.png"], "must be a .png in a folder that exists"),
-        ([f"--output={tmp_path}/grid.xyz"], "must be a .png"),
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, text_file, picture_folder):
+    """A finished run of each kind, and some that are spoiled."""
+    folder = tmp_path_factory.mktemp("runs")
+    for trainer, name, *how in (
+        ("train_lm.py", "text", f"--dataset={text_file}", "--tokenizer=char", "--max_steps=10"),
+        ("train_diffusion.py", "pictures", "--max_steps=1"),
+        ("train_diffusion.py", "classless", "--max_steps=1", "--label_column="),
+        ("train_diffusion.py", "unhidden", "--max_steps=1", "--label_dropout=0", "--guidance=1"),
     ):
-        out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
-        assert message in refused("", err.splitlines()[-1] + "\n"), err
-    within(trainer, tiny, "--max_steps=1", "--label_column=", "--overwrite=True")
-    for arguments, message in (
-        (["--guidance=2"], "no classes; use --guidance=1"),
-        (["--class_label=red"], "without classes"),
-    ):
-        out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
-        assert message in refused(out, err), err
-    within(trainer, tiny, "--max_steps=1", "--label_dropout=0", "--guidance=1", "--overwrite=True")
-    out, err = within("sample.py", f"--out_dir={tmp_path / 'run'}", "--guidance=2", code=2)
-    assert "label_dropout=0" in refused(out, err)
+        config = folder.with_name(f"{name}.py")
+        config.write_text(TINY_MODEL[trainer] + TINY)
+        within(trainer, config, f"--dataset={picture_folder}", *how, f"--out_dir={folder / name}")
+    for name in ("torn", "weightless", "music", "unreadable"):
+        shutil.copytree(folder / "text", folder / name)
+    (folder / "torn" / "model.safetensors").write_bytes(b"not weights")
+    (folder / "weightless" / "model.safetensors").unlink()
+    facts = json.loads((folder / "music" / "run.json").read_text())
+    (folder / "music" / "run.json").write_text(json.dumps(facts | {"kind": "music"}))
+    (folder / "unreadable" / "run.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message", SAMPLER, ids=lambda x: x if isinstance(x, str) else " ".join(x)
+)
+def test_the_sampler_refuses(runs, data, name, arguments, message):
+    arguments = [argument.format(data=data, runs=runs) for argument in arguments]
+    out, err = within("sample.py", f"--out_dir={runs / name}", *arguments, code=2)
+    assert message in refused("", err.splitlines()[-1] + "\n") and "Traceback" not in out + err, err
+    assert not (data / "merged").exists()
 
 
 @pytest.mark.parametrize("trainer", ["train_diffusion.py"])
@@ -420,23 +442,125 @@ def test_resumes_of_a_diffusion_run_that_do_not_fit(tmp_path, tiny, trainer, pic
         assert message in refused(out, err), err
 
 
-def test_a_hostile_run_directory_runs_no_code(tmp_path, finished):
-    """A pickle that would run code, in place of the checkpoint: it is refused, by trainer and sampler."""
-    import pickle
+# -----------------------------------------------------------------------------
+# What a stranger has made: each kind of file that is loaded, with code in it
+# -----------------------------------------------------------------------------
 
-    import torch
 
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'owned'}",)
+class Hostile:
+    """Unpickled, it leaves a file named `owned`."""
 
+    def __init__(self, owned):
+        self.owned = str(owned)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.owned),)
+
+
+def hostile_checkpoint(tmp_path, finished, owned, save):
     checkpoint = finished / "checkpoints" / "step_00000010"
-    torch.save({"model": Hostile()}, checkpoint / "state.pt", pickle_module=pickle)
+    save(checkpoint / "state.pt")
     size = (checkpoint / "state.pt").stat().st_size
     (checkpoint / "manifest.json").write_text(json.dumps({"state.pt": size}))
-    refused(*run("sample.py", f"--out_dir={checkpoint}", code=2))
-    (finished / "train_lm.py").write_text(
-        f"import os\nos.system('touch {tmp_path / 'owned'}')\nclass GPT: pass\n"
+    return checkpoint
+
+
+def zipped(owned):
+    return lambda path: torch.save({"model": Hostile(owned)}, path, pickle_module=pickle)
+
+
+def pickled(owned):
+    return lambda path: path.write_bytes(pickle.dumps({"model": Hostile(owned)}))
+
+
+@pytest.mark.parametrize("save", [zipped, pickled])
+def test_a_hostile_checkpoint_runs_no_code(tmp_path, tiny, finished, save):
+    owned = tmp_path / "owned"
+    checkpoint = hostile_checkpoint(tmp_path, finished, owned, save(owned))
+    refused(*within("sample.py", f"--out_dir={checkpoint}", code=2))
+    out, err = within("train_lm.py", tiny, "--tokenizer=char", "--resume=True", code=2)
+    assert "is of another run" in refused(out, err)
+    assert not owned.exists()
+    with contextlib.suppress(RuntimeError):  # it is as hostile as it is meant to be
+        torch.load(checkpoint / "state.pt", weights_only=False)
+    assert owned.exists()
+
+
+def test_the_script_of_a_run_runs_only_when_trusted(tmp_path, finished):
+    owned = tmp_path / "owned"
+    script = finished / "train_lm.py"
+    script.write_text(f"open({str(owned)!r}, 'w')\n" + script.read_text().replace("relu(", "gelu("))
+    assert "--trust_run_code=True" in refused(*within("sample.py", f"--out_dir={finished}", code=2))
+    assert not owned.exists()
+    within("sample.py", f"--out_dir={finished}", "--trust_run_code=True", "--max_new_tokens=1")
+    assert owned.exists()
+
+
+CODE = "open({owned!r}, 'w')\nfrom transformers import *\n"
+HOSTILE = {
+    "weights of a language model": ("lm", "pytorch_model.bin", ["--init_from={model}"]),
+    "code of a language model": ("lm", "modeling_x.py", ["--init_from={model}"]),
+    "code of a configuration": ("lm", "configuration_x.py", ["--init_from={model}"]),
+    "code of a tokenizer": ("lm", "tokenization_x.py", ["--tokenizer={model}"]),
+    "a chat template": ("lm", "chat_template.jinja", ["--init_from={model}", "--dataset={data}/chats.jsonl"]),
+    "weights of a UNet": ("sd", "unet/diffusion_pytorch_model.bin", ["--init_from={model}", *SD]),
+    "code of a UNet": ("sd", "unet/my_unet.py", ["--init_from={model}", *SD]),
+    "code of a pipeline": ("sd", "pipeline.py", ["--init_from={model}", *SD]),
+    "weights of a text encoder": ("sd", "text_encoder/pytorch_model.bin", ["--init_from={model}", *SD]),
+    "weights of a VAE": ("sd", "vae/diffusion_pytorch_model.bin", ["--vae={model}/vae"]),
+    "weights of a vision model": ("lm", "pytorch_model.bin", ["--fd_model={model}", "--fd_samples=1"]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_models_run_no_code(tmp_path, data, pictures, models, pipelines, what):
+    kind, name, arguments = HOSTILE[what]
+    model, owned = tmp_path / "model", tmp_path / "owned"
+    shutil.copytree(models / kind, model)
+    path = model / name
+    if path.suffix == ".bin":
+        for old in path.parent.glob("*.safetensors"):
+            old.unlink()
+        zipped(owned)(path)
+    elif path.suffix == ".jinja":
+        path.write_text("{{ cycler.__init__.__globals__.os.system('touch " + str(owned) + "') }}")
+    else:
+        path.write_text(CODE.format(owned=str(owned)))
+        if kind == "lm":  # the way in which models of the hub bring code of their own
+            part = {"m": "AutoModelForCausalLM", "c": "AutoConfig", "t": "AutoTokenizer"}[name[0]]
+            file = model / ("tokenizer_config.json" if name[0] == "t" else "config.json")
+            config = json.loads(file.read_text()) | {"model_type": "x"}
+            code = f"{path.stem}.X"
+            config["auto_map"] = {part: [code, code] if name[0] == "t" else code, "AutoConfig": code}
+            config |= {"tokenizer_class": "X"} if name[0] == "t" else {}
+            file.write_text(json.dumps(config))
+        else:
+            index = json.loads((model / "model_index.json").read_text())
+            index |= {"unet": ["my_unet", "X"]} if "unet" in name else {"_class_name": ["pipeline", "X"]}
+            (model / "model_index.json").write_text(json.dumps(index))
+    lm = kind == "lm" and "vision" not in what
+    trainer = "train_lm.py" if lm else "train_diffusion.py"
+    where = fill_in(tmp_path, data, {}, trainer, [])
+    where += ["--block_size=32" if lm else "--image_size=16", "--max_steps=1"]
+    arguments = [argument.format(model=model, data=data) for argument in arguments]
+    code = 0 if "tokenizer" in what else 2  # tokenizer.json is all that is taken from there
+    out, err = within(trainer, *where, *arguments, code=code)
+    assert code == 0 or refused(out, err)
+    if lm and code:
+        chat = ["--chat=True"] if "chat" in what else []
+        refused(*within("sample.py", f"--out_dir={model}", *chat, code=2, stdin="hi\n"))
+    assert not owned.exists()
+
+
+def test_a_hostile_adapter_runs_no_code(tmp_path, models):
+    model, owned = tmp_path / "model", tmp_path / "owned"
+    model.mkdir()
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+    (model / "adapter_config.json").write_text(
+        json.dumps(adapter | {"base_model_name_or_path": str(models / "lm")})
     )
-    refused(*run("sample.py", f"--out_dir={finished}", code=2))
-    assert not (tmp_path / "owned").exists()
+    zipped(owned)(model / "adapter_model.bin")
+    for path in (models / "lm").glob("tokenizer*"):
+        shutil.copy(path, model)
+    refused(*within("sample.py", f"--out_dir={model}", code=2))
+    assert not owned.exists()

@@ -99,13 +99,39 @@ def test_help_lists_every_setting_with_its_default_and_comment(name):
         assert line and line[1].startswith(repr(value)) and len(line[1].split()) > 2, key
 
 
-pieces = st.sampled_from(
-    ["--", "-", "=", "count", "rate", "flag", "name", "mode", "true", "1", "0.5", "1e9", ".py", " "]
+def legal(values):
+    """Of the right types, and within what the comments of SCRIPT allow."""
+    assert [type(v) for v in values.values()] == [type(v) for v in DEFAULTS.values()]
+    assert values["mode"] in ("fast", "slow") and values["count"] >= 1 and 0 <= values["rate"] < 1
+
+
+def means(text, value):
+    """Whether a text says this value, by Python's own reading of it."""
+    return text == value or text.strip().lower() == str(value).lower() or float(text) == value
+
+
+names = st.sampled_from([*DEFAULTS, "counts", "Rate", "fl ag", "_count", ""])
+values = st.one_of(
+    st.sampled_from(
+        ["true", "FALSE", "1", "0.5", "1e9", "-1", "nan", "inf", "1_0", "0x1", "fast", "slow", " 3 ", "\x00"]
+    ),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=8),
 )
-arguments = st.lists(st.one_of(st.lists(pieces, max_size=5).map("".join), st.text(max_size=8)), max_size=3)
+said = st.builds(
+    lambda dashes, name, equals, value: dashes + name + equals + value,
+    st.sampled_from(["--", "-", "", "---"]),
+    names,
+    st.sampled_from(["=", "", " ", "=="]),
+    values,
+)
+arguments = st.lists(
+    st.one_of(st.builds("--{}={}".format, names, values), said, st.text(max_size=8)), max_size=3
+)
 
 
-@hypothesis_settings(max_examples=500, deadline=None)
+@hypothesis_settings(max_examples=8000, deadline=None)
 @given(arguments)
 def test_any_arguments_are_applied_or_refused(arguments):
     namespace = types.SimpleNamespace(**DEFAULTS, __file__=__file__, __doc__="").__dict__
@@ -115,7 +141,49 @@ def test_any_arguments_are_applied_or_refused(arguments):
         assert stop.code == 2 or {"--help", "-h"} & set(arguments)
         assert settings(namespace) == DEFAULTS
     else:
-        for argument in arguments:
-            name, _, text = argument[2:].partition("=")
-            assert argument.startswith("--") and name in DEFAULTS and text + "=" in argument + "="
-        assert [type(v) for v in settings(namespace).values()] == [type(v) for v in DEFAULTS.values()]
+        legal(settings(namespace))
+        last = dict(
+            argument[2:].split("=", 1) for argument in arguments
+        )  # what is no --name=value is refused
+        assert last.keys() <= DEFAULTS.keys()
+        for name, value in settings(namespace).items():
+            assert means(last[name], value) if name in last else value == DEFAULTS[name]
+
+
+literals = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+).map(repr)
+expressions = st.sampled_from(
+    ["1 / 0", "count + 1", "rate / 2", "open", "exit()", "=", "lambda: 0", "'slow'", "input"]
+)
+lines = st.builds(
+    "{} = {}".format, st.sampled_from([*DEFAULTS, "counts", "_a"]), st.one_of(literals, expressions)
+)
+files = st.lists(
+    st.one_of(
+        lines, st.sampled_from(["import math", "def f(): pass", "raise KeyError", "\x00", "del count"])
+    ),
+    max_size=3,
+)
+
+
+@hypothesis_settings(max_examples=2500, deadline=None)
+@given(files)
+def test_any_config_file_is_applied_or_refused(tmp_path_factory, files):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.py"
+    path.write_text("\n".join(files), encoding="utf-8")
+    namespace = types.SimpleNamespace(**DEFAULTS, __file__=__file__, __doc__="").__dict__
+    try:
+        configure(namespace, [str(path)])
+    except SystemExit as stop:
+        assert stop.code == 2 and settings(namespace) == DEFAULTS
+    else:
+        legal(settings(namespace))
+        plain = dict(DEFAULTS, nan=float("nan"), inf=float("inf"))
+        exec("\n".join(files), plain)  # what is applied is what Python makes of the file
+        assert settings(namespace) == {name: plain.get(name, value) for name, value in DEFAULTS.items()}

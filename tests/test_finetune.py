@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MODEL, differences, last_state, rows, run, start, within
+from conftest import ROOT, TINY, TINY_MODEL, differences, forked, last_state, rows, run, start, within
 from safetensors.torch import load_file, save_file
 from test_resume import wait_for_step
 
@@ -198,9 +198,8 @@ def test_two_processes_learn_from_rows_what_one_does(tmp_path, pretrained):
     curves = []
     for name, processes, micro in (("one", 1, 8), ("two", 2, 2)):
         out = tmp_path / name
-        run(
-            *how, f"--out_dir={out}", f"--micro_batch_size={micro}", "--val_fraction=0.3", processes=processes
-        )
+        more = f"--out_dir={out}", f"--micro_batch_size={micro}", "--val_fraction=0.3"
+        (within if processes == 1 else forked)(*how, *more)
         curves.append([row["train/loss"] for row in rows(out, "train/loss")])
         curves.append([row["val/loss"] for row in rows(out, "val/loss")])
     assert curves[2] == pytest.approx(curves[0], rel=1e-3) and curves[3] == pytest.approx(curves[1], rel=1e-3)

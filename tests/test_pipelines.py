@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import differences, last_state, read_grid, rows, run, within
+from conftest import differences, forked, last_state, read_grid, rows, within
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -270,7 +270,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, pipeline, captioned)
     how = (f"--init_from={pipeline('sdxl')}", f"--dataset={captioned}", *FAST, *LORA, "--max_steps=6")
     how += ("--log_interval=1", "--gradient_checkpointing=True")
     within("train_diffusion.py", *how, f"--out_dir={tmp_path / 'one'}")
-    run("train_diffusion.py", *how, f"--out_dir={tmp_path / 'two'}", processes=2)
+    forked("train_diffusion.py", *how, f"--out_dir={tmp_path / 'two'}")
     one, two = (rows(tmp_path / name, "train/loss") for name in ("one", "two"))
     assert [row["train/loss"] for row in two] == pytest.approx([row["train/loss"] for row in one], rel=1e-5)
     one, two = (load_file(tmp_path / name / train_diffusion.LORA_FILE) for name in ("one", "two"))

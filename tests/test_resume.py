@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, differences, last_state, rows, run, start, within
+from conftest import ROOT, differences, forked, last_state, rows, run, start, within
 from safetensors.torch import load_file
 
 TRAINERS = ("train_lm.py", "train_diffusion.py")
@@ -220,7 +220,7 @@ def test_a_batch_cut_up_in_any_way_gives_the_same_losses(tmp_path, tiny, trainer
     for name, processes, micro in (("1x1", 1, 8), ("2x2", 2, 2)):
         out = tmp_path / name
         how = (f"--out_dir={out}", f"--micro_batch_size={micro}", "--mixed_precision=no")
-        run(trainer, tiny, *how, processes=processes)
+        (within if processes == 1 else forked)(trainer, tiny, *how)
         losses[name] = [(r["step"], k, r[k]) for r in rows(out) for k in sorted(r) if k.endswith("/loss")]
     for (step, key, loss), (*same, other) in zip(losses["1x1"], losses["2x2"], strict=True):
         assert same == [step, key] and loss == pytest.approx(other, rel=1e-5 if step <= 5 else DRIFT[trainer])
@@ -291,7 +291,7 @@ def test_a_batch_cut_up_in_any_way_gives_the_gradient_of_one_big_batch(tmp_path,
     for name, processes, micro in (("one", 1, 8), ("four", 1, 2), ("two", 2, 2)):
         script = tmp_path / f"{name}.py"
         script.write_text(code.format(root=str(ROOT), micro=micro, path=str(tmp_path / name)))
-        run(script, processes=processes)
+        run(script) if processes == 1 else forked(script)
         results.append(torch.load(tmp_path / name))
     for loss, gradients in results[1:]:
         assert abs(loss - results[0][0]) < 1e-12
@@ -305,7 +305,8 @@ def test_a_run_moves_between_one_process_and_two(tmp_path, tiny, trainer):
     within(trainer, tiny, *how, f"--out_dir={tmp_path / 'unbroken'}")
     moves = ((12, 2), (25, 1), (40, 2)) if trainer == "train_lm.py" else ((20, 2), (40, 1))
     for steps, processes in moves:
-        run(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True", processes=processes)
+        go_on = within if processes == 1 else forked
+        go_on(trainer, tiny, *how, f"--max_steps={steps}", "--resume=True")
     a, b = (rows(tmp_path / name, "train/loss") for name in ("unbroken", "run"))
     assert [r["step"] for r in a] == [r["step"] for r in b if r["step"] % 5 == 0]
     for row, other in zip(a, (r for r in b if r["step"] % 5 == 0)):

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import read_grid, rows, run, within
+from conftest import forked, read_grid, rows, within
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -448,7 +448,7 @@ def test_the_frechet_distance_at_the_end(tmp_path, tiny):
         assert json.loads((out / "run.json").read_text())["summary"]["test/frechet_distance"] == distances[-1]
     assert distances[1] < 0.5 * distances[0]
     out = tmp_path / "two"
-    run("train_diffusion.py", tiny, *how, "--max_steps=0", f"--out_dir={out}", processes=2)
+    forked("train_diffusion.py", tiny, *how, "--max_steps=0", f"--out_dir={out}")
     assert rows(out)[-1]["test/frechet_distance"] == pytest.approx(distances[0], rel=1e-3)
 
 

@@ -291,7 +291,9 @@ def run_twice(mode, rng):
     out = mode.folder / "twice"
     process = mode.start(out)
     wait_for(process, out, "rows", 2, PATIENCE)
+    process.send_signal(signal.SIGSTOP)  # it would be done before the second has begun
     mode.refused(out, "second trainer", "another trainer is at work", output="second")
+    process.send_signal(signal.SIGCONT)
     code, output = mode.finish(process, "second trainer")
     count(mode.name, "first of two trainers ends well", code == 0, f"{code} {output[-300:]}")
     mode.compare(out, "first of two trainers: equal", mode.unbroken)
