@@ -1886,6 +1886,11 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
+                if (
+                    keep == "last" or "validation" not in splits
+                ):  # first: who goes on from the checkpoint has them
+                    with averaged(ema, net):
+                        save_weights(accelerator, model)
                 progress["seconds"] = time.monotonic() - clock
                 if ema:
                     with averaged(ema, net):
@@ -1895,9 +1900,6 @@ def main():
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
-                if keep == "last" or "validation" not in splits:
-                    with averaged(ema, net):
-                        save_weights(accelerator, model)
             if stop:
                 break
             if eval_due:

@@ -1786,12 +1786,14 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
+                if (
+                    keep == "last" or "validation" not in splits
+                ):  # first: who goes on from the checkpoint has them
+                    save_weights(accelerator, model, tok)
                 progress["seconds"] = time.monotonic() - clock
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
-                if keep == "last" or "validation" not in splits:
-                    save_weights(accelerator, model, tok)
             if stop:
                 break
             if eval_due and "validation" in splits:

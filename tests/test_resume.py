@@ -8,6 +8,8 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -343,6 +345,22 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_loses_nothing(tmp_path, tiny,
     assert not differences(before, last_state(broken)) and not list(broken.rglob("*.tmp"))
     within(trainer, tiny, f"--out_dir={broken}", "--resume=True")
     equal_runs(unbroken, broken)
+
+
+def test_killed_right_after_its_last_checkpoint_it_has_its_last_weights(tmp_path, tiny, trainer):
+    """With keep="last": what goes on from a checkpoint has nothing left to train, and so nothing to write."""
+    within(trainer, tiny, "--keep=last", f"--out_dir={tmp_path / 'unbroken'}")
+    rename = Path.rename
+
+    def rename_and_die(path, target):
+        rename(path, target)
+        if Path(target).name == "step_00000040":
+            raise SystemExit(137)
+
+    with mock.patch.object(Path, "rename", rename_and_die):
+        within(trainer, tiny, "--keep=last", code=137)
+    within(trainer, tiny, "--keep=last", "--resume=True")
+    equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
 @LM_IS_ENOUGH
