@@ -19,9 +19,7 @@ import types
 
 def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
-    if (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # all processes of a launch fail together; one speaks for them
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch fail together: one speaks
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -73,10 +71,7 @@ def read_config(path, values):
         )
     try:
         namespace = runpy.run_path(path, init_globals=dict(values))
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # whatever a config file raises is its author's mistake, not ours
+    except (Exception, SystemExit) as error:  # whatever it raises is its author's mistake, not ours
         trace, lines = error.__traceback__, [getattr(error, "lineno", None)]
         while trace:
             lines += [trace.tb_lineno] if trace.tb_frame.f_code.co_filename == path else []

@@ -308,10 +308,7 @@ def merge_adapter(model, tok):
     base = model.float().get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     table, head = (getattr(module, "base_layer", module) for module in ends)
-    if table.weight is head.weight and ends != (
-        table,
-        head,
-    ):  # what is added to one of them is not for the other
+    if table.weight is head.weight and ends != (table, head):  # what is added to one is not for the other
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
     try:

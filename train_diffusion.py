@@ -271,9 +271,8 @@ class Block(nn.Module):
 
     def forward(self, x, c, cos, sin):
         # adaLN-Zero: time and class scale, shift and gate; the gates are 0 at first, the block an identity
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, C)
+        parts = self.modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, C) each
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts
         x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
@@ -314,9 +313,8 @@ class DiT(nn.Module):
         """x (B, channels, size, size), times t (B,) in 0..1, classes y (B,), -1: none -> like x, fp32"""
         B, channels, H, W = x.shape
         p = self.shape.patch_size
-        x = x.view(B, channels, H // p, p, W // p, p).permute(
-            0, 2, 4, 3, 5, 1
-        )  # (B, H / p, W / p, p, p, channels)
+        x = x.view(B, channels, H // p, p, W // p, p)
+        x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H / p, W / p, p, p, channels)
         x = self.patch_in(x.reshape(B, (H // p) * (W // p), p * p * channels)) + self.place  # (B, T, C)
         wave = t[:, None] * self.time_frequency  # (B, 128)
         y = torch.where(y < 0, self.shape.n_classes, y)
@@ -1886,9 +1884,8 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
-                if (
-                    keep == "last" or "validation" not in splits
-                ):  # first: who goes on from the checkpoint has them
+                # first these: a run that goes on from the checkpoint has nothing more to write
+                if keep == "last" or "validation" not in splits:
                     with averaged(ema, net):
                         save_weights(accelerator, model)
                 progress["seconds"] = time.monotonic() - clock

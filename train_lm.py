@@ -1786,9 +1786,8 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
-                if (
-                    keep == "last" or "validation" not in splits
-                ):  # first: who goes on from the checkpoint has them
+                # first these: a run that goes on from the checkpoint has nothing more to write
+                if keep == "last" or "validation" not in splits:
                     save_weights(accelerator, model, tok)
                 progress["seconds"] = time.monotonic() - clock
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
