@@ -162,6 +162,14 @@ def test_other_data_on_the_other_machine_is_noticed(tmp_path, tiny, text_file):
     assert "is not the same on all machines" in forked("train_lm.py", tiny, config, code=2)
 
 
+@pytest.mark.parametrize("place", ["loss:inf", "gradient:nan"])
+def test_a_nan_in_one_process_is_skipped_by_both(tmp_path, tiny, place):
+    """In its loss, and in its gradient after the processes have added up theirs."""
+    out = forked(ROOT / "tests/plant.py", f"{place}:1:5,6", ROOT / "train_lm.py", tiny, "--max_steps=20")
+    assert out.count("not finite: skipped") == 2 and "all processes have the same weights" in out
+    assert last_state(tmp_path / "run")["progress"]["skipped"] == 2
+
+
 def test_a_process_that_dies_takes_the_others_along(tmp_path, tiny):
     """kill -9 to one of two: the launcher ends within seconds and leaves none; the same command goes on."""
     process = start("train_lm.py", tiny, "--max_steps=100000", processes=2)

@@ -3,11 +3,12 @@ Everything that needs a GPU, in one command of under ten minutes, with one table
 
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
-A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), LoRA on a model
-of transformers of that size beside a plain loop with peft (tokens/s, memory), LoRA on pipelines of the true shapes of
-Stable Diffusion 1.5 and XL beside the loop of diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare setting,
-CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory), a killed and resumed run of each
-trainer against an unbroken one, and nanoGPT beside them where its checkout is given.
+A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), the same under
+FSDP2 (saved, resumed, loaded by transformers), LoRA on a model of transformers of that size beside a plain loop with
+peft (tokens/s, memory), LoRA on pipelines of the true shapes of Stable Diffusion 1.5 and XL beside the loop of
+diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare setting, CIFAR-10 from a folder of its parquet files for
+two minutes (images/s, MFU, memory), a resumed run of each trainer against an unbroken one, and nanoGPT beside them
+where its checkout is given.
 Without a GPU it says so and exits with 1.
 """
 
@@ -32,15 +33,18 @@ def note(what, value, unit=""):
     print(f"{what}: {value} {unit}", flush=True)
 
 
-def train(out, *arguments, trainer="train_lm.py", **env):
+def train(out, *arguments, trainer="train_lm.py", launch=(), **env):
     """Run a trainer to its end -> (rows of metrics.jsonl, seconds, what it printed)."""
     began = time.monotonic()
-    command = [sys.executable, str(ROOT / trainer), f"--out_dir={out}", *arguments]
+    command = [sys.executable, *launch, str(ROOT / trainer), f"--out_dir={out}", *arguments]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return rows, time.monotonic() - began, done.stdout + done.stderr
+    return read_rows(out), time.monotonic() - began, done.stdout + done.stderr
+
+
+def read_rows(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def gpt2(folder):
@@ -68,6 +72,45 @@ def gpt2(folder):
         "GPT-2 124M: validation loss after 200 steps",
         [row["val/loss"] for row in rows if "val/loss" in row][-1],
     )
+
+
+def fsdp2(folder):
+    """
+    124 M parameters under FSDP2, on as many GPUs as there are, beside the same in one piece: speed, a resume against
+    an unbroken run, and whether transformers finds in the run directory what was trained.
+    """
+    from transformers import AutoModelForCausalLM
+
+    count = torch.cuda.device_count()
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'configs/accelerate/fsdp2.yaml'}"]
+    launch += [f"--num_processes={count}", "--main_process_port=0"]
+    how = "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --tokenizer=bpe:32768 --max_steps=60"
+    how += " --save_interval=30 --eval_interval=30 --eval_batches=2 --log_interval=1 --lr_schedule=constant"
+    how += f" --keep=last --batch_size={16 * count}"
+    how, plain = how.split(), ["--compile=False", "--deterministic=True"]
+    losses = []
+    for name, more, launched in (
+        ("in one piece", plain, []),
+        ("FSDP2", plain, launch),
+        ("FSDP2 compiled", ["--max_steps=30"], launch),
+    ):
+        rows, _, _ = train(folder / name, *how, *more, launch=launched)
+        rows = [row for row in rows if "tokens_per_s" in row]
+        losses.append(rows[29]["train/loss"])
+        for key, unit in (("tokens_per_s", "tokens/s"), ("memory", "GB")):
+            note(
+                f"GPT-2 124M, {name}: {key} (median)",
+                sorted(row[key] for row in rows[10:])[len(rows[10:]) // 2],
+                unit,
+            )
+    note("GPT-2 124M: training loss of step 30 in one piece, under FSDP2, compiled", losses)
+    train(folder / "broken", *how, *plain, "--max_steps=30", launch=launch)
+    train(folder / "broken", *how, *plain, "--resume=True", launch=launch)
+    states = [folder / name / "checkpoints/step_00000060/state.pt" for name in ("FSDP2", "broken")]
+    a, b = (torch.load(path, weights_only=True, map_location="cpu")["model"] for path in states)
+    note("FSDP2: resume bitwise equal", all(torch.equal(a[name], b[name]) for name in a))
+    kept = AutoModelForCausalLM.from_pretrained(folder / "FSDP2").state_dict()
+    note("FSDP2: transformers loads what was trained", all(torch.equal(kept[name], a[name]) for name in a))
 
 
 PEER = """
@@ -341,6 +384,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         gpt2(folder)
+        fsdp2(folder)
         resume(folder, "train_lm.py")
         resume(folder, "train_diffusion.py")
         lora(folder, arguments.shakespeare)
