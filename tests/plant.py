@@ -43,7 +43,9 @@ def bad_batches(self):
 def tell_and_end(self):
     total = sum(weight.detach().double().sum() for weight in weights)
     same = len(set(self.gather(total[None]).tolist())) == 1
-    self.print("all processes have the same weights" if same else "the weights of the processes differ")
+    self.print(
+        "all processes have the same weights" if same else "the weights of the processes differ", flush=True
+    )
     end(self)
 
 
