@@ -24,6 +24,11 @@ def fail(message):
     raise SystemExit(2)
 
 
+def reason(error):
+    """The first line of what an error says, or if it says nothing, its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def nearest(word, candidates):
     """The candidate that looks most like `word`, however far that is."""
     return max(candidates, key=lambda c: difflib.SequenceMatcher(None, word, c).ratio(), default="")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, fail, nearest
+from configurator import configure, fail, nearest, reason
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -101,7 +101,7 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of many kinds
-        fail(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}")
+        fail(f"{folder} holds no tokenizer: {reason(error)}")
 
 
 def load_run(folder, run_dir, device):
@@ -132,7 +132,7 @@ def load_run(folder, run_dir, device):
         model.load_state_dict(state["model"])
         take_average(model, state)
     except Exception as error:  # a broken or foreign file fails in many ways
-        fail(f"{folder} cannot be loaded: {str(error).splitlines()[0]}")
+        fail(f"{folder} cannot be loaded: {reason(error)}")
     return run, trainer, model.to(device).eval()
 
 
@@ -197,7 +197,7 @@ def load_plain(folder, device):
         logging.disable_progress_bar()
         return Auto.from_pretrained(folder).to(device).eval()
     except Exception as error:  # of many kinds
-        fail(f"{out_dir} holds no causal language model: {str(error).splitlines()[0]}")
+        fail(f"{out_dir} holds no causal language model: {reason(error)}")
 
 
 def positions(model):
@@ -285,7 +285,7 @@ def converse(model, tok, limit, device):
             try:
                 text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template may raise what it likes
-                fail(f"the chat template of {out_dir} refuses this: {str(error).splitlines()[0]}")
+                fail(f"the chat template of {out_dir} refuses this: {reason(error)}")
             ids = to_ids(tok, text, add_special_tokens=False)
             if not limit or len(ids) < limit or len(messages) == 1:
                 break

@@ -40,6 +40,7 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
@@ -61,7 +62,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from configurator import configure, fail, nearest, settings
+from configurator import configure, fail, nearest, reason, settings
 
 # -----------------------------------------------------------------------------
 # Settings: change them here, in a config file, or by --name=value. Legal values stand in brackets.
@@ -550,7 +551,7 @@ def load_pipeline(name, dtype):
                 dtypes = {"unet": DTYPES[dtype], "default": torch.float32}
                 pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes)
     except Exception as error:  # of many kinds
-        fail(f"{name} is no pipeline of diffusers, in a folder or on the hub: {str(error).splitlines()[0]}")
+        fail(f"{name} is no pipeline of diffusers, in a folder or on the hub: {reason(error)}")
     if kind not in known:
         fail(f"{name} is a {kind}; what can be trained is {', '.join(known)}")
     scheduler, unet, vae = pipe.scheduler.config, pipe.unet.config, getattr(pipe, "vae", None)
@@ -745,7 +746,7 @@ def load_splits():
                 paths = {split: [str(path) for path in splits[split]] for split in splits}
                 loaded = datasets.load_dataset(kinds[0], data_files=paths)
     except Exception as error:  # of many kinds: by file format, by what the disk, the hub or the network says
-        fail(f"cannot load {dataset=}: {str(error.__cause__ or error).splitlines()[0]}")
+        fail(f"cannot load {dataset=}: {reason(error.__cause__ or error)}")
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     loaded = {SPLITS[split]: rows for split, rows in loaded.items() if split in SPLITS}
     return loaded if "train" in loaded else fail(f"{dataset=} has no train split")
@@ -809,7 +810,7 @@ def load_pictures(use):
             undecoded = datasets.Image(decode=False)
             pictures[split] = rows.select_columns([image_column]).cast_column(image_column, undecoded)
         except Exception as error:  # of pyarrow, by what the column holds
-            fail(f"{image_column=} of {dataset=} holds no pictures: {str(error).splitlines()[0]}")
+            fail(f"{image_column=} of {dataset=} holds no pictures: {reason(error)}")
         values[split] = list(rows[told]) if told else [caption or None] * len(rows)
     feature = loaded["train"].features.get(told)
     every = [value for column in values.values() for value in column]
@@ -918,7 +919,7 @@ def load_autoencoder(name):
         with warnings.catch_warnings(action="ignore"):  # about how diffusers itself calls the hub
             return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
     except Exception as error:  # of many kinds
-        fail(f"vae={name!r} is no AutoencoderKL, in a folder or on the hub: {str(error).splitlines()[0]}")
+        fail(f"vae={name!r} is no AutoencoderKL, in a folder or on the hub: {reason(error)}")
 
 
 @torch.no_grad()
@@ -1018,10 +1019,10 @@ def prepare_captions(pipe, captions, folder, device):
     return load_file(path)
 
 
-def same_data(facts):
-    """End the program if the machines of a run do not have the same data."""
-    if len(set(gather_object([facts["fingerprint"]]))) > 1:
-        fail(f"{dataset=} is not the same on all machines: copy it from one to the others")
+def same_everywhere(facts, shape):
+    """End the program if the machines of a run do not have the same data and pretrained weights."""
+    if len(set(gather_object([(facts["fingerprint"], getattr(shape, "fingerprint", ""))]))) > 1:
+        fail(f"{dataset=} or {init_from=} is not the same on all machines: copy it from one to the others")
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -1188,8 +1189,9 @@ def forward_backward(accelerator, model, micro_batches, step):
     for i, (x_t, t, y, target, weight) in enumerate(micro_batches):
         key = np.random.SeedSequence([seed, step, accelerator.process_index, i])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # for dropout, which some UNets have
-        last = i == len(micro_batches) - 1  # gradients travel between processes once a step
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        # gradients travel between processes once a step; with FSDP2 they would fill the memory until then
+        now = i == len(micro_batches) - 1 or accelerator.is_fsdp2
+        with contextlib.nullcontext() if now else accelerator.no_sync(model):
             try:
                 with accelerator.autocast(), NaNFinder() if detect_anomaly else contextlib.nullcontext():
                     loss = (weight * (model(x_t, t, y) - target).square().mean(dim=(1, 2, 3))).sum()
@@ -1302,7 +1304,7 @@ def load_vision_model():
         Path(fd_model).exists() or reach_hub()
         return AutoModel.from_pretrained(fd_model, dtype=torch.float32).eval()
     except Exception as error:  # of many kinds
-        fail(f"{fd_model=} is no vision model, in a folder or on the hub: {str(error).splitlines()[0]}")
+        fail(f"{fd_model=} is no vision model, in a folder or on the hub: {reason(error)}")
 
 
 def measure_fd(accelerator, draw, network, name, pictures, autoencoder, micro):
@@ -1422,8 +1424,8 @@ def load_checkpoint(accelerator, model, optimizers, folder):
     try:
         if accelerator.is_main_process:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
-            if {name for name, weight in named if weight.requires_grad} != state["model"].keys():
+            names = accelerator.unwrap_model(model).state_dict().keys()
+            if names - frozen_weights(accelerator, model).keys() != state["model"].keys():
                 raise ValueError("its weights have other names")
         how = {"options": told_by_main(accelerator)}
         dcp.set_model_state_dict(model, state["model"], **how)
@@ -1431,7 +1433,7 @@ def load_checkpoint(accelerator, model, optimizers, folder):
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(broadcast_object_list([state["scaler"]])[0])
     except Exception as error:  # a foreign file fails in many ways
-        fail(f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to use an older one")
+        fail(f"{folder} is of another run ({reason(error)}): remove it to use an older one")
     for group, values in zip((group for o in optimizers for group in o.param_groups), today):
         group.update(values)
     log(f"resumed from {folder}")
@@ -1640,15 +1642,15 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
-    options = {"log_with": tracker or None, "project_dir": out_dir}
+    # one process may read a large checkpoint while the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    options = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
-    if accelerator.is_fsdp2:  # in bf16 as autocast has it: sums of gradients, inputs and outputs stay in fp32
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if accelerator.is_fsdp2:  # weights and gradients travel as they are; autocast computes in bf16, as ever
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if accelerator.mixed_precision == "fp16":
             fail("mixed_precision='fp16' does not go with FSDP2: use bf16 or no")
         if accelerator.state.fsdp_plugin.activation_checkpointing:
@@ -1748,7 +1750,6 @@ def main():
         log("zero_snr: what draws from this run needs rescale_betas_zero_snr and trailing timesteps")
     use = "label" if not pipe else "caption" if autoencoder is not None else ""
     folder, facts, captions = prepare_data(autoencoder, use)
-    same_data(facts)
     vision_model = load_vision_model() if fd_samples else None  # now, so that a wrong name costs no training
     n_classes, (channels, size) = len(facts["classes"]), facts["shape"]
     if pipe and channels > pipe.unet.config.in_channels:
@@ -1780,6 +1781,7 @@ def main():
     else:
         net = DiT(Shape(size, channels, patch_size, n_layer, n_head, n_embd, n_classes))
         net.gradient_checkpointing = gradient_checkpointing
+    same_everywhere(facts, net.shape)
     optimizers = make_optimizers(net)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -1792,7 +1794,8 @@ def main():
         flops_per_picture = (2 if adapter else 3) * counter.get_total_flops()
     if compile and device == "cuda" and not detect_anomaly:
         blocks = [part for part in net.modules() if type(part).__name__ in net._no_split_modules]
-        for part in blocks if accelerator.is_fsdp2 else [net]:
+        torch._dynamo.config.recompile_limit = 64  # blocks of many widths share their code
+        for part in blocks if accelerator.is_fsdp2 and blocks else [net]:
             part.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(net, *optimizers)
     if accelerator.is_fsdp2:
@@ -1984,5 +1987,4 @@ if __name__ == "__main__":
     except Exception as error:
         if not re.search(CANNOT_WRITE, str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        fail(f"cannot write ({reason}); what was saved is whole, and --resume=True goes on with it")
+        fail(f"cannot write ({reason(error)}); what was saved is whole, and --resume=True goes on with it")

@@ -38,6 +38,7 @@ import urllib.request
 import uuid
 import warnings
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
@@ -56,7 +57,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from configurator import configure, fail, nearest, settings
+from configurator import configure, fail, nearest, reason, settings
 
 # -----------------------------------------------------------------------------
 # Settings: change them here, in a config file, or by --name=value. Legal values stand in brackets.
@@ -292,7 +293,7 @@ class GPT(nn.Module):
         Yield the next token of each prompt (lists of ids), (B,), until max_new_tokens or all said `eos`.
         temperature 0: the likeliest token. Text that outgrows block_size goes on from its last half.
         """
-        shape, device, width = self.shape, self.lm_head.weight.device, max(map(len, prompts))
+        shape, device, width = self.shape, self.cos.device, max(map(len, prompts))
         pad = torch.tensor([width - len(p) for p in prompts], device=device)  # (B,), on the left
         idx = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
         sizes = (shape.n_layer, 2, len(prompts), shape.n_kv_head, shape.block_size)
@@ -414,7 +415,7 @@ def load_causal_lm(name, dtype, dropout=0.0):
         options = {"dtype": DTYPES[dtype], "trust_remote_code": False, "output_loading_info": True}
         lm, found = AutoModelForCausalLM.from_pretrained(name, **options, **dict.fromkeys(rates, dropout))
     except Exception as error:  # of many kinds
-        fail(f"{name} is no causal language model, in a folder or on the hub: {str(error).splitlines()[0]}")
+        fail(f"{name} is no causal language model, in a folder or on the hub: {reason(error)}")
     if found["missing_keys"]:
         lacking = ", ".join(sorted(found["missing_keys"])[:3])
         fail(f"{name} is no causal language model: it has no weights for {lacking}")
@@ -484,7 +485,7 @@ def load_base():
             model = GPT(Shape(**old["model"] | {"dropout": dropout}))
             model.load_state_dict(load_file(path / "model.safetensors"))
     except Exception as error:  # a foreign file fails in many ways
-        fail(f"{init_from=} is no run that can be loaded: {str(error).splitlines()[0]}")
+        fail(f"{init_from=} is no run that can be loaded: {reason(error)}")
     if ours and base_dtype != "fp32":
         fail(f"{base_dtype=} is for models of transformers, and for runs of ours under an adapter")
     if not ours:
@@ -609,7 +610,7 @@ def load_splits():
                 paths = {split: [str(path) for path in splits[split]] for split in splits}
                 loaded = datasets.load_dataset(kinds[0], data_files=paths)
     except Exception as error:  # of many kinds: by file format, by what the disk, the hub or the network says
-        fail(f"cannot load {dataset=}: {str(error.__cause__ or error).splitlines()[0]}")
+        fail(f"cannot load {dataset=}: {reason(error.__cause__ or error)}")
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
     loaded = {SPLITS[split]: rows for split, rows in loaded.items() if split in SPLITS}
     return loaded if "train" in loaded else fail(f"{dataset=} has no train split")
@@ -731,7 +732,7 @@ def make_tokenizer(name, splits):
             Path(name).exists() or reach_hub()
             tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # of many kinds
-            fail(f"{name!r} is no tokenizer, in a folder or on the hub: {str(error).splitlines()[0]}")
+            fail(f"{name!r} is no tokenizer, in a folder or on the hub: {reason(error)}")
         if not tok.is_fast or tok.eos_token_id is None:
             fail(f"the tokenizer {name!r} must be a fast one with an end-of-text token")
         return tok
@@ -810,7 +811,7 @@ def cut_conversation(tok, messages):
         try:
             return tok.apply_chat_template(messages[:n], tokenize=False, **options)
         except Exception as error:  # a template may raise what it likes
-            fail(f"the chat template of the tokenizer refuses {messages[:n]}: {str(error).splitlines()[0]}")
+            fail(f"the chat template of the tokenizer refuses {messages[:n]}: {reason(error)}")
 
     rows, whole, text, fits = [], [], "", True
     for i, message in enumerate(messages):
@@ -937,10 +938,10 @@ def prepare_data():
     return folder, facts
 
 
-def same_data(facts):
-    """End the program if the machines of a run do not have the same data."""
-    if len(set(gather_object([facts["fingerprint"]]))) > 1:
-        fail(f"{dataset=} is not the same on all machines: copy it from one to the others")
+def same_everywhere(facts, shape):
+    """End the program if the machines of a run do not have the same data and pretrained weights."""
+    if len(set(gather_object([(facts["fingerprint"], getattr(shape, "fingerprint", ""))]))) > 1:
+        fail(f"{dataset=} or {init_from=} is not the same on all machines: copy it from one to the others")
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -1172,8 +1173,9 @@ def forward_backward(accelerator, model, micro_batches, step):
         batch = [t.to(accelerator.device, non_blocking=True) for t in batch]
         key = np.random.SeedSequence([seed, step, accelerator.process_index, i])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))  # for dropout
-        last = i == len(micro_batches) - 1  # gradients travel between processes once a step
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        # gradients travel between processes once a step; with FSDP2 they would fill the memory until then
+        now = i == len(micro_batches) - 1 or accelerator.is_fsdp2
+        with contextlib.nullcontext() if now else accelerator.no_sync(model):
             try:
                 with accelerator.autocast(), NaNFinder() if detect_anomaly else contextlib.nullcontext():
                     loss = model(*batch)
@@ -1262,14 +1264,13 @@ def add_base_loss(accelerator, model, gpt, values, *how):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # each new length would be compiled anew
 def write_sample(accelerator, gpt, tok, prompt, step):
     """
     Let the model continue `prompt` (token ids) from a fixed seed, in samples/step_N.txt. All processes do
     so in step: with FSDP2 each has a part of the weights.
     """
     gpt.eval()
-    device = next(gpt.parameters()).device
+    device = accelerator.device
     if isinstance(gpt, Pretrained):
         torch.manual_seed(seed)  # every step sets its own
         room = gpt.shape.block_size - gpt.n_virtual - len(prompt) if gpt.shape.block_size else 200
@@ -1382,8 +1383,8 @@ def load_checkpoint(accelerator, model, optimizers, folder):
     try:
         if accelerator.is_main_process:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            named = accelerator.unwrap_model(model).named_parameters(remove_duplicate=False)
-            if {name for name, weight in named if weight.requires_grad} != state["model"].keys():
+            names = accelerator.unwrap_model(model).state_dict().keys()
+            if names - frozen_weights(accelerator, model).keys() != state["model"].keys():
                 raise ValueError("its weights have other names")
         how = {"options": told_by_main(accelerator)}
         dcp.set_model_state_dict(model, state["model"], **how)
@@ -1391,7 +1392,7 @@ def load_checkpoint(accelerator, model, optimizers, folder):
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(broadcast_object_list([state["scaler"]])[0])
     except Exception as error:  # a foreign file fails in many ways
-        fail(f"{folder} is of another run ({str(error).splitlines()[0]}): remove it to use an older one")
+        fail(f"{folder} is of another run ({reason(error)}): remove it to use an older one")
     for group, values in zip((group for o in optimizers for group in o.param_groups), today):
         group.update(values)
     log(f"resumed from {folder}")
@@ -1444,13 +1445,18 @@ def write_config(shape, tok):
 def save_weights(accelerator, model, tok):
     """Make the run directory a model: its weights, or those of its adapter, and what describes them."""
     weights, gpt = dcp.get_model_state_dict(model, options=STATE), accelerator.unwrap_model(model)
-    if adapter and accelerator.is_fsdp2:
-        gpt.unshard()  # the prompt of p_tuning is about to be computed
+    if not adapter:
+        frozen = frozen_weights(accelerator, model).items()
+        weights |= {name: whole(weight.detach()).cpu() for name, weight in frozen}
+    in_parts = adapter == "p_tuning" and accelerator.is_fsdp2
+    if in_parts:
+        gpt.unshard()  # its prompt is about to be computed
     if accelerator.is_main_process and isinstance(gpt, Pretrained):
         unfinished = Path(out_dir, "unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        names = {name for name, _ in gpt.named_parameters()}  # each weight by one of its names
-        state = {name.removeprefix("lm."): weights[name] for name in names & weights.keys()}
+        one, all_names = (gpt.named_parameters(remove_duplicate=only) for only in (True, False))
+        others = dict(all_names).keys() - dict(one).keys()  # second names of a weight, as of a tied head
+        state = {name.removeprefix("lm."): w for name, w in weights.items() if name not in others}
         how = {"save_embedding_layers": False} if adapter else {}
         gpt.lm.save_pretrained(unfinished, state_dict=state, **how)
         for path in sorted(unfinished.iterdir()):
@@ -1462,20 +1468,26 @@ def save_weights(accelerator, model, tok):
             write_config(gpt.shape, tok)
         path = Path(out_dir, "model.safetensors")
         write_file(path, lambda temporary: save_file(weights, temporary, {"format": "pt"}))
+    if in_parts:
+        gpt.reshard()
     accelerator.wait_for_everyone()
 
 
 def load_weights(accelerator, model):
     """Put back what save_weights has kept, to meet the test split."""
     gpt, weights = accelerator.unwrap_model(model), {}
-    for path in Path(out_dir).glob("*model*.safetensors") if accelerator.is_main_process else ():
-        weights |= load_file(path)  # one, or the parts of a large one
+    if accelerator.is_main_process and isinstance(gpt, GPT):
+        weights = load_file(Path(out_dir, "model.safetensors"))
+    elif accelerator.is_main_process and adapter:
+        weights = load_file(Path(out_dir, "adapter_model.safetensors"))
+        # peft leaves its own name for the adapter out of those of the matrices
+        weights = {re.sub("(lora_(embedding_)?[AB])", r"\1.default", name): w for name, w in weights.items()}
+    elif accelerator.is_main_process:  # transformers may have other names in files than in memory
+        weights = type(gpt.lm).from_pretrained(out_dir, dtype=gpt.lm.dtype).state_dict()
     if adapter == "p_tuning":  # its prompt was kept, not what had made it
         gpt.lm.active_peft_config.inference_mode = True
         names = {"prompt_embeddings": "prompt_encoder.default.embedding.weight"}
         weights = {names[name]: weight for name, weight in weights.items()}
-    # peft leaves its own name for the adapter out of those of the matrices
-    weights = {re.sub("(lora_(embedding_)?[AB])", r"\1.default", name): w for name, w in weights.items()}
     if isinstance(gpt, Pretrained):
         weights = {f"lm.{name}": weight for name, weight in weights.items()}
     dcp.set_model_state_dict(model, weights, options=told_by_main(accelerator))
@@ -1623,15 +1635,15 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
-    options = {"log_with": tracker or None, "project_dir": out_dir}
+    # one process may read a large checkpoint while the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    options = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
     accelerator = Accelerator(cpu=not (cuda or mps), mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
-    if accelerator.is_fsdp2:  # in bf16 as autocast has it: sums of gradients, inputs and outputs stay in fp32
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if accelerator.is_fsdp2:  # weights and gradients travel as they are; autocast computes in bf16, as ever
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if accelerator.mixed_precision == "fp16":
             fail("mixed_precision='fp16' does not go with FSDP2: use bf16 or no")
         if accelerator.state.fsdp_plugin.activation_checkpointing:
@@ -1707,7 +1719,6 @@ def main():
     # data and model; a pretrained one first, so that a wrong name costs no tokenizing
     gpt = load_base() if init_from != "scratch" else None
     folder, facts = prepare_data()
-    same_data(facts)
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(folder)
@@ -1723,13 +1734,15 @@ def main():
             Shape(facts["vocab_size"], block_size, n_layer, n_head, n_kv_head or n_head, n_embd, dropout)
         )
     gpt.gradient_checkpointing = gradient_checkpointing  # a Pretrained has its own
+    same_everywhere(facts, gpt.shape)
     optimizers = make_optimizers(gpt)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)
     if compile and device == "cuda" and not detect_anomaly:
         blocks = [part for part in gpt.modules() if type(part).__name__ in gpt._no_split_modules]
-        for part in blocks if accelerator.is_fsdp2 else [gpt]:
+        torch._dynamo.config.recompile_limit = 64  # blocks of many widths share their code
+        for part in blocks if accelerator.is_fsdp2 and blocks else [gpt]:
             part.compile()  # in place: the parameters keep their names
     model, *steppers = accelerator.prepare(gpt, *optimizers)
     if accelerator.is_fsdp2:
@@ -1811,7 +1824,8 @@ def main():
                 if better and keep == "best":
                     save_weights(accelerator, model, tok)
             if eval_due:
-                write_sample(accelerator, gpt, tok, prompt, step)
+                with torch.compiler.set_stance("force_eager"):  # each new length would be compiled anew
+                    write_sample(accelerator, gpt, tok, prompt, step)
             if done or 0 < patience <= progress["waited"]:
                 break
             if eval_due or step == saved:
@@ -1873,5 +1887,4 @@ if __name__ == "__main__":
     except Exception as error:
         if not re.search(CANNOT_WRITE, str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        fail(f"cannot write ({reason}); what was saved is whole, and --resume=True goes on with it")
+        fail(f"cannot write ({reason(error)}); what was saved is whole, and --resume=True goes on with it")

@@ -9,8 +9,7 @@ checkpoints that are cut, half removed or another run's, a metrics file cut in a
 data that changed, one of two processes killed, NaN and Inf planted in pictures, losses and gradients. Each time the same
 command with --resume=True goes on, and what comes out has to be equal to the undisturbed run, bit for bit: weights,
 optimizer, average, metrics. (What was skipped for a NaN cannot be equal; such a run has to end, and two processes have
-to skip alike.) Two modes run at a time, each on a core of its own. Prints a table of each; exits with 1 if anything was
-lost.
+to skip alike.) Two modes run at a time, each on a core of its own. Prints a table; exits with 1 if anything was lost.
 """
 
 import argparse
@@ -469,10 +468,16 @@ def attack(mode, cores, arguments):
         if mode.name == "scratch LM":
             tokenize_slowly(mode, rng)
     cores.append(mode.core)
-    with LOCK:
-        print(f"\n{mode.name:40} {'times':>6} {'wrong':>6}")
-        for (_, what), (tried, wrong) in filter(lambda line: line[0][0] == mode.name, TABLE.items()):
-            print(f"  {what:38} {tried:6} {wrong:6}", flush=True)
+    print(f"{mode.name}: done", flush=True)
+
+
+def print_table(modes):
+    """In Markdown: how often each was tried in each mode; what went wrong is said."""
+    print(f"\n| | {' | '.join(modes)} |\n|{' --- |' * (len(modes) + 1)}")
+    for what in dict.fromkeys(what for _, what in TABLE):
+        cells = [TABLE.get((mode, what), (0, 0)) for mode in modes]
+        cells = [f"{tried}" + f", {wrong} WRONG" * (wrong > 0) if tried else "" for tried, wrong in cells]
+        print(f"| {what} | {' | '.join(cells)} |")
 
 
 def main():
@@ -497,6 +502,7 @@ def main():
                 job.result()
     kills = sum(tried for (_, what), (tried, _) in TABLE.items() if what.startswith("kill -9 at"))
     wrong = sum(wrong for _, wrong in TABLE.values())
+    print_table(chosen)
     print(f"\n{kills} kills, {wrong} wrong, {(time.monotonic() - began) / 60:.0f} minutes")
     raise SystemExit(1 if wrong else 0)
 
