@@ -1646,6 +1646,8 @@ def start_accelerator():
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if accelerator.mixed_precision == "fp16":
             fail("mixed_precision='fp16' does not go with FSDP2: use bf16 or no")
+        if detect_anomaly:
+            fail("detect_anomaly looks into memory that FSDP2 has not filled yet: look for it without FSDP2")
         if accelerator.state.fsdp_plugin.activation_checkpointing:
             fail("fsdp_activation_checkpointing renames the weights: use gradient_checkpointing=True instead")
     elif accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):

@@ -113,12 +113,13 @@ def test_muon_in_parts_follows_the_same_curve_and_resumes_bit_for_bit(tmp_path, 
 
 
 def test_what_fsdp_cannot_do_is_refused(tmp_path, tiny):
-    """FSDP 1, and Accelerate's own checkpointing of activations."""
-    for changed, message in (
-        ({"FSDP_VERSION": "1"}, "FSDP is not supported"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing=True"),
+    """FSDP 1, Accelerate's own checkpointing of activations, and our search for NaN."""
+    for changed, setting, message in (
+        ({"FSDP_VERSION": "1"}, "--resume=True", "FSDP is not supported"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--resume=True", "gradient_checkpointing=True"),
+        ({}, "--detect_anomaly=True", "without FSDP2"),
     ):
-        launch = (ROOT / "tests/fsdp2.py", ROOT / "train_lm.py", tiny)
+        launch = (ROOT / "tests/fsdp2.py", ROOT / "train_lm.py", tiny, setting)
         out = forked(*launch, code=2, **FSDP2 | changed)
         assert message in out and "Traceback" not in out, out
 
