@@ -1,6 +1,6 @@
 # A model of GPT-2's smallest size (12 layers of 768, contexts of 1,024 tokens) on 10 billion tokens of FineWeb-Edu.
 #
-#     accelerate launch --multi_gpu --num_processes=8 train_lm.py configs/gpt2_124m.py
+#     accelerate launch --config_file configs/accelerate/ddp.yaml train_lm.py configs/gpt2_124m.py
 #     accelerate launch train_lm.py configs/gpt2_124m.py                                  # one GPU: the same run, slower
 #
 # All of this is an estimate, nothing was measured. Length: 10e9 tokens / (512 x 1,024 tokens a step) = 19,073 steps.

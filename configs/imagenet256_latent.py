@@ -1,6 +1,6 @@
 # ImageNet at 256 x 256 in the latents of Stable Diffusion's autoencoder, as DiT-B/2: 130 M parameters, eight GPUs.
 #
-#     accelerate launch --multi_gpu --num_processes=8 train_diffusion.py configs/imagenet256_latent.py
+#     accelerate launch --config_file configs/accelerate/ddp.yaml train_diffusion.py configs/imagenet256_latent.py
 #     python sample.py --out_dir=out/imagenet256 --class_label=207 --num_samples=16 --guidance=4
 #
 # All of this is an estimate, nothing was measured. The data set needs a login at the hub and consent to its terms.
