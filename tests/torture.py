@@ -1,7 +1,7 @@
 """
 Attack real runs of every mode, and show that nothing is lost:
 
-    python tests/torture.py [--kills=24] [--modes="LoRA,SD LoRA"] [--seed=0]
+    python tests/torture.py [--kills=20] [--modes="LoRA,SD LoRA"] [--seed=0]
 
 Every mode runs once undisturbed, then again under attack: kill -9 at random instants and in the middle of saves, SIGTERM
 to the trainer, its launcher and their process group at every stage, a disk that fills up or may not be written to,
@@ -484,7 +484,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=24, help="kill -9 in each mode")
+    parser.add_argument("--kills", type=int, default=20, help="kill -9 in each mode")
     parser.add_argument("--modes", help="with commas between them; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     arguments = parser.parse_args()
