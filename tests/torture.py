@@ -104,7 +104,7 @@ class Mode:
         while self.alive(out) and time.monotonic() - began < seconds:
             time.sleep(0.1)
         left = self.alive(out)
-        count(self.name, "orphans", not left, f"{what} left {len(left)} processes")
+        count(self.name, "no process left over", not left, f"{what} left {len(left)} processes")
         for process in left:
             process.kill()
 
