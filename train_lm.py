@@ -1663,6 +1663,8 @@ def start_accelerator():
     log(f"device: {name} (x {accelerator.num_processes}), precision {accelerator.mixed_precision}")
     if kind != "cuda":
         log("warning: no CUDA GPU was found; small models train well without one, large ones take very long")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2:
+            log("warning: Accelerate has FSDP for GPUs alone; here each process holds the whole model")
     return accelerator
 
 
