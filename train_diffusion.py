@@ -1891,16 +1891,15 @@ def main():
             done, stop = step >= total_steps, stop_requested(accelerator)
             eval_due = done or step % eval_interval == 0
             if (done or stop or step % save_interval == 0 or (patience and eval_due)) and step > saved:
-                # first these: a run that goes on from the checkpoint has nothing more to write
-                if keep == "last" or "validation" not in splits:
-                    with averaged(ema, net):
+                with averaged(ema, net):
+                    # first these: a run that goes on from the checkpoint has nothing more to write
+                    if keep == "last" or "validation" not in splits:
                         save_weights(accelerator, model)
-                progress["seconds"] = time.monotonic() - clock
-                if ema:
-                    with averaged(ema, net):
+                    if ema:
                         average = dcp.get_model_state_dict(model, options=STATE)
                         weights = [average[name].clone() for name in names] if on_main else []
-                    progress["ema"] = ema.state_dict() | {"shadow_params": weights}
+                        progress["ema"] = ema.state_dict() | {"shadow_params": weights}
+                progress["seconds"] = time.monotonic() - clock
                 progress["metrics_bytes"] = metrics.tell() if metrics else 0
                 save_checkpoint(accelerator, model, optimizers, progress)
                 saved = step
