@@ -55,7 +55,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -235,6 +235,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(D)) v, each (B, n_head, T, D)"""
+    if q.device.type != "cpu" or v.dtype != torch.bfloat16 or q.size(2) > 512:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Written out: in bf16, on CPUs, torch's own kernel takes about four times as long with so few tokens.
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
+    return scores.softmax(dim=-1, dtype=v.dtype) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, shape):
         super().__init__()
@@ -250,7 +259,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
         v = self.v_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm bounds the attention logits
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, n_head, T, D): every token sees every other
+        y = attend(q, k, v)  # (B, n_head, T, D): every token sees every other
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -1092,7 +1101,51 @@ def trained_weights(model):
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
 
-def make_optimizers(dit):
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update of a matrix is made orthogonal (Jordan 2024, kellerjordan.github.io/posts/muon). It
+    computes what torch.optim.Muon does, but on all matrices of a shape at once, as many small products keep no
+    processor busy; in the given dtype, as few CPUs have bf16; and with FSDP2 each process takes some matrices.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum, dtype):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            for (rows, columns), alike in itertools.groupby(matrices, key=lambda p: p.shape):
+                alike = list(alike)
+                grads = [p.grad for p in alike]
+                for p in alike:
+                    self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
+                averages = [self.state[p]["momentum_buffer"] for p in alike]
+                torch._foreach_lerp_(averages, grads, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(grads, averages, momentum))  # (n, rows, columns)
+                updates = self.orthogonalize(updates).to(alike[0].dtype).unbind()
+                torch._foreach_mul_(alike, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(alike, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def orthogonalize(self, updates):
+        """(n, rows, columns) -> the same with all singular values near 1, by Newton and Schulz's iteration."""
+        if isinstance(updates, DTensor):  # instead of a part of each matrix, a process gets some whole ones
+            mine = self.orthogonalize(updates.redistribute(placements=[Shard(0)]).to_local())
+            whole_size = {"shape": updates.shape, "stride": updates.stride()}
+            mine = DTensor.from_local(mine, updates.device_mesh, [Shard(0)], **whole_size)
+            return mine.redistribute(placements=updates.placements)
+        tall = updates.size(-2) > updates.size(-1)
+        x = (updates.mT if tall else updates).to(self.dtype)
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        return x.mT if tall else x
+
+
+def make_optimizers(dit, precision):
     """
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
     the matrices in the blocks. All else is AdamW's, and so is what somebody else has trained.
@@ -1103,7 +1156,8 @@ def make_optimizers(dit):
         return [torch.optim.AdamW(trained_weights(dit), learning_rate or default, **options)]
     matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
     rest = [p for p in dit.parameters() if all(p is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, learning_rate or 0.02, weight_decay=weight_decay, momentum=0.95)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    muon = Muon(matrices, learning_rate or 0.02, weight_decay, momentum=0.95, dtype=dtype)
     return [muon, torch.optim.AdamW(rest, adamw_lr, betas=(beta1, beta2), weight_decay=0.0, fused=True)]
 
 
@@ -1786,7 +1840,7 @@ def main():
         net = DiT(Shape(size, channels, patch_size, n_layer, n_head, n_embd, n_classes))
         net.gradient_checkpointing = gradient_checkpointing
     same_everywhere(facts, net.shape)
-    optimizers = make_optimizers(net)
+    optimizers = make_optimizers(net, accelerator.mixed_precision)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)

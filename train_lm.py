@@ -52,7 +52,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -192,6 +192,26 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def attend(q, k, v, mask, dropout):
+    """
+    softmax(q k^T / sqrt(D)) v, in which each token looks at itself and all before it, or at what `mask` says.
+    q (B, n_head, T, D), k and v (B, n_kv_head, S, D), mask (B, 1, T, S) -> (B, n_head, T, D)
+    """
+    T, S, causal = q.size(2), k.size(2), mask is None and q.size(2) > 1  # one new token looks at all
+    if q.device.type != "cpu" or v.dtype != torch.bfloat16 or S > 512:
+        gqa = k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=gqa)
+    # Written out: in bf16, on CPUs, torch's own kernel takes about four times as long on short contexts.
+    if k.size(1) < q.size(1):
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, S)
+    if causal:
+        mask = torch.ones(T, S, dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores + torch.where(mask, 0.0, -1e9).to(v.dtype)
+    return F.dropout(scores.softmax(dim=-1, dtype=v.dtype), dropout) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, shape):
         super().__init__()
@@ -211,9 +231,7 @@ class Attention(nn.Module):
         if cache is not None:  # (2, B, n_kv_head, block_size, D) holds all keys and values so far
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T].to(q.dtype)  # (B, n_kv_head, start + T, D)
-        causal = mask is None and T > 1  # one new token may look at everything in the cache
-        options = {"dropout_p": self.dropout * self.training, "enable_gqa": self.n_kv_head < self.n_head}
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **options)  # (B, n_head, T, D)
+        y = attend(q, k, v, mask, self.dropout * self.training)  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -1104,7 +1122,51 @@ def sample_numbers(first_step, last_step, micro, accumulation, rank):
 # -----------------------------------------------------------------------------
 
 
-def make_optimizers(gpt):
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update of a matrix is made orthogonal (Jordan 2024, kellerjordan.github.io/posts/muon). It
+    computes what torch.optim.Muon does, but on all matrices of a shape at once, as many small products keep no
+    processor busy; in the given dtype, as few CPUs have bf16; and with FSDP2 each process takes some matrices.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum, dtype):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            for (rows, columns), alike in itertools.groupby(matrices, key=lambda p: p.shape):
+                alike = list(alike)
+                grads = [p.grad for p in alike]
+                for p in alike:
+                    self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
+                averages = [self.state[p]["momentum_buffer"] for p in alike]
+                torch._foreach_lerp_(averages, grads, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(grads, averages, momentum))  # (n, rows, columns)
+                updates = self.orthogonalize(updates).to(alike[0].dtype).unbind()
+                torch._foreach_mul_(alike, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(alike, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def orthogonalize(self, updates):
+        """(n, rows, columns) -> the same with all singular values near 1, by Newton and Schulz's iteration."""
+        if isinstance(updates, DTensor):  # instead of a part of each matrix, a process gets some whole ones
+            mine = self.orthogonalize(updates.redistribute(placements=[Shard(0)]).to_local())
+            whole_size = {"shape": updates.shape, "stride": updates.stride()}
+            mine = DTensor.from_local(mine, updates.device_mesh, [Shard(0)], **whole_size)
+            return mine.redistribute(placements=updates.placements)
+        tall = updates.size(-2) > updates.size(-1)
+        x = (updates.mT if tall else updates).to(self.dtype)
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        return x.mT if tall else x
+
+
+def make_optimizers(gpt, precision):
     """
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; that is for
     the matrices in the blocks. Embedding and head are tables of vectors, and AdamW's. What somebody else has
@@ -1120,7 +1182,8 @@ def make_optimizers(gpt):
     tables = [{"params": gpt.model.embed_tokens.parameters(), "lr": embed_lr}]
     tables += [{"params": gpt.lm_head.parameters(), "lr": head_lr}]
     matrices = gpt.model.layers.parameters()
-    muon = torch.optim.Muon(matrices, learning_rate or 0.02, weight_decay=weight_decay, momentum=0.95)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    muon = Muon(matrices, learning_rate or 0.02, weight_decay, momentum=0.95, dtype=dtype)
     return [muon, torch.optim.AdamW(tables, betas=(beta1, beta2), weight_decay=0.0, fused=True)]
 
 
@@ -1739,7 +1802,7 @@ def main():
         )
     gpt.gradient_checkpointing = gradient_checkpointing  # a Pretrained has its own
     same_everywhere(facts, gpt.shape)
-    optimizers = make_optimizers(gpt)
+    optimizers = make_optimizers(gpt, accelerator.mixed_precision)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     peak_flops = accelerator.num_processes * next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0)

@@ -125,7 +125,7 @@ def test_a_tiny_net_comes_to_the_exact_velocity_at_all_times(monkeypatch):
     torch.manual_seed(0)
     accelerator, process, rng = Accelerator(cpu=True), Process("flow"), torch.Generator().manual_seed(0)
     dit = DiT(Shape(size=1, channels=2, patch_size=1, n_layer=3, n_head=1, n_embd=64, n_classes=0))
-    optimizers = train_diffusion.make_optimizers(dit)
+    optimizers = train_diffusion.make_optimizers(dit, "no")
     model, *steppers = accelerator.prepare(dit, *optimizers)
     groups = [group for o in optimizers for group in o.param_groups]
     peaks = [group["lr"] for group in groups]

@@ -1,11 +1,14 @@
 """
 The model, against transformers' own NanoChatForCausalLM and against itself without a cache: logits, loss, gradients,
-generation, and the sampling of tokens against closed forms.
+generation, and the sampling of tokens against closed forms; attention on a CPU in bf16 against torch's own, and Muon
+against torch's own.
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import train_diffusion
 import train_lm
 from train_lm import GPT, Shape, draw
 
@@ -112,6 +115,56 @@ def test_draw_follows_the_cut_distribution():
     assert close(frequencies(top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
     assert close(frequencies(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])
     assert close(frequencies(temperature=0), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_cpu_in_bf16_is_that_of_torch(masked):
+    """Values and gradients, with fewer heads of keys, next to torch's kernel in fp32, within bf16's 8 bits."""
+    torch.manual_seed(0)
+    shapes = ((2, 4, 48, 16), (2, 2, 48, 16), (2, 2, 48, 16))
+    q, k, v, g = (torch.randn(shape).bfloat16() for shape in (*shapes, shapes[0]))
+    key = torch.arange(48)  # the second row has eight tokens of padding on the left, which see nothing
+    mask = (key <= key[:, None]) & (key >= torch.tensor([0, 8])[:, None, None, None]) if masked else None
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        y = train_lm.attend(*inputs, mask, 0.0)
+        y = y[:, :, 8:]
+        assert y.dtype == dtype
+        y.backward(g[:, :, 8:].to(dtype))
+        results.append([y, *(t.grad for t in inputs)])
+    for ours, torchs in zip(*results):
+        assert (ours.float() - torchs).abs().max() < 0.02 * torchs.abs().max()
+    if not masked:
+        theirs = F.scaled_dot_product_attention(
+            *(t.float() for t in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        assert torch.equal(results[1][0], theirs[:, :, 8:])
+        plain = train_diffusion.attend(q[:, :2], k, v)
+        theirs = F.scaled_dot_product_attention(*(t.float() for t in (q[:, :2], k, v)))
+        assert (plain.float() - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_is_that_of_torch(dtype):
+    """In bf16, which torch's always is, bit for bit; in fp32 as close as bf16 is. Momentum and rate change."""
+    torch.manual_seed(0)
+    shapes = [(24, 24), (24, 96), (96, 24), (24, 24), (12, 24), (24, 96)]
+    ours, theirs = (
+        [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in shapes] for _ in "ab"
+    )
+    a = train_lm.Muon(ours, 0.02, weight_decay=0.1, momentum=0.95, dtype=dtype)
+    b = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95)
+    for step in range(5):
+        for optimizer in (a, b):
+            optimizer.param_groups[0].update(momentum=0.85 + 0.02 * step, lr=0.02 + 0.01 * step)
+        for x, y in zip(ours, theirs):
+            x.grad = torch.randn(x.shape)
+            y.grad = x.grad.clone()
+        ours[4].grad = theirs[4].grad = None if step == 2 else ours[4].grad  # one has none for once
+        a.step(), b.step()
+    for x, y in zip(ours, theirs):
+        assert torch.equal(x, y) if dtype == torch.bfloat16 else torch.allclose(x, y, atol=5e-3)
 
 
 def test_gradient_checkpointing_changes_nothing():

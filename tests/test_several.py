@@ -85,7 +85,7 @@ def test_a_model_in_parts_is_as_a_whole_one(tmp_path, tiny, trainer, base, setti
 
 
 def test_muon_in_parts_follows_the_same_curve_and_resumes_bit_for_bit(tmp_path, tiny):
-    """Muon computes in bf16, where rounding grows: the losses are equal to four digits; a resume is exact."""
+    """Each process makes some matrices orthogonal: the same losses, as far as sums go; a resume is exact."""
     how = [tiny, "--lr_schedule=constant", "--max_steps=20"]
     within("train_lm.py", *how, f"--out_dir={tmp_path / 'whole'}")
     in_parts("train_lm.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
@@ -94,7 +94,7 @@ def test_muon_in_parts_follows_the_same_curve_and_resumes_bit_for_bit(tmp_path, 
     assert not differences(last_state(tmp_path / "unbroken"), last_state(tmp_path / "run"))
     whole, parts = (rows(tmp_path / name, "train/loss") for name in ("whole", "unbroken"))
     assert [row["train/loss"] for row in parts] == [
-        pytest.approx(row["train/loss"], rel=1e-4) for row in whole
+        pytest.approx(row["train/loss"], rel=1e-5) for row in whole
     ]
     # what was saved in parts goes on in one piece
     within("train_lm.py", *how, "--resume=True", "--max_steps=25")

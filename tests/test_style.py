@@ -54,7 +54,16 @@ def test_the_gpu_runner_says_loudly_that_there_is_none():
 
 
 # Functions that both trainers have under this name, but each for its own model and data.
-OWN = {"Shape", "Attention", "Block", "make_optimizers", "forward_backward", "evaluate", "write_sample"}
+OWN = {
+    "Shape",
+    "attend",
+    "Attention",
+    "Block",
+    "make_optimizers",
+    "forward_backward",
+    "evaluate",
+    "write_sample",
+}
 OWN |= {"check_settings", "read_files", "prepare_data", "save_weights", "load_weights", "Base", "main"}
 
 
