@@ -16,6 +16,7 @@ PARENT = os.getppid()  # before the slow imports, to notice a launcher that dies
 import contextlib
 import ctypes
 import functools
+import gc
 import glob
 import hashlib
 import importlib.metadata
@@ -1938,6 +1939,7 @@ def main():
         else:
             bar.set_postfix_str(line)
 
+    gc.freeze()  # what has been made so far stays: no search through it for garbage, for the length of a step
     STOP["polled"] = True
     with make_profiler() as profiler:
         while True:

@@ -15,6 +15,7 @@ PARENT = os.getppid()  # before the slow imports, to notice a launcher that dies
 
 import contextlib
 import ctypes
+import gc
 import glob
 import hashlib
 import importlib.metadata
@@ -539,7 +540,7 @@ KINDS |= {".jsonl": "json", ".json": "json"}
 OWN_KIND = "text"  # the kind that read_files reads; the others are for `datasets`
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages"}
-NOT_LIBRARY |= {"pydoc_data"}  # generated
+NOT_LIBRARY |= {"pydoc_data", "encodings"}  # generated; tables
 HOME = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
 CACHE = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(HOME, "datasets")), Path(__file__).stem)
 
@@ -650,7 +651,9 @@ def plan_splits(found):
 def load_library():
     """-> a Dataset with the source of Python's own library, which is on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(p.relative_to(root).parts)]
+    tops = [p for p in root.iterdir() if p.name not in NOT_LIBRARY]  # site-packages alone takes a second
+    paths = sorted(p for top in tops for p in (top, *top.rglob("*.py")) if p.suffix == ".py")
+    paths = [p for p in paths if not NOT_LIBRARY & set(p.relative_to(root).parts)]
     paths = [p for p in paths if not p.name.startswith("_sysconfigdata")]  # differs between machines
     return read_files(paths, root)
 
@@ -808,8 +811,8 @@ def tokenize(tok, rows, ids, path, digest):
             pieces = [piece.findall(text) for text in texts]
             encoded = iter(to_ids(core.encode_batch_fast, [p for ps in pieces for p in ps]))
             for text, parts in zip(texts, pieces):
-                tokens = [*begin, *(i for _ in parts for i in next(encoded).ids), tok.eos_token_id]
-                tokens = np.array(tokens, dtype)
+                tokens = itertools.chain(begin, *(next(encoded).ids for _ in parts), [tok.eos_token_id])
+                tokens = np.fromiter(tokens, dtype)
                 digest.update(tokens)
                 tokens.tofile(f)
                 count += (1, len(text.encode()), len(tokens))
@@ -1859,6 +1862,7 @@ def main():
         else:
             bar.set_postfix_str(line)
 
+    gc.freeze()  # what has been made so far stays: no search through it for garbage, for the length of a step
     STOP["polled"] = True
     with make_profiler() as profiler:
         while True:
