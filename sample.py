@@ -124,15 +124,18 @@ def load_run(folder, run_dir, device):
         if (folder / "state.pt").exists():
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if pretrained:
-            load = load_finetuned if run["kind"] == "lm" else load_unet
-            return run, trainer, load(run, trainer, folder, state).to(device).eval()
-        state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
-        shape = trainer.Shape(**run["model"])
-        model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
-        model.load_state_dict(state["model"])
-        take_average(model, state)
+            model = (load_finetuned if run["kind"] == "lm" else load_unet)(run, trainer, folder, state)
+        else:
+            state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
+            shape = trainer.Shape(**run["model"])
+            model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
+            model.load_state_dict(state["model"])
+            take_average(model, state)
     except Exception as error:  # a broken or foreign file fails in many ways
         fail(f"{folder} cannot be loaded: {reason(error)}")
+    large = sum(p.numel() for p in model.parameters()) > 10**7  # reading the weights takes most of the time
+    if run["kind"] == "lm" and large and not merge and computes_in_bf16(run, device):
+        model.bfloat16()
     return run, trainer, model.to(device).eval()
 
 
@@ -183,6 +186,16 @@ def load_finetuned(run, trainer, folder, state):
     weights = {name.removeprefix("lm."): weight for name, weight in state["model"].items()}
     unknown = lm.load_state_dict(weights, strict=False).unexpected_keys  # not there: what was not trained
     return lm if not unknown else fail(f"{folder} holds weights of another model: {unknown[0]}")
+
+
+def computes_in_bf16(run, device):
+    """Whether the run did, by its setting and the hardware, so that this is how it is to be sampled from."""
+    if run["settings"]["mixed_precision"] not in ("auto", "bf16"):
+        return False
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return device == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def load_plain(folder, device):
@@ -375,7 +388,8 @@ def draw(run, trainer, model, device):
     say(f"{out_dir} on {device}, seed {seed}, {how}")
     how["at_once"] = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
     seeds = range(seed, seed + n)
-    pictures = trainer.draw_pictures(model, process, size, y.to(device), seeds, autoencoder, **how)
+    answer = torch.autocast(device, torch.bfloat16, enabled=computes_in_bf16(run, device))(model.forward)
+    pictures = trainer.draw_pictures(answer, process, size, y.to(device), seeds, autoencoder, **how)
     try:
         trainer.make_grid(pictures).save(output)
     except OSError as error:

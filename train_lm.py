@@ -317,7 +317,8 @@ class GPT(nn.Module):
         idx = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
         sizes = (shape.n_layer, 2, len(prompts), shape.n_kv_head, shape.block_size)
         sizes += (shape.n_embd // shape.n_head,)
-        cache, cached, ended = torch.zeros(sizes, device=device), 0, torch.zeros_like(pad, dtype=torch.bool)
+        cache = torch.zeros(sizes, dtype=self.lm_head.weight.dtype, device=device)
+        cached, ended = 0, torch.zeros_like(pad, dtype=torch.bool)
         for _ in range(max_new_tokens):
             if width > shape.block_size:
                 drop = width - max(1, shape.block_size // 2)

@@ -12,7 +12,10 @@ tokenizer = "char"
 val_fraction = 0.1  # the last tenth of the text, as nanoGPT has it
 test_fraction = 0.0
 
-max_steps = 750
-eval_interval = 375
+block_size = 256
+batch_size = 16
+learning_rate = 0.03
+max_steps = 800
+eval_interval = 400
 eval_batches = 0  # the whole split
-save_interval = 375
+save_interval = 400

@@ -42,6 +42,41 @@ def test_the_run_directory_is_a_model_of_transformers(trained):
     assert answer[0]["generated_text"].startswith("def ")
 
 
+def test_a_large_model_is_sampled_in_bf16_where_run_and_hardware_are(tmp_path, tiny, monkeypatch):
+    """Ten million weights and more; the logits are those of fp32 within bf16's 8 bits. Small ones stay in fp32."""
+    import sample
+
+    out = tmp_path / "run"
+    how = (
+        f"--out_dir={out}",
+        "--n_layer=1",
+        "--max_steps=1",
+        "--overwrite=True",
+        "--n_head=2",
+        "--n_kv_head=1",
+    )
+    found = []
+    for precision, can, width, dtype in (
+        ("bf16", {}, 1024, torch.float32),
+        ("bf16", {"amx_bf16": True}, 1024, torch.bfloat16),
+        ("no", {"avx512_bf16": True}, 1024, torch.float32),
+        ("bf16", {"avx512_bf16": True}, 64, torch.float32),
+    ):
+        within("train_lm.py", tiny, *how, f"--n_embd={width}", f"--mixed_precision={precision}")
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can, raising=False)
+        _, _, model = sample.load_run(out, out, "cpu")
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        found.append(model)
+    weights = found[0].state_dict()
+    assert all(
+        torch.equal(w, weights[name].bfloat16()) for name, w in found[1].state_dict().items() if w.ndim == 2
+    )
+    with torch.no_grad():
+        fp32, bf16 = (model(torch.arange(32)[None]) for model in found[:2])
+        assert (fp32 - bf16).abs().max() < 0.03 * fp32.abs().max()
+    assert len(list(found[1].generate([[1, 2], [3]], 5, temperature=0))) == 5
+
+
 def test_greedy_samples_equal_those_of_transformers(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,7 +3,8 @@ Everything that needs a GPU, in one command of under ten minutes, with one table
 
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
-A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), the same under
+A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), one of 0.94 B
+parameters, how often a step waits for the GPU, GPT-2's size under
 FSDP2 (saved, resumed, loaded by transformers), LoRA on a model of transformers of that size beside a plain loop with
 peft (tokens/s, memory), LoRA on pipelines of the true shapes of Stable Diffusion 1.5 and XL beside the loop of
 diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare setting, CIFAR-10 from a folder of its parquet files for
@@ -72,6 +73,67 @@ def gpt2(folder):
         "GPT-2 124M: validation loss after 200 steps",
         [row["val/loss"] for row in rows if "val/loss" in row][-1],
     )
+
+
+def billion(folder):
+    """60 steps of 0.94 B parameters, with every activation kept."""
+    how = "--block_size=1024 --n_layer=16 --n_head=16 --n_embd=2048 --tokenizer=bpe:32768 --batch_size=32"
+    how += " --micro_batch_size=16 --max_steps=60 --eval_interval=60 --eval_batches=1 --log_interval=2 --keep=last"
+    rows, seconds, _ = train(folder / "billion", *how.split(), "--save_interval=1000", "--test_fraction=0")
+    speed("GPT 0.94 B", rows, "tokens_per_s")
+    note("GPT 0.94 B: whole command", round(seconds), "s")
+
+
+SYNCS = """
+import runpy, sys, warnings, torch
+sys.argv = sys.argv[1:]
+from accelerate import Accelerator
+begun, seen = Accelerator.prepare, []
+def prepare(self, *parts, **options):
+    torch.cuda.set_sync_debug_mode("warn")
+    return begun(self, *parts, **options)
+Accelerator.prepare = prepare
+def show(message, category, filename, line, *more):
+    if "synchroniz" in str(message):
+        seen.append(f"{filename.rpartition('/')[2]}:{line}")
+warnings.showwarning = show
+warnings.simplefilter("always")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("SYNCS", len(seen), sorted({(seen.count(place), place) for place in seen})[-4:])
+"""
+
+
+def synchronizations(folder):
+    """How often a step waits for the GPU: 20 steps more between two logs, all else equal."""
+    how = [
+        "--eval_interval=1000",
+        "--save_interval=1000",
+        "--test_fraction=0",
+        "--val_fraction=0",
+        "--compile=False",
+    ]
+    for trainer in ("train_lm.py", "train_diffusion.py"):
+        counts = []
+        for steps in (20, 40):
+            command = [
+                sys.executable,
+                "-c",
+                SYNCS,
+                str(ROOT / trainer),
+                f"--out_dir={folder / trainer}{steps}",
+                *how,
+            ]
+            command += [f"--max_steps={steps}", "--log_interval=1000"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            found = re.search(r"SYNCS (\d+) (.*)", done.stdout)
+            counts.append(int(found[1]) if found else 0)
+        note(
+            f"{trainer}: waits for the GPU in a step",
+            (counts[1] - counts[0]) / 20,
+            found[2] if found else done.stderr[-300:],
+        )
 
 
 def fsdp2(folder):
@@ -318,6 +380,48 @@ def cifar10(folder, data):
     Path("gpu_cifar10.png").write_bytes(grid.read_bytes())
 
 
+UNCONDITIONAL = """
+import time, torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+accelerator, scheduler = Accelerator(mixed_precision="bf16"), DDPMScheduler()
+down = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+up = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+unet = UNet2DModel(32, block_out_channels=(128, 256, 256, 256), down_block_types=down, up_block_types=up)
+ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+ema.to("cuda")
+optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+unet, optimizer = accelerator.prepare(unet, optimizer)
+x = torch.randn(128, 3, 32, 32, device="cuda")
+def step():
+    noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device="cuda")
+    loss = F.mse_loss(unet(scheduler.add_noise(x, noise, t), t).sample.float(), noise)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.step(unet.parameters())
+    loss.item()
+[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()
+[step() for _ in range(50)]; torch.cuda.synchronize()
+print("speed", 50 * len(x) / (time.time() - t), "parameters", sum(p.numel() for p in unet.parameters()))
+"""
+
+
+def unconditional():
+    """The loop of diffusers' train_unconditional.py, its batches ready on the GPU, at the shape of DDPM's CIFAR-10 model."""
+    done = subprocess.run([sys.executable, "-c", UNCONDITIONAL], capture_output=True, text=True, check=False)
+    found = re.search(r"speed ([\d.]+) parameters (\d+)", done.stdout)
+    name = (
+        f"CIFAR-10, the loop of diffusers' example, {int(found[2]) / 1e6:.0f} M parameters"
+        if found
+        else "diffusers"
+    )
+    note(name, round(float(found[1])) if found else done.stderr[-300:], "images/s")
+
+
 def resume(folder, trainer, *more):
     """Stopped at step 30 and resumed, under deterministic=True, compiled: equal weights and optimizers."""
     how = [*more, "--deterministic=True", "--test_fraction=0", "--lr_schedule=constant"]
@@ -384,6 +488,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         gpt2(folder)
+        billion(folder)
+        synchronizations(folder)
         fsdp2(folder)
         resume(folder, "train_lm.py")
         resume(folder, "train_diffusion.py")
@@ -392,6 +498,7 @@ def main():
         stable_diffusion(folder, "sdxl10", 1024, 1, True)
         if arguments.cifar10:
             cifar10(folder, arguments.cifar10)
+            unconditional()
         shakespeare(folder, arguments.shakespeare)
         if arguments.nanogpt:
             nanogpt(folder, arguments.nanogpt, arguments.shakespeare)
