@@ -40,7 +40,7 @@ LAPTOP += (
 )
 # in these steps ours comes to nanoGPT's last loss: small batches and large steps are best for so few
 EARLY = (
-    "--max_steps=190 --eval_interval=190 --eval_batches=40 --batch_size=8 --block_size=128 --warmup_steps=5"
+    "--max_steps=175 --eval_interval=175 --eval_batches=40 --batch_size=8 --block_size=128 --warmup_steps=5"
 )
 EARLY += " --learning_rate=0.05 --head_lr=0.01"
 # a wheel of torchvision that was built for CUDA runs beside a CPU torch, once these operators have been declared

@@ -4,12 +4,12 @@ Everything that needs a GPU, in one command of under ten minutes, with one table
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
 
 A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), one of 0.94 B
-parameters, how often a step waits for the GPU, GPT-2's size under
-FSDP2 (saved, resumed, loaded by transformers), LoRA on a model of transformers of that size beside a plain loop with
-peft (tokens/s, memory), LoRA on pipelines of the true shapes of Stable Diffusion 1.5 and XL beside the loop of
-diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare setting, CIFAR-10 from a folder of its parquet files for
-two minutes (images/s, MFU, memory), a resumed run of each trainer against an unbroken one, and nanoGPT beside them
-where its checkout is given.
+parameters, how often a step waits for the GPU, GPT-2's size under FSDP2 (saved, resumed, loaded by transformers), LoRA
+on a model of transformers of that size beside a plain loop with peft (tokens/s, memory), LoRA on pipelines of the true
+shapes of Stable Diffusion 1.5 and XL beside the loop of diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare
+setting, CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory) beside the loop of
+diffusers' unconditional example, a resumed run of each trainer against an unbroken one, and nanoGPT beside them where
+its checkout is given.
 Without a GPU it says so and exits with 1.
 """
 
