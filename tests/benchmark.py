@@ -323,8 +323,8 @@ def diffusers_example(args, pictures, unet, out, batch, epochs, *more):
     seconds, text, memory = run(sys.executable, "-c", code, script, *how.split(), *more)
     # the bar of an epoch is drawn again and again: the last one counts
     clocks = dict(re.findall(r"Epoch (\d+): 100%[^\[]*\[([\d:]+)<", text)).values()
-    epochs = [sum(60**i * int(part) for i, part in enumerate(reversed(clock.split(":")))) for clock in clocks]
-    return epochs, seconds, memory
+    passes = [sum(60**i * int(part) for i, part in enumerate(reversed(clock.split(":")))) for clock in clocks]
+    return passes, seconds, memory
 
 
 def unet(args, folder):
@@ -354,7 +354,7 @@ def unet(args, folder):
         return speed(rows, "images_per_s"), memory
 
     def theirs(precision):
-        epochs, _, memory = diffusers_example(
+        passes, _, memory = diffusers_example(
             args,
             pictures,
             folder / "ddpm/unet",
@@ -363,7 +363,7 @@ def unet(args, folder):
             2,
             f"--mixed_precision={precision}",
         )
-        return n / epochs[-1], memory
+        return n / passes[-1], memory
 
     sides = {"diffusers' example, fp32": lambda: theirs("no"), "ours, fp32": lambda: mine("no")}
     sides |= {"diffusers' example, bf16": lambda: theirs("bf16"), "ours, bf16": lambda: mine("auto")}
@@ -476,7 +476,8 @@ def pictures(args, folder):
         rows[name] = [[distance], [minutes] if minutes else [], [n / seconds] if seconds else []]
         print(name, rows[name], flush=True)
 
-    judge("real pictures of the train split", train[0][:: len(train[0]) // n], 0, 0)
+    some = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:n]
+    judge("real pictures of the train split", train[0][some], 0, 0)
     # diffusers' example: an epoch of as many pictures as it gets through in the given time
     parameters = write_unet(folder / "ddpm", (40, 80, 80), 1, attention=True)
     few = write_pictures(args, folder / "few", 1024)
