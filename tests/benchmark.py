@@ -72,11 +72,10 @@ def run(*command, cwd=ROOT, until=None, **env):
     return seconds or time.monotonic() - began, text, usage.ru_maxrss / 1e6
 
 
-def ours(out, *arguments, trainer="train_lm.py", launch=()):
+def ours(out, *arguments, trainer="train_lm.py"):
     """A whole command -> (seconds, rows of metrics.jsonl, GB of memory at its peak)"""
-    seconds, _, memory = run(
-        *(launch or [sys.executable]), trainer, f"--out_dir={out}", "--overwrite=True", *arguments
-    )
+    last = [f"--out_dir={out}", "--overwrite=True"]  # a config has its own
+    seconds, _, memory = run(sys.executable, trainer, *arguments, *last)
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return seconds, rows, memory
 
