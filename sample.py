@@ -54,7 +54,7 @@ def say(message):
 
 
 # what makes the weights of a run a model, by the kind of the run
-BOTH = {"Shape", "norm", "rotate", "Attention", "MLP", "Block"}
+BOTH = {"Shape", "norm", "rotate", "attend", "Attention", "MLP", "Block"}
 MODEL_CODE = {"lm": BOTH | {"GPT", "draw"}, "diffusion": BOTH | {"DiT", "Process", "sample", "decode"}}
 PRETRAINED_CODE = {"lm": {"add_adapter"}, "diffusion": {"UNet", "Process", "sample", "decode", "add_lora"}}
 
@@ -190,7 +190,7 @@ def load_finetuned(run, trainer, folder, state):
 
 def computes_in_bf16(run, device):
     """Whether the run did, by its setting and the hardware, so that this is how it is to be sampled from."""
-    if run["settings"]["mixed_precision"] not in ("auto", "bf16"):
+    if run["settings"].get("mixed_precision") not in ("auto", "bf16"):
         return False
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
