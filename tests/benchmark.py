@@ -278,33 +278,35 @@ def sampling(args, folder):
                 for side in ("theirs", "ours")
             }
             names = {"transformers' generate()": found["theirs"], "ours": found["ours"]}
-            table(f"Sampling, {name}, {batch} at once, a CPU's fp32", ["tokens/s"], names)
+            table(f"Sampling, {name}, {batch} at once", ["tokens/s"], names)
+
+
+def load_cifar(args, split):
+    """-> a Dataset with the columns image and label"""
+    import datasets
+
+    files = [str(path) for path in sorted(Path(args.cifar10).glob(f"{split}*.parquet"))]
+    rows = datasets.load_dataset("parquet", data_files={split: files})[split]
+    return rows.rename_columns({"img": "image"} if "img" in rows.column_names else {})
 
 
 def write_pictures(args, folder, n):
     """n pictures of the train split as a data set for the peers -> its folder"""
-    import datasets
-
-    files = [str(path) for path in sorted(Path(args.cifar10).glob("train*.parquet"))]
-    rows = datasets.load_dataset("parquet", data_files={"train": files})["train"]
-    rows = rows.rename_columns({"img": "image"} if "img" in rows.column_names else {}).select_columns(
-        ["image"]
-    )
+    rows = load_cifar(args, "train").select_columns(["image"])
     (folder / "train").mkdir(parents=True, exist_ok=True)
     rows.shuffle(seed=0).select(range(n)).to_parquet(folder / "train" / "train.parquet")
     return folder / "train"
 
 
-def write_unet(folder, channels, layers, attention):
+def write_unet(folder, channels):
     """A DDPM pipeline of random weights in `folder`, its UNet2DModel in folder/unet -> how many parameters it has"""
     import diffusers
     import torch
 
     torch.manual_seed(0)
-    middle = ("AttnDownBlock2D", "AttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
-    blocks = {"down_block_types": ("DownBlock2D", middle[0], "DownBlock2D"), "block_out_channels": channels}
-    blocks |= {"up_block_types": ("UpBlock2D", middle[1], "UpBlock2D"), "norm_num_groups": 8}
-    unet = diffusers.UNet2DModel(sample_size=32, layers_per_block=layers, **blocks)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 8}
+    blocks |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "block_out_channels": channels}
+    unet = diffusers.UNet2DModel(sample_size=32, layers_per_block=1, **blocks)
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
     return sum(p.numel() for p in unet.parameters())
 
@@ -329,7 +331,7 @@ def diffusers_example(args, pictures, unet, out, batch, epochs, *more):
 def unet(args, folder):
     n, batch = 4096, 64  # as their clock has whole seconds
     pictures = write_pictures(args, folder / "unet_pictures", n)
-    parameters = write_unet(folder / "ddpm", (32, 64, 64), 1, attention=True)
+    parameters = write_unet(folder / "ddpm", (32, 64, 64))
     how = [
         f"--init_from={folder / 'ddpm'}",
         f"--dataset={pictures}",
@@ -371,7 +373,7 @@ def unet(args, folder):
 
 
 SMALLDIFFUSION = """
-import sys, time, io
+import sys, time
 sys.path.insert(0, sys.argv[1])
 import datasets, torch
 from accelerate import Accelerator
@@ -401,13 +403,10 @@ torch.save(drawn.clamp(-1, 1), out)
 
 def read_split(args, split):
     """-> pictures (N, 3, 32, 32) in [-1, 1], labels (N,)"""
-    import datasets
     import numpy as np
     import torch
 
-    files = [str(path) for path in sorted(Path(args.cifar10).glob(f"{split}*.parquet"))]
-    rows = datasets.load_dataset("parquet", data_files={split: files})[split]
-    rows = rows.rename_columns({"img": "image"} if "img" in rows.column_names else {})
+    rows = load_cifar(args, split)
     pictures = np.stack([np.asarray(image.convert("RGB")) for image in rows["image"]])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(rows["label"])
 
@@ -478,13 +477,13 @@ def pictures(args, folder):
     some = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:n]
     judge("real pictures of the train split", train[0][some], 0, 0)
     # diffusers' example: an epoch of as many pictures as it gets through in the given time
-    parameters = write_unet(folder / "ddpm", (40, 80, 80), 1, attention=True)
+    parameters = write_unet(folder / "ddpm", (40, 80, 80))
     few = write_pictures(args, folder / "few", 1024)
     (seconds, _), whole, _ = diffusers_example(args, few, folder / "ddpm/unet", folder / "theirs", 64, 2)
     many = min(len(train[0]), int((budget - (whole - 2 * seconds)) * 1024 / seconds))
-    some = write_pictures(args, folder / "some", many)
+    once = write_pictures(args, folder / "once", many)
     _, seconds, _ = diffusers_example(
-        args, some, folder / "ddpm/unet", folder / "theirs", 64, 1, "--lr_warmup_steps=50"
+        args, once, folder / "ddpm/unet", folder / "theirs", 64, 1, "--lr_warmup_steps=50"
     )
     network, began = UNet2DModel.from_pretrained(folder / "theirs", subfolder="unet").eval(), time.time()
     scheduler = DDIMScheduler.from_config(DDPMPipeline.from_pretrained(folder / "theirs").scheduler.config)
