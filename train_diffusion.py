@@ -1704,6 +1704,7 @@ def start_accelerator():
     accelerator.gradient_accumulation_steps = 1  # forward_backward accumulates, whatever the environment says
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         fail("the processes do not find each other: on CPUs, set ACCELERATE_USE_CPU=true in the environment")
+    accelerator.wait_for_everyone()  # none is to give up below while another still looks for it
     if accelerator.is_fsdp2:  # weights and gradients travel as they are; autocast computes in bf16, as ever
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if accelerator.mixed_precision == "fp16":

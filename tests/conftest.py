@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -231,10 +230,16 @@ def within(script, *arguments, code=0, stdin=""):
 def forked(script, *arguments, code=0, **env):
     """As run() with two processes, forked from this one, which has imported all they need; -> what rank 0 printed."""
     from accelerate.state import AcceleratorState
+    from torch.distributed import TCPStore
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    # as under the launcher, the meeting place outlives whichever process ends first
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    env["TORCHELASTIC_RESTART_COUNT"] = "0"
     env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     children = []
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as other:
