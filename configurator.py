@@ -21,7 +21,7 @@ def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch fail together: one speaks
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(2) from ValueError(message)
 
 
 def reason(error):

@@ -8,21 +8,29 @@ Let a trained model speak, or draw.
     python sample.py --out_dir=out/lora-chat --merge=merged/              # model and adapter as one model
     python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
     python sample.py --out_dir=out/sd15-lora --prompt="a sks dog in the snow" --guidance=7 --steps=25
+    python sample.py --out_dir=out/lm --demo=True                         # any of these in a browser
 
 A language model writes the prompt and its continuation to stdout, nothing else; any folder with a causal
 language model of transformers, or an adapter of peft, works as well. A diffusion model writes a PNG: a grid.
 """
 
 import ast
+import contextlib
+import html
 import importlib.util
 import itertools
 import json
+import math
+import os
+import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 
-from configurator import configure, fail, nearest, reason
+from configurator import check_legal, checked, comments, configure, fail, nearest, reason
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -47,6 +55,10 @@ steps = 0  # from noise to picture; more are finer and slower; 0: as the run has
 guidance = 0.0  # how much to exaggerate what is typical of the class; 1: not at all; 0: as the run has it
 sampler = ""  # euler, heun (flow), euler, ddpm, ddim, dpm++, unipc (eps, v); "": as the run has it
 output = "sample.png"  # where the grid goes
+# in a browser
+demo = False  # open a page for this run, where the settings above stand as they are given here
+port = 7860  # of the page on this machine (1..65535)
+share = False  # give it a public address as well, by way of Gradio's servers, for all who know it
 
 
 def say(message):
@@ -188,6 +200,10 @@ def load_finetuned(run, trainer, folder, state):
     return lm if not unknown else fail(f"{folder} holds weights of another model: {unknown[0]}")
 
 
+def device_of(model):
+    return next(model.parameters()).device.type
+
+
 def computes_in_bf16(run, device):
     """Whether the run did, by its setting and the hardware, so that this is how it is to be sampled from."""
     if run["settings"].get("mixed_precision") not in ("auto", "bf16"):
@@ -221,38 +237,63 @@ def positions(model):
     return limit and limit - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
 
 
-def stream(tok, ids):
-    """Print ids as text while they come, a character of several with the last of them; -> the ids"""
+def continuation(model, tok, ids, limit, seed, max_new_tokens, **how):
+    """Yield the text that follows `ids` in pieces, a character of several tokens with the last of them."""
+    if hasattr(model, "config"):
+        yield from pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how)
+        return
     from tokenizers.decoders import DecodeStream
 
-    decoder, said = DecodeStream(skip_special_tokens=True), []
-    for i in ids:
-        said.append(i)
-        sys.stdout.write(decoder.step(tok.backend_tokenizer, i) or "")
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return said
+    decoder, rng = DecodeStream(skip_special_tokens=True), torch.Generator(model.cos.device).manual_seed(seed)
+    for token in model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **how):
+        yield decoder.step(tok.backend_tokenizer, int(token)) or ""
 
 
-def go_on(model, tok, ids, limit, device, seed):
-    """Print what follows `ids`, by our own generate() or by that of transformers; -> its ids."""
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if not hasattr(model, "config"):
-        rng = torch.Generator(device).manual_seed(seed)
-        tokens = model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **options)
-        return stream(tok, (int(token) for token in tokens))
-    from transformers import TextStreamer
+def pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how):
+    """The same by transformers' generate(), which works in its own thread and ends with this generator."""
+    from transformers import TextIteratorStreamer
 
     torch.manual_seed(seed)
     ends = model.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    how = options if temperature else {"temperature": None, "top_k": None, "top_p": None}
-    how |= {"do_sample": temperature > 0, "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
+    how = how if how["temperature"] else dict.fromkeys(how)  # 0: without drawing, None is what it wants
+    how |= {"do_sample": bool(how["temperature"]), "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
     how["max_new_tokens"] = min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens
-    x = torch.tensor([ids], device=device)
-    streamer = TextStreamer(tok, skip_prompt=True, skip_special_tokens=True)
-    new = model.generate(input_ids=x, attention_mask=torch.ones_like(x), streamer=streamer, **how)
-    return new[0, len(ids) :].tolist()
+    x = torch.tensor([ids], device=model.device)
+    streamer = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True)
+    stop, errors = threading.Event(), []
+
+    def stopped(ids, scores, **_):
+        return torch.full((len(ids),), stop.is_set(), device=ids.device)
+
+    def work():
+        try:
+            how.update(streamer=streamer, stopping_criteria=[stopped])
+            model.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)
+        except Exception as error:  # is raised where the text is waited for
+            errors.append(error)
+        streamer.end()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        yield from streamer
+    finally:
+        stop.set()
+        worker.join()
+    if errors:
+        raise errors[0]
+
+
+def print_text(pieces):
+    """Print pieces of text as they come; -> all of it"""
+    text = ""
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        text += piece
+    sys.stdout.write("\n")
+    return text
 
 
 def to_ids(tok, text, **options):
@@ -263,17 +304,23 @@ def to_ids(tok, text, **options):
         fail(f"the run's tokenizer cannot represent {strange} in the prompt ({error})")
 
 
-def speak(model, tok, limit, device):
-    """Print the prompt and each continuation of it."""
-    ids = to_ids(tok, read_prompt())
+def prompt_ids(model, tok, limit, text):
+    """-> the ids of a prompt, as many as the model can go on from"""
+    ids = to_ids(tok, text)
     # our own generate() slides on where a text outgrows the model
     room = (limit if not hasattr(model, "config") else limit - 1) if limit else len(ids)
     if not ids or len(ids) > room:
         fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {room}")
-    say(f"{out_dir} on {device}, seed {seed}, temperature {temperature}")
+    return ids
+
+
+def speak(model, tok, limit, how):
+    """Print the prompt and each continuation of it."""
+    ids = prompt_ids(model, tok, limit, read_prompt())
+    say(f"{out_dir} on {device_of(model)}, seed {seed}, temperature {temperature}")
     for i in range(num_samples or 1):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
-        go_on(model, tok, ids, limit, device, seed + i)
+        print_text(continuation(model, tok, ids, limit, seed + i, **how))
 
 
 def read_lines():
@@ -287,29 +334,32 @@ def read_lines():
             yield line.strip()
 
 
-def converse(model, tok, limit, device):
+def conversation_ids(tok, limit, messages):
+    """-> the ids of a conversation up to the next answer; `messages` loses a beginning that does not fit."""
+    while True:
+        try:
+            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise what it likes
+            fail(f"the chat template of {out_dir} refuses this: {reason(error)}")
+        ids = to_ids(tok, text, add_special_tokens=False)
+        if not limit or len(ids) < limit or len(messages) == 1:
+            return ids
+        del messages[:2]
+        say("(the beginning of the conversation no longer fits, and is forgotten)")
+
+
+def converse(model, tok, limit, how):
     """Answer line after line; all that was said before, as far as it fits, is the prompt of an answer."""
-    if not tok.chat_template:
-        fail(f"{out_dir} has no chat template: without --chat=True, it goes on from a --prompt")
     messages = []
     for line in itertools.chain([read_prompt()] if prompt.strip() else [], read_lines()):
         messages.append({"role": "user", "content": line})
-        while True:
-            try:
-                text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # a template may raise what it likes
-                fail(f"the chat template of {out_dir} refuses this: {reason(error)}")
-            ids = to_ids(tok, text, add_special_tokens=False)
-            if not limit or len(ids) < limit or len(messages) == 1:
-                break
-            del messages[:2]
-            say("(the beginning of the conversation no longer fits, and is forgotten)")
+        ids = conversation_ids(tok, limit, messages)
         if limit and len(ids) >= limit:
             say(f"(these are {len(ids)} tokens; the model takes fewer than {limit})")
             messages.pop()
             continue
-        new = go_on(model, tok, ids, limit, device, seed + len(messages))
-        messages.append({"role": "assistant", "content": tok.decode(new, skip_special_tokens=True).strip()})
+        answer = print_text(continuation(model, tok, ids, limit, seed + len(messages), **how))
+        messages.append({"role": "assistant", "content": answer.strip()})
 
 
 def merge_adapter(model, tok):
@@ -332,69 +382,290 @@ def merge_adapter(model, tok):
     say(f"merged: {merge}")
 
 
-def find_class(classes):
-    """The number of the class that class_label names, or tells by number."""
-    if class_label in classes:
-        return classes.index(class_label)
-    if class_label.isdecimal() and int(class_label) < len(classes):
-        return int(class_label)
+def find_class(label, classes):
+    """The number of the class that a label names, or tells by number."""
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
     if not classes:
-        fail(f"{class_label=}: this model was trained without classes")
-    near = nearest(class_label, classes)
-    fail(f"{class_label=} is no class of this run: try {near}, or a number from 0 to {len(classes) - 1}")
+        fail(f"class_label={label!r}: this model was trained without classes")
+    near = nearest(label, classes)
+    fail(
+        f"class_label={label!r} is no class of this run: try {near}, or a number from 0 to {len(classes) - 1}"
+    )
 
 
-def read_prompts(run):
-    """What to draw: the prompt, each line of a file of them, or what the run has drawn at its evaluations."""
-    if not prompt.strip():
-        return run["prompts"]
-    lines = read_prompt().splitlines() if prompt.startswith("FILE:") else [prompt]
-    return [line.strip() for line in lines if line.strip()] or fail(f"{prompt[5:]} holds no prompt")
+def load_decoder(run, trainer, model, device):
+    """-> what makes pictures of latents, or None"""
+    if hasattr(model, "pipe"):
+        decoder = getattr(model.pipe, "vae", None)
+    else:
+        decoder = trainer.load_autoencoder(run["settings"]["vae"]) if run["settings"]["vae"] else None
+    return decoder and decoder.to(device)
 
 
-def draw(run, trainer, model, device):
-    """Write a grid of pictures to `output`."""
+def draw(run, trainer, model, decoder, *, prompts, negative_prompt, class_label, num_samples, seed, **how):
+    """
+    Yield pictures (B, C, H, W) in [-1, 1], as many at once as the memory allows: num_samples of each prompt,
+    of a class, or of all classes in turn. how: steps, guidance, sampler
+    """
     classes, process, trained = run["classes"], trainer.Process(**run["process"]), run["settings"]
-    if merge or chat:
-        fail(f"{out_dir} holds a diffusion model: it draws, without --chat and --merge")
-    if lora_scale != 1 and not trained.get("adapter"):
-        fail(f"{lora_scale=}: {out_dir} has no LoRA adapter, the whole model was trained")
-    prompts = read_prompts(run) if "prompts" in run else []
-    if not prompts and (prompt.strip() or negative_prompt):
-        fail(f"{out_dir} draws without prompts: leave out --prompt and --negative_prompt")
+    prompts, device = prompts or run.get("prompts", []), device_of(model)
+    if prompts and "prompts" not in run or negative_prompt and not prompts:
+        fail(f"{out_dir} draws without prompts: leave out prompt and negative_prompt")
     kinds = 1 if class_label else len(classes or prompts)
     n = num_samples * max(1, len(prompts)) or kinds or 16
-    y = [find_class(classes)] * n if class_label else [i % kinds if kinds else -1 for i in range(n)]
-    scale = guidance or (trained["guidance"] if classes or prompts else 1.0)
+    y = (
+        [find_class(class_label, classes)] * n
+        if class_label
+        else [i % kinds if kinds else -1 for i in range(n)]
+    )
+    scale = how["guidance"] = how["guidance"] or (trained["guidance"] if classes or prompts else 1.0)
     if scale != 1 and not prompts and not (classes and trained["label_dropout"]):
         lacks = "label_dropout=0, so it does not know pictures without a class" if classes else "no classes"
-        fail(f"{guidance=} cannot be had: this model was trained with {lacks}; use --guidance=1")
+        fail(f"guidance={scale} cannot be had: this model was trained with {lacks}; use guidance=1")
     if negative_prompt and scale == 1:
         fail(f"{negative_prompt=} needs a guidance above 1, which leads away from it")
-    if sampler and sampler not in process.samplers:
-        fail(f"{sampler=} does not fit this model ({process.objective}): use {' or '.join(process.samplers)}")
-    if not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
-        fail(f"{output=} must be a .png in a folder that exists")
-    autoencoder, y = trainer.load_autoencoder(trained["vae"]) if trained["vae"] else None, torch.tensor(y)
+    how["sampler"] = how["sampler"] or trained["sampler"] or process.samplers[0]
+    if how["sampler"] not in process.samplers:
+        fits = " or ".join(process.samplers)
+        fail(f"sampler={how['sampler']!r} does not fit this model ({process.objective}): use {fits}")
+    how["steps"] = how["steps"] or trained["sample_steps"]
+    say(f"{out_dir} on {device}, seed {seed}, {how}")
+    y = torch.tensor(y)
     if hasattr(model, "pipe"):
-        y, autoencoder = trainer.whole_pictures(y, trained["image_size"]), getattr(model.pipe, "vae", None)
+        y = trainer.whole_pictures(y, trained["image_size"])
     if prompts:
         model.captions = trainer.encode_captions(model.pipe, prompts, device, negative_prompt or None)
-    if autoencoder is not None:
-        autoencoder.to(device)
     size = (model.shape.channels, model.shape.size, model.shape.size)
-    how = {"steps": steps or trained["sample_steps"], "guidance": scale}
-    how["sampler"] = sampler or trained["sampler"] or process.samplers[0]
-    say(f"{out_dir} on {device}, seed {seed}, {how}")
-    how["at_once"] = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
-    seeds = range(seed, seed + n)
+    at_once = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
     answer = torch.autocast(device, torch.bfloat16, enabled=computes_in_bf16(run, device))(model.forward)
-    pictures = trainer.draw_pictures(answer, process, size, y.to(device), seeds, autoencoder, **how)
+    for i in range(0, n, at_once):
+        some, seeds = y[i : i + at_once].to(device), range(seed + i, seed + min(n, i + at_once))
+        yield trainer.draw_pictures(answer, process, size, some, seeds, decoder, **how)
+
+
+def draw_grid(run, trainer, model, decoder, how):
+    """Write a grid of pictures to `output`."""
+    prompts = []
+    if prompt.strip():
+        lines = read_prompt().splitlines() if prompt.startswith("FILE:") else [prompt]
+        prompts = [line.strip() for line in lines if line.strip()] or fail(f"{prompt[5:]} holds no prompt")
+    if not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
+        fail(f"{output=} must be a .png in a folder that exists")
+    pictures = torch.cat(
+        [*draw(run, trainer, model, decoder, prompts=prompts, class_label=class_label, **how)]
+    )
     try:
         trainer.make_grid(pictures).save(output)
     except OSError as error:
         fail(f"cannot write the grid to {output=}: {error}")
-    say(f"{n} pictures: {output}")
+    say(f"{len(pictures)} pictures: {output}")
+
+
+# -----------------------------------------------------------------------------
+# Demo in a browser
+# -----------------------------------------------------------------------------
+
+
+LIMITS = {  # least and most that a visitor may ask for, and the step of the slider
+    "max_new_tokens": (1, 2000, 1),
+    "temperature": (0, 3, 0.05),
+    "top_k": (0, 1000, 1),
+    "top_p": (0, 1, 0.01),
+    "num_samples": (1, 64, 1),
+    "steps": (1, 250, 1),
+    "guidance": (1, 20, 0.1),
+    "seed": (0, 2**32, 1),
+}
+LETTERS = 20_000  # of a prompt, at most
+WAITING = 32  # visitors in the queue, at most; the model answers one after the other
+
+
+def legal(name, value):
+    """What a visitor sent, by a browser or a script, as a value of the setting `name`; fails if it is none."""
+    default = globals()[name]
+    if type(value) is float and type(default) is int and value.is_integer():
+        value = int(value)
+    value = checked(name, value, default, "demo")
+    if name in LIMITS:
+        check_legal(name, value, "({}..{})".format(*LIMITS[name]))
+    elif len(value) > LETTERS:
+        fail(f"{name} has {len(value):,} characters: at most {LETTERS:,}")
+    return value
+
+
+@contextlib.contextmanager
+def toasts():
+    """Within, what would end the program is shown in the visitor's browser, and the server goes on."""
+    import gradio as gr
+
+    try:
+        yield
+    except SystemExit as end:
+        # escaped: it quotes what was sent, and is shown as HTML
+        raise gr.Error(html.escape(str(end.__cause__), quote=False), print_exception=False) from None
+
+
+def control(name, value=None, **options):
+    """The slider or box for a setting: its value, and what its comment at the top says of it."""
+    import gradio as gr
+
+    value = legal(name, globals()[name] if value is None else value)
+    # neither the range, which the slider shows, nor what a 0 means, which it has not
+    info = re.sub(r"(; 0: as the run has it)?( \(\S*\.\.\S*\))?$", "", comments(globals())[name])
+    options = {"label": name, "info": info} | options
+    if name == "seed":
+        return gr.Number(value, precision=0, **options)
+    if name not in LIMITS:
+        return gr.Textbox(value, **options)
+    least, most, step = LIMITS[name]
+    return gr.Slider(least, most, value, step=step, **options)
+
+
+def grow(pieces, text=""):
+    """Yield the text so far, some twenty times a second, and when it is whole."""
+    shown = time.monotonic()
+    for piece in pieces:
+        text += piece
+        if time.monotonic() - shown > 0.05:
+            yield text
+            shown = time.monotonic()
+    yield text
+
+
+def text_page(model, tok, limit):
+    """A prompt and its continuation, or with --chat=True a conversation."""
+    import gradio as gr
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
+    def write(prompt, max_new_tokens, temperature, top_k, top_p, seed, messages=()):
+        with toasts():
+            values = (max_new_tokens, temperature, top_k, top_p, seed)
+            how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
+            text = legal("prompt", prompt)
+            if not chat:
+                text = text or "\n"
+                ids = prompt_ids(model, tok, limit, text)
+                yield from grow(continuation(model, tok, ids, limit, **how), text)
+                return
+            messages = [*messages, {"role": "user", "content": text.strip() or fail("say something first")}]
+            recent = list(messages)  # all are shown, but not all may fit
+            ids = conversation_ids(tok, limit, recent)
+            if limit and len(ids) >= limit:
+                fail(f"these are {len(ids)} tokens; the model takes fewer than {limit}")
+            how["seed"] += len(recent)
+            for text in grow(continuation(model, tok, ids, limit, **how)):
+                so_far = [*messages, {"role": "assistant", "content": text.strip()}]
+                yield so_far, so_far, ""
+
+    text = "" if prompt == "\n" else read_prompt()
+    if chat:
+        shown, messages = gr.Chatbot(label=out_dir, height=480, render_markdown=False), gr.State([])
+        box = gr.Textbox(text, show_label=False, placeholder="Say something", lines=1, max_lines=8)
+    else:
+        box = gr.Textbox(text, label="prompt", placeholder="The text to go on from", lines=3, max_lines=12)
+        shown = gr.Textbox(label="text", lines=14, max_lines=24, buttons=["copy"])
+    with gr.Row():
+        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+        again = gr.Button("New conversation", visible=chat)
+    controls = [control(name) for name in names]
+    inputs, outputs = [box, *controls], [shown]
+    if chat:
+        inputs, outputs = [*inputs, messages], [shown, messages, box]
+        again.click(lambda: ([], []), None, outputs[:2], api_visibility="private")
+    # without preprocessing: legal() sees what came, whatever it is
+    event = gr.on([start.click, box.submit], write, inputs, outputs, preprocess=False, api_name="generate")
+    stop.click(None, cancels=[event], api_visibility="private")
+
+
+def picture_page(run, trainer, model, decoder):
+    """Pictures of a class, by a prompt, or as they come."""
+    import gradio as gr
+
+    names = ("prompt", "negative_prompt", "class_label", "num_samples")
+    names += ("steps", "sampler", "guidance", "seed")
+    trained, classes, captioned = run["settings"], run["classes"], "prompts" in run
+    samplers = list(trainer.Process(**run["process"]).samplers)
+    guided = captioned or (classes and trained["label_dropout"])
+
+    def paint(prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed):
+        with toasts():
+            values = (prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed)
+            how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
+            prompts = [text] if (text := how.pop("prompt").strip()) else []
+            drawn = []
+            for pictures in draw(run, trainer, model, decoder, prompts=prompts, **how):
+                drawn += [trainer.make_grid(picture[None]) for picture in pictures]
+                yield drawn
+
+    gallery = gr.Gallery(label=out_dir, columns=6, height=480, object_fit="contain", format="png")
+    with gr.Row():
+        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+    shown = {"visible": captioned}
+    text = read_prompt() if prompt.strip() else run["prompts"][0] if captioned else ""
+    box = control("prompt", text, **shown)
+    negative = control("negative_prompt", **shown)
+    options = {"label": "class_label", "choices": [("of each", ""), *classes], "visible": bool(classes)}
+    label = gr.Dropdown(value=class_label and classes[find_class(class_label, classes)], **options)
+    count = control("num_samples", num_samples or 8, info="pictures, of the classes in turn if of each")
+    fine = control("steps", steps or trained["sample_steps"])
+    by = gr.Dropdown(samplers, value=sampler or trained["sampler"] or samplers[0], label="sampler")
+    scale = guidance or (trained["guidance"] if guided else 1.0)
+    how_much = control("guidance", scale, visible=bool(guided))
+    inputs = [box, negative, label, count, fine, by, how_much, control("seed")]
+    event = gr.on([start.click, box.submit], paint, inputs, gallery, preprocess=False, api_name="generate")
+    stop.click(None, cancels=[event], api_visibility="private")
+
+
+def loss_curve(path):
+    """-> train and validation loss by step, from a metrics.jsonl: of each some 500 points at most"""
+    import pandas as pd
+
+    curves = {"train/loss": [], "val/loss": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line while it is written
+            row = json.loads(line)
+            for name, points in curves.items():
+                if math.isfinite(row.get(name) or math.nan):
+                    points.append((row["step"], row[name], name))
+    thin = [points[i] for points in curves.values() for i in range(0, len(points), len(points) // 500 + 1)]
+    return pd.DataFrame(thin, columns=["step", "loss", "curve"])
+
+
+def open_demo(run_dir, build, *parts):
+    """Serve a page until Ctrl-C: what `build` puts there, and beside it the run's loss and settings."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would report itself
+    import gradio as gr
+
+    about = [run_dir / name for name in ("run.json", "config.json", "adapter_config.json")]
+    about = json.loads(next(path for path in about if path.exists()).read_text(encoding="utf-8"))
+    metrics = run_dir / "metrics.jsonl"
+    with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page, gr.Row():
+        with gr.Column(scale=3):
+            build(*parts)
+        with gr.Column(scale=2):
+            if metrics.exists():
+                plot = gr.LinePlot(loss_curve(metrics), "step", "loss", color="curve", height=300)
+                quiet = {"show_progress": "hidden", "api_visibility": "private"}
+                gr.Timer(5).tick(lambda: loss_curve(metrics), None, plot, **quiet)
+            with gr.Accordion("settings", open=False):
+                gr.JSON(about.get("settings", about), show_label=False)
+    plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # not from Google
+    how = {"quiet": True, "prevent_thread_lock": True, "show_error": True, "footer_links": ["api"]}
+    page.queue(max_size=WAITING, default_concurrency_limit=1)
+    try:
+        at = {"server_name": "127.0.0.1", "server_port": port, "share": share}
+        _, local, public = page.launch(**at, **how, theme=plain, run_history=False, ssr_mode=False)
+    except OSError as error:
+        fail(f"{port=} cannot be had: {reason(error)}")
+    say(f"demo: {public or local} (Ctrl-C ends it)")
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 def main():
@@ -403,18 +674,32 @@ def main():
         fail(f"there is no run {out_dir!r}: train one, or name another --out_dir")
     run_dir = folder.parent.parent if (folder / "state.pt").exists() else folder
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    run = None
     if (run_dir / "run.json").exists():
         run, trainer, model = load_run(folder, run_dir, device)
-        if run["kind"] == "diffusion":
-            return draw(run, trainer, model, device)
     elif (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         model = load_plain(folder, device)
     else:
         fail(f"{out_dir} holds neither a run (run.json) nor a model of transformers (config.json)")
-    tok, limit = load_tokenizer(run_dir), positions(model)
+    if run and run["kind"] == "diffusion":
+        if merge or chat:
+            fail(f"{out_dir} holds a diffusion model: it draws, without --chat and --merge")
+        if lora_scale != 1 and not run["settings"].get("adapter"):
+            fail(f"{lora_scale=}: {out_dir} has no LoRA adapter, the whole model was trained")
+        parts = run, trainer, model, load_decoder(run, trainer, model, device)
+        how = {"negative_prompt": negative_prompt, "num_samples": num_samples, "seed": seed}
+        how |= {"steps": steps, "guidance": guidance, "sampler": sampler}
+        return open_demo(run_dir, picture_page, *parts) if demo else draw_grid(*parts, how)
+    tok = load_tokenizer(run_dir)
     if merge:
         return merge_adapter(model, tok)
-    (converse if chat else speak)(model, tok, limit, device)
+    if chat and not tok.chat_template:
+        fail(f"{out_dir} has no chat template: without --chat=True, it goes on from a --prompt")
+    parts = model, tok, positions(model)
+    if demo:
+        return open_demo(run_dir, text_page, *parts)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    (converse if chat else speak)(*parts, how)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ SAMPLER = [
     ("pictures", ["--output={data}/grid.xyz"], "must be a .png"),
     ("pictures", ["--prompt=a cat"], ""),
     ("pictures", ["--negative_prompt=a cat"], ""),
-    ("classless", ["--guidance=2"], "no classes; use --guidance=1"),
+    ("classless", ["--guidance=2"], "no classes; use guidance=1"),
     ("classless", ["--class_label=red"], "without classes"),
     ("unhidden", ["--guidance=2"], "label_dropout=0"),
 ]

@@ -1,0 +1,88 @@
+"""
+The README's pictures that are made from runs, by hand (the curve needs `pip install matplotlib`):
+
+    python tests/figures.py glyphs --run=out/diffusion                        # assets/glyphs.png
+    python tests/figures.py curve --text=input.txt --nanogpt=PATH             # assets/curve.png
+
+glyphs: what a run drew from the same noise as it learned. curve: the validation loss of nanoGPT's setting for laptops
+and of configs/shakespeare_char_cpu.py against the seconds since their commands were given, one after the other.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmark import LAPTOP, ours, prepare_nanogpt, run
+from PIL import Image, ImageDraw, ImageFont
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def glyphs(args):
+    """The first rows of the grids that the run drew at some of its evaluations, one below the other."""
+    grids = sorted((args.run / "samples").glob("*.png"))
+    chosen = sorted({grids[round(i * (len(grids) - 1) / 4)] for i in range(5)})
+    pieces = [Image.open(path).convert("L") for path in chosen]
+    pieces = [
+        grid.crop((0, 0, grid.width, grid.height // 2)).resize((grid.width * 2, grid.height))
+        for grid in pieces
+    ]
+    margin, font = 70, ImageFont.load_default(18)
+    figure = Image.new("L", (margin + pieces[0].width, sum(p.height + 8 for p in pieces) - 8), 255)
+    for i, (path, piece) in enumerate(zip(chosen, pieces)):
+        top = i * (piece.height + 8)
+        step = int(re.search(r"\d+", path.stem)[0])
+        ImageDraw.Draw(figure).text((4, top + piece.height // 2 - 10), f"step {step}", 0, font)
+        figure.paste(piece, (margin, top))
+    figure.save(ASSETS / "glyphs.png")
+
+
+def curve(args):
+    import matplotlib.pyplot as plt
+
+    prepare_nanogpt(args.nanogpt, args.text)
+    config = ["configs/shakespeare_char_cpu.py", f"--dataset={args.text}"]
+    with tempfile.TemporaryDirectory() as folder:
+        ours(folder + "/first", *config, "--max_steps=1", "--eval_batches=1")  # our tokens are ready as well
+        command = [
+            "train.py",
+            "config/train_shakespeare_char.py",
+            *LAPTOP.split(),
+            f"--out_dir={folder}/nanogpt",
+        ]
+        seconds, text, _ = run(sys.executable, *command, cwd=args.nanogpt)
+        times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", text)]
+        losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", text)
+        start = seconds - sum(times)
+        theirs = [(start + sum(times[: int(step)]), float(loss)) for step, loss in losses]
+        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=38", "--eval_batches=40")
+        start = seconds - rows[-1]["time"]
+        mine = [(start + row["time"], row["val/loss"]) for row in rows if "val/loss" in row]
+    for name, points, colour in (("nanoGPT", theirs, "tab:gray"), ("train_lm.py", mine, "tab:blue")):
+        plt.plot(*zip(*points), marker="o", markersize=3, label=name, color=colour)
+        print(name, [(round(x, 1), round(y, 3)) for x, y in points])
+    plt.gcf().set_size_inches(6, 3.2)
+    plt.ylim(1.4, 2.6)
+    plt.xlabel("seconds since the command, two CPU cores")
+    plt.ylabel("validation loss")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(ASSETS / "curve.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figure", choices=["glyphs", "curve"])
+    for name in ("run", "text", "nanogpt"):
+        parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve(strict=True))
+    args = parser.parse_args()
+    {"glyphs": glyphs, "curve": curve}[args.figure](args)
+
+
+if __name__ == "__main__":
+    main()
