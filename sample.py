@@ -515,7 +515,7 @@ def control(name, value=None, **options):
     value = legal(name, globals()[name] if value is None else value)
     # neither the range, which the slider shows, nor what a 0 means, which it has not
     info = re.sub(r"(; 0: as the run has it)?( \(\S*\.\.\S*\))?$", "", comments(globals())[name])
-    options = {"label": name, "info": info} | options
+    options = {"label": name, "info": info, "min_width": 280} | options
     if name == "seed":
         return gr.Number(value, precision=0, **options)
     if name not in LIMITS:
@@ -535,13 +535,33 @@ def grow(pieces, text=""):
     yield text
 
 
+def stop_button():
+    """-> until_pressed(items, request), which goes through items until that visitor presses the button it puts here"""
+    import gradio as gr
+
+    pressed = set()  # the sessions; Gradio's own way, to cancel, shows an error now and then
+
+    def press(request: gr.Request):
+        pressed.add(request.session_hash)
+
+    def until_pressed(items, request):
+        pressed.discard(request.session_hash)
+        for item in items:
+            yield item
+            if request.session_hash in pressed:
+                return
+
+    gr.Button("Stop").click(press, queue=False, api_visibility="private")
+    return until_pressed
+
+
 def text_page(model, tok, limit):
     """A prompt and its continuation, or with --chat=True a conversation."""
     import gradio as gr
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
-    def write(prompt, max_new_tokens, temperature, top_k, top_p, seed, messages=()):
+    def write(prompt, max_new_tokens, temperature, top_k, top_p, seed, request: gr.Request, messages=()):
         with toasts():
             values = (max_new_tokens, temperature, top_k, top_p, seed)
             how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
@@ -549,7 +569,8 @@ def text_page(model, tok, limit):
             if not chat:
                 text = text or "\n"
                 ids = prompt_ids(model, tok, limit, text)
-                yield from grow(continuation(model, tok, ids, limit, **how), text)
+                pieces = until_pressed(continuation(model, tok, ids, limit, **how), request)
+                yield from grow(pieces, text)
                 return
             messages = [*messages, {"role": "user", "content": text.strip() or fail("say something first")}]
             recent = list(messages)  # all are shown, but not all may fit
@@ -557,7 +578,7 @@ def text_page(model, tok, limit):
             if limit and len(ids) >= limit:
                 fail(f"these are {len(ids)} tokens; the model takes fewer than {limit}")
             how["seed"] += len(recent)
-            for text in grow(continuation(model, tok, ids, limit, **how)):
+            for text in grow(until_pressed(continuation(model, tok, ids, limit, **how), request)):
                 so_far = [*messages, {"role": "assistant", "content": text.strip()}]
                 yield so_far, so_far, ""
 
@@ -569,16 +590,16 @@ def text_page(model, tok, limit):
         box = gr.Textbox(text, label="prompt", placeholder="The text to go on from", lines=3, max_lines=12)
         shown = gr.Textbox(label="text", lines=14, max_lines=24, buttons=["copy"])
     with gr.Row():
-        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+        start, until_pressed = gr.Button("Generate", variant="primary"), stop_button()
         again = gr.Button("New conversation", visible=chat)
-    controls = [control(name) for name in names]
+    with gr.Row():
+        controls = [control(name) for name in names]
     inputs, outputs = [box, *controls], [shown]
     if chat:
         inputs, outputs = [*inputs, messages], [shown, messages, box]
         again.click(lambda: ([], []), None, outputs[:2], api_visibility="private")
     # without preprocessing: legal() sees what came, whatever it is
-    event = gr.on([start.click, box.submit], write, inputs, outputs, preprocess=False, api_name="generate")
-    stop.click(None, cancels=[event], api_visibility="private")
+    gr.on([start.click, box.submit], write, inputs, outputs, preprocess=False, api_name="generate")
 
 
 def picture_page(run, trainer, model, decoder):
@@ -591,33 +612,44 @@ def picture_page(run, trainer, model, decoder):
     samplers = list(trainer.Process(**run["process"]).samplers)
     guided = captioned or (classes and trained["label_dropout"])
 
-    def paint(prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed):
+    def paint(
+        prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed, request: gr.Request
+    ):
         with toasts():
             values = (prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed)
             how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
             prompts = [text] if (text := how.pop("prompt").strip()) else []
             drawn = []
-            for pictures in draw(run, trainer, model, decoder, prompts=prompts, **how):
+            for pictures in until_pressed(
+                draw(run, trainer, model, decoder, prompts=prompts, **how), request
+            ):
                 drawn += [trainer.make_grid(picture[None]) for picture in pictures]
                 yield drawn
 
-    gallery = gr.Gallery(label=out_dir, columns=6, height=480, object_fit="contain", format="png")
+    gallery = gr.Gallery(show_label=False, columns=6, height=480, object_fit="contain", format="png")
     with gr.Row():
-        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-    shown = {"visible": captioned}
+        start, until_pressed = gr.Button("Generate", variant="primary"), stop_button()
     text = read_prompt() if prompt.strip() else run["prompts"][0] if captioned else ""
-    box = control("prompt", text, **shown)
-    negative = control("negative_prompt", **shown)
-    options = {"label": "class_label", "choices": [("of each", ""), *classes], "visible": bool(classes)}
-    label = gr.Dropdown(value=class_label and classes[find_class(class_label, classes)], **options)
-    count = control("num_samples", num_samples or 8, info="pictures, of the classes in turn if of each")
-    fine = control("steps", steps or trained["sample_steps"])
-    by = gr.Dropdown(samplers, value=sampler or trained["sampler"] or samplers[0], label="sampler")
-    scale = guidance or (trained["guidance"] if guided else 1.0)
-    how_much = control("guidance", scale, visible=bool(guided))
-    inputs = [box, negative, label, count, fine, by, how_much, control("seed")]
-    event = gr.on([start.click, box.submit], paint, inputs, gallery, preprocess=False, api_name="generate")
-    stop.click(None, cancels=[event], api_visibility="private")
+    box, negative = control("prompt", text, visible=captioned), control("negative_prompt", visible=captioned)
+    with gr.Row():
+        options = {
+            "label": "class_label",
+            "info": "what to draw",
+            "choices": [("of each", ""), *classes],
+            "visible": bool(classes),
+        }
+        value = class_label and classes[find_class(class_label, classes)]
+        label = gr.Dropdown(value=value, min_width=280, **options)
+        count = control("num_samples", num_samples or 8, info="pictures, of the classes in turn if of each")
+        fine = control("steps", steps or trained["sample_steps"])
+        value = sampler or trained["sampler"] or samplers[0]
+        by = gr.Dropdown(
+            samplers, value=value, label="sampler", info="the way from noise to picture", min_width=280
+        )
+        value = guidance or (trained["guidance"] if guided else 1.0)
+        how_much, number = control("guidance", value, visible=bool(guided)), control("seed")
+    inputs = [box, negative, label, count, fine, by, how_much, number]
+    gr.on([start.click, box.submit], paint, inputs, gallery, preprocess=False, api_name="generate")
 
 
 def loss_curve(path):
@@ -643,8 +675,10 @@ def open_demo(run_dir, build, *parts):
     about = [run_dir / name for name in ("run.json", "config.json", "adapter_config.json")]
     about = json.loads(next(path for path in about if path.exists()).read_text(encoding="utf-8"))
     metrics = run_dir / "metrics.jsonl"
+    size = f", {about['parameters']:,} parameters" if "parameters" in about else ""
     with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page, gr.Row():
         with gr.Column(scale=3):
+            gr.Markdown(f"### {out_dir}{size}")
             build(*parts)
         with gr.Column(scale=2):
             if metrics.exists():

@@ -40,15 +40,9 @@ def demo(browser, folder, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "sample.py",
-        f"--out_dir={folder}",
-        "--demo=True",
-        f"--port={port}",
-        *arguments,
-    ]
-    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, ROOT / "sample.py", f"--out_dir=out/{folder.name}", "--demo=True"]
+    command += [f"--port={port}", *arguments]
+    server = subprocess.Popen(command, cwd=folder.parent.parent, stderr=subprocess.PIPE, text=True)
     asked = []
     try:
         url = next(line.split()[1] for line in server.stderr if line.startswith("demo: "))
@@ -81,7 +75,7 @@ def provoke(page, label, value, expected):
 
 def text(browser, folder, screenshots):
     with demo(browser, folder) as page:
-        prompt, shown = page.get_by_label("prompt", exact=True), page.get_by_label("text", exact=True)
+        prompt, shown = page.locator("textarea").first, page.locator("textarea").nth(1)
         provoke(page, "prompt", "x = 1\n" * 1000, "the prompt has")
         page.screenshot(path=screenshots / "toast.png")
         page.get_by_test_id("toast-close").click()
@@ -102,6 +96,7 @@ def text(browser, folder, screenshots):
         stopped = shown.input_value()
         page.wait_for_timeout(1500)
         check(f"stopped after {len(stopped)} characters", stopped == shown.input_value() != whole)
+        check("without an error", page.get_by_text("Error", exact=True).count() == 0)
         plot = page.locator("canvas, svg.marks").first
         before = plot.screenshot()
         with (folder / "metrics.jsonl").open("a") as metrics:
@@ -148,7 +143,7 @@ def main():
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
         for scene, run in ((text, args.lm), (pictures, args.diffusion)):
-            copy = Path(folder, run.name)  # the curve is written on
+            copy = Path(folder, "out", run.name)  # the curve is written on
             shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
             scene(browser, copy, args.screenshots)
         browser.close()

@@ -1,7 +1,7 @@
 """
 The README's pictures that are made from runs, by hand (the curve needs `pip install matplotlib`):
 
-    python tests/figures.py glyphs --run=out/diffusion                        # assets/glyphs.png
+    python tests/figures.py glyphs --run=out/glyphs                           # assets/glyphs.png
     python tests/figures.py curve --text=input.txt --nanogpt=PATH             # assets/curve.png
 
 glyphs: what a run drew from the same noise as it learned. curve: the validation loss of nanoGPT's setting for laptops
@@ -21,21 +21,16 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def glyphs(args):
-    """The first rows of the grids that the run drew at some of its evaluations, one below the other."""
+    """Five of the grids that the run drew at its evaluations, side by side."""
     grids = sorted((args.run / "samples").glob("*.png"))
-    chosen = sorted({grids[round(i * (len(grids) - 1) / 4)] for i in range(5)})
+    chosen = [grids[round(part * (len(grids) - 1))] for part in (0, 0.1, 0.2, 0.5, 1)]
     pieces = [Image.open(path).convert("L") for path in chosen]
-    pieces = [
-        grid.crop((0, 0, grid.width, grid.height // 2)).resize((grid.width * 2, grid.height))
-        for grid in pieces
-    ]
-    margin, font = 70, ImageFont.load_default(18)
-    figure = Image.new("L", (margin + pieces[0].width, sum(p.height + 8 for p in pieces) - 8), 255)
+    side, gap, font = 2 * pieces[0].width, 12, ImageFont.load_default(16)
+    figure = Image.new("L", (len(pieces) * (side + gap) - gap, side + 24), 255)
     for i, (path, piece) in enumerate(zip(chosen, pieces)):
-        top = i * (piece.height + 8)
-        step = int(re.search(r"\d+", path.stem)[0])
-        ImageDraw.Draw(figure).text((4, top + piece.height // 2 - 10), f"step {step}", 0, font)
-        figure.paste(piece, (margin, top))
+        left, step = i * (side + gap), int(re.search(r"\d+", path.stem)[0])
+        ImageDraw.Draw(figure).text((left, 0), f"step {step}", 0, font)
+        figure.paste(piece.resize((side, side), Image.Resampling.NEAREST), (left, 24))
     figure.save(ASSETS / "glyphs.png")
 
 
