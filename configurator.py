@@ -21,7 +21,7 @@ def fail(message):
     """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a launch fail together: one speaks
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2) from ValueError(message)
+    raise SystemExit(2) from ValueError(message)  # the demo goes on, and shows it
 
 
 def reason(error):
@@ -49,7 +49,7 @@ def checked(name, value, default, source):
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not kind:
-        got = repr(value) if isinstance(value, str) else value
+        got = (repr(value) if isinstance(value, str) else str(value))[:100]
         fail(f"{source}: {name} must be of type {kind.__name__}, like {default!r}, not {got}")
     if (kind is float and not math.isfinite(value)) or (kind is int and abs(value) >= 2**63):
         fail(f"{source}: {name} is out of range: {value}")

@@ -16,6 +16,7 @@ language model of transformers, or an adapter of peft, works as well. A diffusio
 
 import ast
 import contextlib
+import functools
 import html
 import importlib.util
 import itertools
@@ -239,6 +240,8 @@ def positions(model):
 
 def continuation(model, tok, ids, limit, seed, max_new_tokens, **how):
     """Yield the text that follows `ids` in pieces, a character of several tokens with the last of them."""
+    if how["temperature"] < 1e-3:  # dividing by it would overflow
+        how["temperature"] = 0.0
     if hasattr(model, "config"):
         yield from pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how)
         return
@@ -272,7 +275,8 @@ def pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how)
             model.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)
         except Exception as error:  # is raised where the text is waited for
             errors.append(error)
-        streamer.end()
+        finally:
+            streamer.on_finalized_text("", stream_end=True)  # end() would decode, and may fail, again
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
@@ -386,7 +390,7 @@ def find_class(label, classes):
     """The number of the class that a label names, or tells by number."""
     if label in classes:
         return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
+    if label.isdecimal() and len(label) < 10 and int(label) < len(classes):
         return int(label)
     if not classes:
         fail(f"class_label={label!r}: this model was trained without classes")
@@ -396,19 +400,10 @@ def find_class(label, classes):
     )
 
 
-def load_decoder(run, trainer, model, device):
-    """-> what makes pictures of latents, or None"""
-    if hasattr(model, "pipe"):
-        decoder = getattr(model.pipe, "vae", None)
-    else:
-        decoder = trainer.load_autoencoder(run["settings"]["vae"]) if run["settings"]["vae"] else None
-    return decoder and decoder.to(device)
-
-
-def draw(run, trainer, model, decoder, *, prompts, negative_prompt, class_label, num_samples, seed, **how):
+def draw(run, trainer, model, prompts, negative_prompt, class_label, num_samples, seed, at_most=2**31, **how):
     """
-    Yield pictures (B, C, H, W) in [-1, 1], as many at once as the memory allows: num_samples of each prompt,
-    of a class, or of all classes in turn. how: steps, guidance, sampler
+    Yield pictures (B, C, H, W) in [-1, 1], as many at once as the memory allows and at_most says: num_samples
+    of each prompt, of a class, or of all classes in turn. how: steps, guidance, sampler
     """
     classes, process, trained = run["classes"], trainer.Process(**run["process"]), run["settings"]
     prompts, device = prompts or run.get("prompts", []), device_of(model)
@@ -433,20 +428,23 @@ def draw(run, trainer, model, decoder, *, prompts, negative_prompt, class_label,
         fail(f"sampler={how['sampler']!r} does not fit this model ({process.objective}): use {fits}")
     how["steps"] = how["steps"] or trained["sample_steps"]
     say(f"{out_dir} on {device}, seed {seed}, {how}")
-    y = torch.tensor(y)
+    decoder, y = trainer.load_autoencoder(trained["vae"]) if trained["vae"] else None, torch.tensor(y)
     if hasattr(model, "pipe"):
-        y = trainer.whole_pictures(y, trained["image_size"])
+        y, decoder = trainer.whole_pictures(y, trained["image_size"]), getattr(model.pipe, "vae", None)
     if prompts:
         model.captions = trainer.encode_captions(model.pipe, prompts, device, negative_prompt or None)
     size = (model.shape.channels, model.shape.size, model.shape.size)
+    if decoder is not None:
+        decoder.to(device)
     at_once = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
+    at_once = how["at_once"] = min(at_once, at_most)
     answer = torch.autocast(device, torch.bfloat16, enabled=computes_in_bf16(run, device))(model.forward)
     for i in range(0, n, at_once):
         some, seeds = y[i : i + at_once].to(device), range(seed + i, seed + min(n, i + at_once))
         yield trainer.draw_pictures(answer, process, size, some, seeds, decoder, **how)
 
 
-def draw_grid(run, trainer, model, decoder, how):
+def draw_grid(run, trainer, model, how):
     """Write a grid of pictures to `output`."""
     prompts = []
     if prompt.strip():
@@ -454,9 +452,7 @@ def draw_grid(run, trainer, model, decoder, how):
         prompts = [line.strip() for line in lines if line.strip()] or fail(f"{prompt[5:]} holds no prompt")
     if not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
         fail(f"{output=} must be a .png in a folder that exists")
-    pictures = torch.cat(
-        [*draw(run, trainer, model, decoder, prompts=prompts, class_label=class_label, **how)]
-    )
+    pictures = torch.cat([*draw(run, trainer, model, prompts, class_label=class_label, **how)])
     try:
         trainer.make_grid(pictures).save(output)
     except OSError as error:
@@ -480,7 +476,8 @@ LIMITS = {  # least and most that a visitor may ask for, and the step of the sli
     "seed": (0, 2**32, 1),
 }
 LETTERS = 20_000  # of a prompt, at most
-WAITING = 32  # visitors in the queue, at most; the model answers one after the other
+WAITING = 32  # visitors in the queue, at most
+BUSY = threading.Lock()  # the model answers one after the other
 
 
 def legal(name, value):
@@ -491,8 +488,8 @@ def legal(name, value):
     value = checked(name, value, default, "demo")
     if name in LIMITS:
         check_legal(name, value, "({}..{})".format(*LIMITS[name]))
-    elif len(value) > LETTERS:
-        fail(f"{name} has {len(value):,} characters: at most {LETTERS:,}")
+    elif len(value) > (most := LETTERS if name.endswith("prompt") else 200):
+        fail(f"{name} has {len(value):,} characters: at most {most:,}")
     return value
 
 
@@ -505,7 +502,8 @@ def toasts():
         yield
     except SystemExit as end:
         # escaped: it quotes what was sent, and is shown as HTML
-        raise gr.Error(html.escape(str(end.__cause__), quote=False), print_exception=False) from None
+        message = html.escape(str(end.__cause__)[:300], quote=False)
+        raise gr.Error(message, print_exception=False) from None
 
 
 def control(name, value=None, **options):
@@ -535,24 +533,27 @@ def grow(pieces, text=""):
     yield text
 
 
-def stop_button():
-    """-> until_pressed(items, request), which goes through items until that visitor presses the button it puts here"""
+def until_pressed(items, pressed):
+    """Go through items until `pressed` holds something; one visitor at a time, also where another was cancelled."""
+    with BUSY, contextlib.closing(items):
+        for item in items:
+            if pressed:
+                break
+            yield item
+    pressed.clear()
+
+
+def connect(box, start, stop, fn, inputs, outputs):
+    """Let a button and Enter call fn, the endpoint of the page; its last argument is a list that Stop fills."""
     import gradio as gr
 
-    pressed = set()  # the sessions; Gradio's own way, to cancel, shows an error now and then
-
-    def press(request: gr.Request):
-        pressed.add(request.session_hash)
-
-    def until_pressed(items, request):
-        pressed.discard(request.session_hash)
-        for item in items:
-            yield item
-            if request.session_hash in pressed:
-                return
-
-    gr.Button("Stop").click(press, queue=False, api_visibility="private")
-    return until_pressed
+    pressed = gr.State([])  # of each visitor; Gradio's own way to stop, cancels=, shows an error now and then
+    at_once = {"queue": False, "api_visibility": "private"}
+    stop.click(lambda pressed: pressed.append(True), pressed, None, **at_once)
+    started = gr.on([start.click, box.submit], lambda pressed: pressed.clear(), pressed, None, **at_once)
+    # without preprocessing: legal() sees what came, whatever it is
+    how = {"preprocess": False, "api_name": "generate", "concurrency_id": "model"}
+    started.then(fn, [*inputs, pressed], outputs, **how)
 
 
 def text_page(model, tok, limit):
@@ -561,7 +562,7 @@ def text_page(model, tok, limit):
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
-    def write(prompt, max_new_tokens, temperature, top_k, top_p, seed, request: gr.Request, messages=()):
+    def write(prompt, max_new_tokens, temperature, top_k, top_p, seed, messages, pressed):
         with toasts():
             values = (max_new_tokens, temperature, top_k, top_p, seed)
             how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
@@ -569,40 +570,38 @@ def text_page(model, tok, limit):
             if not chat:
                 text = text or "\n"
                 ids = prompt_ids(model, tok, limit, text)
-                pieces = until_pressed(continuation(model, tok, ids, limit, **how), request)
-                yield from grow(pieces, text)
+                yield from grow(until_pressed(continuation(model, tok, ids, limit, **how), pressed), text)
                 return
             messages = [*messages, {"role": "user", "content": text.strip() or fail("say something first")}]
-            recent = list(messages)  # all are shown, but not all may fit
-            ids = conversation_ids(tok, limit, recent)
+            ids = conversation_ids(tok, limit, messages)
             if limit and len(ids) >= limit:
                 fail(f"these are {len(ids)} tokens; the model takes fewer than {limit}")
-            how["seed"] += len(recent)
-            for text in grow(until_pressed(continuation(model, tok, ids, limit, **how), request)):
+            how["seed"] += len(messages)
+            for text in grow(until_pressed(continuation(model, tok, ids, limit, **how), pressed)):
                 so_far = [*messages, {"role": "assistant", "content": text.strip()}]
-                yield so_far, so_far, ""
+                # a plain string would lose its indentation
+                shown = [m | {"content": {"type": "text", "text": m["content"]}} for m in so_far]
+                yield shown, so_far, ""
 
-    text = "" if prompt == "\n" else read_prompt()
+    text, messages = "" if prompt == "\n" else read_prompt(), gr.State([])
     if chat:
-        shown, messages = gr.Chatbot(label=out_dir, height=480, render_markdown=False), gr.State([])
+        shown = gr.Chatbot(label=out_dir, height=480, render_markdown=False)
         box = gr.Textbox(text, show_label=False, placeholder="Say something", lines=1, max_lines=8)
     else:
         box = gr.Textbox(text, label="prompt", placeholder="The text to go on from", lines=3, max_lines=12)
         shown = gr.Textbox(label="text", lines=14, max_lines=24, buttons=["copy"])
     with gr.Row():
-        start, until_pressed = gr.Button("Generate", variant="primary"), stop_button()
+        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
         again = gr.Button("New conversation", visible=chat)
     with gr.Row():
         controls = [control(name) for name in names]
-    inputs, outputs = [box, *controls], [shown]
-    if chat:
-        inputs, outputs = [*inputs, messages], [shown, messages, box]
-        again.click(lambda: ([], []), None, outputs[:2], api_visibility="private")
-    # without preprocessing: legal() sees what came, whatever it is
-    gr.on([start.click, box.submit], write, inputs, outputs, preprocess=False, api_name="generate")
+    outputs = [shown, messages, box] if chat else [shown]
+    how = {"api_visibility": "private", "concurrency_id": "model"}  # after the answer that is being given
+    again.click(lambda: ([], []), None, [shown, messages], **how)
+    connect(box, start, stop, write, [box, *controls, messages], outputs)
 
 
-def picture_page(run, trainer, model, decoder):
+def picture_page(run, trainer, model):
     """Pictures of a class, by a prompt, or as they come."""
     import gradio as gr
 
@@ -611,49 +610,42 @@ def picture_page(run, trainer, model, decoder):
     trained, classes, captioned = run["settings"], run["classes"], "prompts" in run
     samplers = list(trainer.Process(**run["process"]).samplers)
     guided = captioned or (classes and trained["label_dropout"])
+    trainer.load_autoencoder = functools.cache(trainer.load_autoencoder)  # once, not for each visitor
 
-    def paint(
-        prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed, request: gr.Request
-    ):
+    def paint(prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed, pressed):
         with toasts():
             values = (prompt, negative_prompt, class_label, num_samples, steps, sampler, guidance, seed)
             how = {name: legal(name, value) for name, value in zip(names, values, strict=True)}
-            prompts = [text] if (text := how.pop("prompt").strip()) else []
-            drawn = []
-            for pictures in until_pressed(
-                draw(run, trainer, model, decoder, prompts=prompts, **how), request
-            ):
+            text = how.pop("prompt").strip() or (run["prompts"][0] if captioned else "")
+            how["prompts"], drawn = [text] if text else [], []
+            for pictures in until_pressed(draw(run, trainer, model, at_most=8, **how), pressed):
                 drawn += [trainer.make_grid(picture[None]) for picture in pictures]
                 yield drawn
 
     gallery = gr.Gallery(show_label=False, columns=6, height=480, object_fit="contain", format="png")
     with gr.Row():
-        start, until_pressed = gr.Button("Generate", variant="primary"), stop_button()
+        start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
     text = read_prompt() if prompt.strip() else run["prompts"][0] if captioned else ""
-    box, negative = control("prompt", text, visible=captioned), control("negative_prompt", visible=captioned)
+    box = control("prompt", text, visible=captioned, info="what to draw")
+    negative = control("negative_prompt", visible=captioned)
     with gr.Row():
-        options = {
-            "label": "class_label",
-            "info": "what to draw",
-            "choices": [("of each", ""), *classes],
-            "visible": bool(classes),
-        }
-        value = class_label and classes[find_class(class_label, classes)]
-        label = gr.Dropdown(value=value, min_width=280, **options)
+        value, info = class_label and classes[find_class(class_label, classes)], "what to draw"
+        choices, how = [("of each", ""), *classes], {"visible": bool(classes), "min_width": 280}
+        label = gr.Dropdown(choices, value=value, label="class_label", info=info, **how)
         count = control("num_samples", num_samples or 8, info="pictures, of the classes in turn if of each")
-        fine = control("steps", steps or trained["sample_steps"])
-        value = sampler or trained["sampler"] or samplers[0]
-        by = gr.Dropdown(
-            samplers, value=value, label="sampler", info="the way from noise to picture", min_width=280
-        )
-        value = guidance or (trained["guidance"] if guided else 1.0)
+        # what the run has may be more than a visitor may ask for
+        fine = control("steps", steps or min(trained["sample_steps"], LIMITS["steps"][1]))
+        value, info = sampler or trained["sampler"] or samplers[0], "the way from noise to picture"
+        by = gr.Dropdown(samplers, value=value, label="sampler", info=info, min_width=280)
+        value = guidance or (min(max(trained["guidance"], 1.0), 20.0) if guided else 1.0)
         how_much, number = control("guidance", value, visible=bool(guided)), control("seed")
     inputs = [box, negative, label, count, fine, by, how_much, number]
-    gr.on([start.click, box.submit], paint, inputs, gallery, preprocess=False, api_name="generate")
+    connect(box, start, stop, paint, inputs, gallery)
 
 
-def loss_curve(path):
-    """-> train and validation loss by step, from a metrics.jsonl: of each some 500 points at most"""
+@functools.lru_cache(1)
+def loss_curve(path, size):
+    """-> train and validation loss by step, from a metrics.jsonl of that size: of each at most some 500 points"""
     import pandas as pd
 
     curves = {"train/loss": [], "val/loss": []}
@@ -661,7 +653,7 @@ def loss_curve(path):
         with contextlib.suppress(ValueError):  # the last line while it is written
             row = json.loads(line)
             for name, points in curves.items():
-                if math.isfinite(row.get(name) or math.nan):
+                if math.isfinite(row.get(name, math.nan)):
                     points.append((row["step"], row[name], name))
     thin = [points[i] for points in curves.values() for i in range(0, len(points), len(points) // 500 + 1)]
     return pd.DataFrame(thin, columns=["step", "loss", "curve"])
@@ -670,11 +662,17 @@ def loss_curve(path):
 def open_demo(run_dir, build, *parts):
     """Serve a page until Ctrl-C: what `build` puts there, and beside it the run's loss and settings."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would report itself
+    direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    os.environ["no_proxy"] = f"{direct},127.0.0.1"  # Gradio looks at its own page first
     import gradio as gr
 
     about = [run_dir / name for name in ("run.json", "config.json", "adapter_config.json")]
     about = json.loads(next(path for path in about if path.exists()).read_text(encoding="utf-8"))
     metrics = run_dir / "metrics.jsonl"
+
+    def curve():
+        return loss_curve(metrics, metrics.stat().st_size)
+
     size = f", {about['parameters']:,} parameters" if "parameters" in about else ""
     with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page, gr.Row():
         with gr.Column(scale=3):
@@ -682,22 +680,29 @@ def open_demo(run_dir, build, *parts):
             build(*parts)
         with gr.Column(scale=2):
             if metrics.exists():
-                plot = gr.LinePlot(loss_curve(metrics), "step", "loss", color="curve", height=300)
-                quiet = {"show_progress": "hidden", "api_visibility": "private"}
-                gr.Timer(5).tick(lambda: loss_curve(metrics), None, plot, **quiet)
+                plot = gr.LinePlot(curve(), "step", "loss", color="curve", height=300)
+                quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+                gr.Timer(5).tick(curve, None, plot, **quiet)
             with gr.Accordion("settings", open=False):
                 gr.JSON(about.get("settings", about), show_label=False)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # not from Google
-    how = {"quiet": True, "prevent_thread_lock": True, "show_error": True, "footer_links": ["api"]}
-    page.queue(max_size=WAITING, default_concurrency_limit=1)
+    how = {
+        "server_name": "127.0.0.1",
+        "server_port": port,
+        "share": share,
+        "max_file_size": 1,
+        "theme": plain,
+    }
+    how |= {"quiet": True, "prevent_thread_lock": True, "show_error": True, "footer_links": ["api"]}
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     try:
-        at = {"server_name": "127.0.0.1", "server_port": port, "share": share}
-        _, local, public = page.launch(**at, **how, theme=plain, run_history=False, ssr_mode=False)
-    except OSError as error:
-        fail(f"{port=} cannot be had: {reason(error)}")
+        _, local, public = page.launch(**how, run_history=False, ssr_mode=False)
+    except Exception as error:  # of many kinds
+        fail(f"the page cannot be served at {port=}: {reason(error)}")
     say(f"demo: {public or local} (Ctrl-C ends it)")
     try:
-        threading.Event().wait()
+        while True:
+            time.sleep(1)
     finally:
         page.close(verbose=False)
 
@@ -720,9 +725,9 @@ def main():
             fail(f"{out_dir} holds a diffusion model: it draws, without --chat and --merge")
         if lora_scale != 1 and not run["settings"].get("adapter"):
             fail(f"{lora_scale=}: {out_dir} has no LoRA adapter, the whole model was trained")
-        parts = run, trainer, model, load_decoder(run, trainer, model, device)
         how = {"negative_prompt": negative_prompt, "num_samples": num_samples, "seed": seed}
         how |= {"steps": steps, "guidance": guidance, "sampler": sampler}
+        parts = run, trainer, model
         return open_demo(run_dir, picture_page, *parts) if demo else draw_grid(*parts, how)
     tok = load_tokenizer(run_dir)
     if merge:

@@ -306,7 +306,7 @@ class GPT(nn.Module):
         n_multiplied = sum(p.numel() for p in self.parameters()) - self.model.embed_tokens.weight.numel()
         return 6 * n_multiplied + 12 * self.shape.n_layer * self.shape.n_embd * T
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, rng=None):
         """
         Yield the next token of each prompt (lists of ids), (B,), until max_new_tokens or all said `eos`.
@@ -354,8 +354,11 @@ def draw(logits, temperature, top_k, top_p, rng):
     if top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses the line stays in
+        outside[:, 0] = False  # and the likeliest always
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
+    mass = logits.softmax(dim=-1).cumsum(dim=-1)
+    u = 1 - torch.rand(len(mass), 1, generator=rng, device=mass.device)  # in (0, 1], so that no 0 is drawn
+    return torch.searchsorted(mass, u * mass[:, -1:])[:, 0]  # multinomial() throws dice for every token: slow
 
 
 # -----------------------------------------------------------------------------

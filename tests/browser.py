@@ -45,7 +45,9 @@ def demo(browser, folder, *arguments):
     server = subprocess.Popen(command, cwd=folder.parent.parent, stderr=subprocess.PIPE, text=True)
     asked = []
     try:
-        url = next(line.split()[1] for line in server.stderr if line.startswith("demo: "))
+        lines = iter(server.stderr.readline, "")
+        url = next((line.split()[1] for line in lines if line.startswith("demo: ")), "")
+        check(f"the demo of {folder.name} is at {url}", url)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)

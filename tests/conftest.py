@@ -185,11 +185,11 @@ def one_core():
         os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
-def start(*arguments, processes=1, cwd=ROOT, **env):
+def start(*arguments, processes=1, cwd=ROOT, stderr=subprocess.PIPE, **env):
     """A real command, running."""
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}) | env
     env = {name: value for name, value in env.items() if value is not None}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": one_core}
+    pipe = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "preexec_fn": one_core}
     return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
 
 

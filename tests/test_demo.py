@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 
+import httpx
 import numpy as np
 import pytest
 from conftest import start, within
@@ -23,25 +24,25 @@ NUMBERS = [None, "", "many", -1, 1e300, 2**70, True, [3], {"a": 1}, -0.5]
 
 
 @contextlib.contextmanager
-def served(*arguments):
+def served(tmp_path, *arguments):
     """-> the address of `sample.py --demo=True` with these arguments; in the end Ctrl-C closes it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = start("sample.py", *arguments, "--demo=True", f"--port={port}")
-    try:
-        for line in process.stderr:
-            if line.startswith("demo: "):
-                break
-        else:
-            raise AssertionError(f"the demo ended with {process.wait()}")
-        yield line.split()[1]
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and '/sample.py"' not in err, err  # no traceback of ours
-    finally:
-        process.kill()
-        process.wait()
+    with open(tmp_path / "log.txt", "w+") as log:
+        process = start("sample.py", *arguments, "--demo=True", f"--port={port}", stderr=log)
+        try:
+            until = time.monotonic() + 120
+            while "demo: " not in (text := (tmp_path / "log.txt").read_text()):
+                assert process.poll() is None and time.monotonic() < until, text
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+            assert '/sample.py"' not in (tmp_path / "log.txt").read_text()  # no traceback of ours
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
@@ -62,10 +63,20 @@ def refusal(visitor, **values):
     return message
 
 
+def press(visitor, name):
+    """What a click on a button of this name does, which is no endpoint."""
+    config = visitor.config
+    button = next(part["id"] for part in config["components"] if part["props"].get("value") == name)
+    events = [d["id"] for d in config["dependencies"] if [button, "click"] in map(list, d["targets"])]
+    for event in events:
+        inputs = next(d["inputs"] for d in config["dependencies"] if d["id"] == event)
+        body = {"data": [None for _ in inputs], "fn_index": event, "session_hash": visitor.session_hash}
+        way = "queue/join" if name == "New conversation" else "run/predict"  # at once, or in its turn
+        httpx.post(f"{visitor.src}gradio_api/{way}", json=body).raise_for_status()
+
+
 def posted(url, body):
     """What the server answers to a request of bytes, in the end."""
-    import httpx
-
     answer = httpx.post(f"{url}gradio_api/call/generate", content=body)
     if answer.status_code != 200:
         return f"error {answer.status_code}"
@@ -81,7 +92,7 @@ def test_text(tmp_path, tiny, client):
     within("train_lm.py", tiny)
     out = tmp_path / "run"
     good = spoken(out, "def ")
-    with served(f"--out_dir={out}") as url:
+    with served(tmp_path, f"--out_dir={out}") as url:
         visitor = client(url)
         assert list(visitor.view_api(return_format="dict", print_info=False)["named_endpoints"]) == [
             "/generate"
@@ -98,6 +109,11 @@ def test_text(tmp_path, tiny, client):
                 assert name in refusal(visitor, prompt="a", **TEXT | {name: value}), (name, value)
         for value in (None, 3, [1], {"text": "a"}, True):
             assert "prompt" in refusal(visitor, prompt=value, **TEXT)
+        refusal(visitor, prompt="a", **TEXT | {"seed": [0] * 100_000})
+        # the ends of what can be, and what is too near to one
+        ends = ({"temperature": 0}, {"temperature": 1e-40}, {"temperature": 3}, {"top_p": 0}, {"top_k": 1000})
+        for end in (*ends, {"seed": 2**32}, {"max_new_tokens": 1}):
+            assert visitor.predict(prompt="a", **TEXT | end, api_name="/generate").startswith("a"), end
         assert "at most 32" in refusal(visitor, prompt="a" * 33, **TEXT)
         assert "at most 20,000" in refusal(visitor, prompt="a" * 3_000_000, **TEXT)
         # what is only strange, and no file of the server is read
@@ -127,13 +143,15 @@ def test_text(tmp_path, tiny, client):
         ]
         alone = [spoken(out, "def ", seed=s) for s in seeds]
         assert [job.result(timeout=60) for job in jobs] == alone and len(set(alone)) == 4
-        # one that takes long is stopped, and the next is served at once
-        long = visitor.submit(prompt="def ", **TEXT | {"max_new_tokens": 2000}, api_name="/generate")
-        while not long.outputs():
-            time.sleep(0.01)
-        long.cancel()
-        assert visitor.predict(prompt="def ", **TEXT, api_name="/generate") == good
-        assert len(long.outputs()[-1]) < 2000
+        # one that takes long is stopped, and the next is served at once; one that is cancelled holds up nobody
+        long = {"prompt": "def ", **TEXT | {"max_new_tokens": 2000}, "api_name": "/generate"}
+        for end in (lambda job: press(visitor, "Stop"), lambda job: job.cancel()):
+            job = visitor.submit(**long)
+            while not job.outputs():
+                time.sleep(0.01)
+            end(job)
+            assert visitor.predict(prompt="def ", **TEXT, api_name="/generate") == good
+            assert len(job.outputs()[-1]) < 2000
         port = int(url.rstrip("/").rsplit(":", 1)[1])
         with pytest.raises(OSError):  # another address of this machine
             socket.create_connection(("127.0.0.2", port), timeout=5)
@@ -149,7 +167,7 @@ def test_a_chat(tmp_path, pretrained, client):
     how = TEXT | {"max_new_tokens": 12, "temperature": 0}
     flags = [f"--{name}={value}" for name, value in how.items()]
     say = [{"prompt": text, **how, "api_name": "/generate"} for text in ("Hello?", "And you?", "Oh.")]
-    with served(f"--out_dir={base}", "--chat=True") as url:
+    with served(tmp_path, f"--out_dir={base}", "--chat=True") as url:
         one, two = client(url), client(url)
         one.predict(**say[0])
         one.predict(**say[1])
@@ -158,14 +176,22 @@ def test_a_chat(tmp_path, pretrained, client):
         assert [m["role"] for m in messages] == ["user", "assistant"] * 3 and len(other) == 2
         assert "say something" in refusal(two, prompt=" \n", **how)
         assert "fewer than 128" in refusal(two, prompt="a b c d " * 100, **how)
-        long = one.submit(**say[0] | {"max_new_tokens": 100})
-        long.cancel()
+        job = one.submit(**say[0] | {"max_new_tokens": 100})
+        while not job.outputs():
+            time.sleep(0.01)
+        press(one, "Stop")
+        assert len(job.result()[0][-1]["content"][0]["text"].split()) < 60
         again, _ = two.predict(**say[0])
         assert [m["role"] for m in again] == ["user", "assistant"] * 2
+        press(two, "New conversation")
+        again, _ = two.predict(**say[1])
+        assert again == other
     lines = "".join(s["prompt"] + "\n" for s in say)
     stdout, _ = within("sample.py", f"--out_dir={base}", "--chat=True", *flags, stdin=lines)
-    text = "".join(m["content"][0]["text"].strip() for m in messages if m["role"] == "assistant")
-    assert "".join(stdout.split()) == "".join(text.split())
+    answers = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
+    assert [line.strip() for line in "\n".join(answers).splitlines()] == [
+        x.strip() for x in stdout.splitlines()
+    ]
     _, err = within("sample.py", f"--out_dir={base}", "--demo=True", "--max_new_tokens=5000", code=2)
     assert "max_new_tokens=5000" in err
 
@@ -178,7 +204,7 @@ def test_pictures(tmp_path, tiny, client):
     within("sample.py", f"--out_dir={out}", f"--output={grid}", *flags)
     tiles = np.asarray(Image.open(grid))
     tiles = [tiles[y : y + 8, x : x + 8] for y, x in ((0, 0), (0, 8), (8, 0))]
-    with served(f"--out_dir={out}") as url:
+    with served(tmp_path, f"--out_dir={out}") as url:
         visitor = client(url)
 
         def drawn(**how):
@@ -190,9 +216,14 @@ def test_pictures(tmp_path, tiny, client):
             for value in NUMBERS:
                 assert name in refusal(visitor, prompt="", **PICTURES | {name: value}), (name, value)
         for name in ("class_label", "sampler", "negative_prompt"):
-            for value in (None, 3, ["red"], "<b>no such thing</b>", "x" * 100_000):
+            for value in (None, 3, ["red"], "<b>no such thing</b>", "x" * 200, "9" * 200, "x" * 100_000):
                 message = refusal(visitor, prompt="", **PICTURES | {name: value})
                 assert name in message and "<b>" not in message
+        job = visitor.submit(prompt="", **PICTURES | {"num_samples": 64, "steps": 250}, api_name="/generate")
+        while not job.outputs():
+            time.sleep(0.01)
+        press(visitor, "Stop")
+        assert 0 < len(job.result()) < 64
         assert "without prompts" in refusal(visitor, prompt="a cat", **PICTURES)
         assert np.array_equal(drawn(class_label="red"), tiles) and len(drawn(num_samples=64)) == 64
 
@@ -204,7 +235,7 @@ def test_the_curve_of_a_run_that_goes_on(tmp_path):
     rows += [{"step": step, "train/loss": 1 / step} for step in range(1, 4001)]
     rows += [{"step": 4001, "train/loss": float("nan")}, {"step": 4002, "val/loss": 2.0}]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4003, "train/lo')
-    curve = sample.loss_curve(path)
+    curve = sample.loss_curve(path, path.stat().st_size)
     train, val = (curve[curve["curve"] == name] for name in ("train/loss", "val/loss"))
     assert list(zip(val["step"], val["loss"])) == [(0, 5.0), (4002, 2.0)]
     assert 250 <= len(train) <= 500 and np.array_equal(train["loss"], 1 / train["step"])
