@@ -585,19 +585,20 @@ def text_page(model, tok, limit):
 
     text, messages = "" if prompt == "\n" else read_prompt(), gr.State([])
     if chat:
-        shown = gr.Chatbot(label=out_dir, height=480, render_markdown=False)
+        shown = gr.Chatbot(show_label=False, height=480, render_markdown=False, buttons=["copy", "copy_all"])
         box = gr.Textbox(text, show_label=False, placeholder="Say something", lines=1, max_lines=8)
     else:
         box = gr.Textbox(text, label="prompt", placeholder="The text to go on from", lines=3, max_lines=12)
         shown = gr.Textbox(label="text", lines=14, max_lines=24, buttons=["copy"])
     with gr.Row():
         start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-        again = gr.Button("New conversation", visible=chat)
+        again = gr.Button("New conversation", visible=chat)  # as the bin of the Chatbot
     with gr.Row():
         controls = [control(name) for name in names]
     outputs = [shown, messages, box] if chat else [shown]
     how = {"api_visibility": "private", "concurrency_id": "model"}  # after the answer that is being given
-    again.click(lambda: ([], []), None, [shown, messages], **how)
+    forget = [again.click, shown.clear] if chat else [again.click]
+    gr.on(forget, lambda: ([], []), None, [shown, messages], **how)
     connect(box, start, stop, write, [box, *controls, messages], outputs)
 
 
@@ -697,8 +698,10 @@ def open_demo(run_dir, build, *parts):
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     try:
         _, local, public = page.launch(**how, run_history=False, ssr_mode=False)
+    except OSError:
+        fail(f"{port=} is taken: name another one")
     except Exception as error:  # of many kinds
-        fail(f"the page cannot be served at {port=}: {reason(error)}")
+        fail(f"the page cannot be served: {reason(error)}")
     say(f"demo: {public or local} (Ctrl-C ends it)")
     try:
         while True:

@@ -240,7 +240,7 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(D)) v, each (B, n_head, T, D)"""
     if q.device.type != "cpu" or v.dtype != torch.bfloat16 or q.size(2) > 512:
         return F.scaled_dot_product_attention(q, k, v)
-    # Written out: in bf16, on CPUs, torch's own kernel takes about four times as long with so few tokens.
+    # The same, written out: in bf16 on CPUs, torch's own kernel takes about four times as long on few tokens.
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
     return scores.softmax(dim=-1, dtype=v.dtype) @ v
 

@@ -52,7 +52,7 @@ def curve(args):
         losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", text)
         start = seconds - sum(times)
         theirs = [(start + sum(times[: int(step)]), float(loss)) for step, loss in losses]
-        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=38", "--eval_batches=40")
+        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=76", "--eval_batches=12")
         start = seconds - rows[-1]["time"]
         mine = [(start + row["time"], row["val/loss"]) for row in rows if "val/loss" in row]
     for name, points, colour in (("nanoGPT", theirs, "tab:gray"), ("train_lm.py", mine, "tab:blue")):

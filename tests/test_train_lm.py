@@ -159,6 +159,22 @@ def test_the_whole_split_is_evaluated(trained, monkeypatch, tmp_path):
     assert rows(out, "test/loss")[0]["test/loss"] == pytest.approx(loss / (len(tokens) - 1), rel=1e-5)
 
 
+def test_an_edit_that_only_long_texts_show_is_noticed(tmp_path, monkeypatch):
+    """A window of 100 tokens of attention, where texts have 256."""
+    attend, tok = train_lm.attend, type("Tokenizer", (), {"eos_token_id": 0})
+    monkeypatch.setattr(train_lm, "out_dir", str(tmp_path))
+    shape = train_lm.Shape(64, 256, 1, 2, 2, 32)
+
+    def windowed(q, k, v, mask, dropout):
+        i = torch.arange(q.size(2))
+        return attend(q, k, v, (i <= i[:, None]) & (i > i[:, None] - 100), dropout)
+
+    for change, native in ((windowed, False), (attend, True)):
+        monkeypatch.setattr(train_lm, "attend", change)
+        train_lm.write_config(shape, tok)
+        assert ("model_type" in json.loads((tmp_path / "config.json").read_text())) == native
+
+
 def test_an_edited_model_is_not_called_native_and_still_speaks(tmp_path, tiny):
     """One line of the model is changed, as a researcher would; the copy of the checkout trains and samples."""
     checkout = tmp_path / "checkout"
