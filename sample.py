@@ -411,11 +411,8 @@ def draw(run, trainer, model, prompts, negative_prompt, class_label, num_samples
         fail(f"{out_dir} draws without prompts: leave out prompt and negative_prompt")
     kinds = 1 if class_label else len(classes or prompts)
     n = num_samples * max(1, len(prompts)) or kinds or 16
-    y = (
-        [find_class(class_label, classes)] * n
-        if class_label
-        else [i % kinds if kinds else -1 for i in range(n)]
-    )
+    first = find_class(class_label, classes) if class_label else 0 if kinds else -1
+    y = [first + (i % kinds if kinds else 0) for i in range(n)]
     scale = how["guidance"] = how["guidance"] or (trained["guidance"] if classes or prompts else 1.0)
     if scale != 1 and not prompts and not (classes and trained["label_dropout"]):
         lacks = "label_dropout=0, so it does not know pictures without a class" if classes else "no classes"
@@ -687,17 +684,11 @@ def open_demo(run_dir, build, *parts):
             with gr.Accordion("settings", open=False):
                 gr.JSON(about.get("settings", about), show_label=False)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # not from Google
-    how = {
-        "server_name": "127.0.0.1",
-        "server_port": port,
-        "share": share,
-        "max_file_size": 1,
-        "theme": plain,
-    }
-    how |= {"quiet": True, "prevent_thread_lock": True, "show_error": True, "footer_links": ["api"]}
+    where = {"server_name": "127.0.0.1", "server_port": port, "share": share, "prevent_thread_lock": True}
+    look = {"theme": plain, "footer_links": ["api"], "run_history": False, "ssr_mode": False}
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     try:
-        _, local, public = page.launch(**how, run_history=False, ssr_mode=False)
+        _, local, public = page.launch(**where, **look, quiet=True, show_error=True, max_file_size=1)
     except OSError:
         fail(f"{port=} is taken: name another one")
     except Exception as error:  # of many kinds
