@@ -219,13 +219,48 @@ def test_pictures(tmp_path, tiny, client):
             for value in (None, 3, ["red"], "<b>no such thing</b>", "x" * 200, "9" * 200, "x" * 100_000):
                 message = refusal(visitor, prompt="", **PICTURES | {name: value})
                 assert name in message and "<b>" not in message
-        job = visitor.submit(prompt="", **PICTURES | {"num_samples": 64, "steps": 250}, api_name="/generate")
+        job = visitor.submit(prompt="", **PICTURES | {"num_samples": 64, "steps": 60}, api_name="/generate")
         while not job.outputs():
             time.sleep(0.01)
         press(visitor, "Stop")
         assert 0 < len(job.result()) < 64
         assert "without prompts" in refusal(visitor, prompt="a cat", **PICTURES)
         assert np.array_equal(drawn(class_label="red"), tiles) and len(drawn(num_samples=64)) == 64
+
+
+def test_pictures_by_their_captions(tmp_path, pipeline, captioned, client):
+    """A page for prompts: what it draws is what the terminal draws; a file of the server is a prompt like any."""
+    how = (f"--init_from={pipeline('sd')}", f"--dataset={captioned}", "--adapter=lora", "--image_size=16")
+    how += (
+        "--batch_size=4",
+        "--max_steps=2",
+        "--eval_interval=2",
+        "--mixed_precision=no",
+        "--sample_steps=4",
+    )
+    within("train_diffusion.py", *how, f"--out_dir={tmp_path / 'run'}")
+    sizes, grid = {"steps": 4, "num_samples": 2, "guidance": 5.0, "seed": 7}, tmp_path / "grid.png"
+    flags = [f"--{name}={value}" for name, value in (sizes | {"negative_prompt": "green"}).items()]
+    within("sample.py", f"--out_dir={tmp_path / 'run'}", "--prompt=a red square", f"--output={grid}", *flags)
+    tiles = np.hsplit(np.asarray(Image.open(grid)), 2)
+    with served(tmp_path, f"--out_dir={tmp_path / 'run'}", "--prompt=a blue square") as url:
+        visitor = client(url)
+
+        def drawn(prompt, **more):
+            values = PICTURES | sizes | {"prompt": prompt, "sampler": "dpm++"} | more
+            return [
+                np.asarray(Image.open(row["image"]))
+                for row in visitor.predict(**values, api_name="/generate")
+            ]
+
+        assert np.array_equal(drawn("a red square", negative_prompt="green"), tiles)
+        assert not np.array_equal(drawn("a red square"), tiles)
+        for prompt in ("", "FILE:/etc/passwd", "\u202eæ你🙂" * 500):
+            assert len(drawn(prompt)) == 2
+        values = PICTURES | sizes | {"sampler": "dpm++"}
+        assert "20,000" in refusal(visitor, prompt="x" * 20_001, **values)
+        assert "heun" in refusal(visitor, prompt="x", **values | {"sampler": "heun"})
+        assert "above 1" in refusal(visitor, prompt="x", **values | {"guidance": 1, "negative_prompt": "y"})
 
 
 def test_the_curve_of_a_run_that_goes_on(tmp_path):
