@@ -213,7 +213,7 @@ def test_pictures(tmp_path, tiny, client):
 
         assert np.array_equal(drawn(class_label="red"), tiles)
         for name in ("num_samples", "steps", "guidance", "seed"):
-            for value in NUMBERS:
+            for value in NUMBERS[::3]:
                 assert name in refusal(visitor, prompt="", **PICTURES | {name: value}), (name, value)
         for name in ("class_label", "sampler", "negative_prompt"):
             for value in (None, 3, ["red"], "<b>no such thing</b>", "x" * 200, "9" * 200, "x" * 100_000):
