@@ -434,11 +434,11 @@ def draw(run, trainer, model, prompts, negative_prompt, class_label, num_samples
     if decoder is not None:
         decoder.to(device)
     at_once = trainer.pictures_at_once(trained["image_size"]) if hasattr(model, "pipe") else 64
-    at_once = how["at_once"] = min(at_once, at_most)
+    at_once = min(at_once, at_most)
     answer = torch.autocast(device, torch.bfloat16, enabled=computes_in_bf16(run, device))(model.forward)
     for i in range(0, n, at_once):
         some, seeds = y[i : i + at_once].to(device), range(seed + i, seed + min(n, i + at_once))
-        yield trainer.draw_pictures(answer, process, size, some, seeds, decoder, **how)
+        yield trainer.draw_pictures(answer, process, size, some, seeds, decoder, at_once, **how)
 
 
 def draw_grid(run, trainer, model, how):
@@ -635,7 +635,8 @@ def picture_page(run, trainer, model):
         fine = control("steps", steps or min(trained["sample_steps"], LIMITS["steps"][1]))
         value, info = sampler or trained["sampler"] or samplers[0], "the way from noise to picture"
         by = gr.Dropdown(samplers, value=value, label="sampler", info=info, min_width=280)
-        value = guidance or (min(max(trained["guidance"], 1.0), 20.0) if guided else 1.0)
+        least, most, _ = LIMITS["guidance"]
+        value = guidance or (min(max(trained["guidance"], least), most) if guided else 1.0)
         how_much, number = control("guidance", value, visible=bool(guided)), control("seed")
     inputs = [box, negative, label, count, fine, by, how_much, number]
     connect(box, start, stop, paint, inputs, gallery)

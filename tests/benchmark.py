@@ -108,13 +108,19 @@ def collect(pairs, sides):
     return {name: [list(column) for column in zip(*results)] for name, results in found.items()}
 
 
-def nanogpt(path, out, *more):
-    """nanoGPT's own command -> (seconds, its last estimate of the validation loss, tokens/s, GB)"""
+def run_nanogpt(path, out, *more):
+    """nanoGPT's own command -> (seconds, ms of each step, {step: estimate of the validation loss}, GB)"""
     command = ["train.py", "config/train_shakespeare_char.py", *LAPTOP.split(), f"--out_dir={out}", *more]
     seconds, text, memory = run(sys.executable, *command, cwd=path)
     times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", text)]
-    losses = re.findall(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", text)
-    return seconds, float(losses[-1]), 12 * 64 / statistics.median(times[20:]) * 1e3, memory
+    losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", text)
+    return seconds, times, {int(step): float(loss) for step, loss in losses}, memory
+
+
+def nanogpt(path, out, *more):
+    """-> (seconds, its last estimate of the validation loss, tokens/s, GB)"""
+    seconds, times, losses, memory = run_nanogpt(path, out, *more)
+    return seconds, list(losses.values())[-1], 12 * 64 / statistics.median(times[20:]) * 1e3, memory
 
 
 def prepare_nanogpt(path, text):

@@ -10,11 +10,10 @@ and of configs/shakespeare_char_cpu.py against the seconds since their commands 
 
 import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmark import LAPTOP, ours, prepare_nanogpt, run
+from benchmark import ours, prepare_nanogpt, run_nanogpt
 from PIL import Image, ImageDraw, ImageFont
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -41,17 +40,9 @@ def curve(args):
     config = ["configs/shakespeare_char_cpu.py", f"--dataset={args.text}"]
     with tempfile.TemporaryDirectory() as folder:
         ours(folder + "/first", *config, "--max_steps=1", "--eval_batches=1")  # our tokens are ready as well
-        command = [
-            "train.py",
-            "config/train_shakespeare_char.py",
-            *LAPTOP.split(),
-            f"--out_dir={folder}/nanogpt",
-        ]
-        seconds, text, _ = run(sys.executable, *command, cwd=args.nanogpt)
-        times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", text)]
-        losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", text)
-        start = seconds - sum(times)
-        theirs = [(start + sum(times[: int(step)]), float(loss)) for step, loss in losses]
+        seconds, times, losses, _ = run_nanogpt(args.nanogpt, f"{folder}/nanogpt")
+        start = seconds - sum(times) / 1e3
+        theirs = [(start + sum(times[:step]) / 1e3, loss) for step, loss in losses.items()]
         seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=76", "--eval_batches=12")
         start = seconds - rows[-1]["time"]
         mine = [(start + row["time"], row["val/loss"]) for row in rows if "val/loss" in row]
