@@ -1837,6 +1837,12 @@ def main():
             add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
+        if device == "cpu" and accelerator.mixed_precision == "bf16" and size <= 32:
+            from diffusers.models.attention_processor import AttnProcessor
+
+            for part in pipe.unet.modules():
+                if hasattr(part, "set_processor"):  # attention written out, as in attend()
+                    part.set_processor(AttnProcessor())
         net.train()
     else:
         net = DiT(Shape(size, channels, patch_size, n_layer, n_head, n_embd, n_classes))

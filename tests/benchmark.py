@@ -5,13 +5,14 @@ Ours and others', in turn on the same machine, on the same data; prints medians 
         [--transformers=PATH] [--parts=lm,equal] [--pairs=3] [--minutes=5]
 
 A peer is a checkout that lies anywhere; what it needs must be installed. text: tinyshakespeare; cifar10: a folder with
-the parquet files of its train and test splits. transformers: a checkout, or a folder with its src/ alone, to compare
-with another version than the one installed. The parts, each run where its peers are given:
+the parquet files of its train and test splits. transformers: its examples/ are run with what is installed; where there
+is a src/ as well, it is the peer in sampling. The parts, each run where its peers are given:
 
   start     seconds of --help, and from `accelerate launch train_lm.py` without any cache to its first step; MB/s of
             the tokenizer, next to the same in `datasets`.map
   lm        nanoGPT's own command for laptops, next to configs/shakespeare_char_cpu.py as it is, and with few steps
   equal     nanoGPT's shape, batch and AdamW in both: tokens/s, peak memory
+  finetune  the same Llama, whole, in our loop and in transformers' example without a Trainer: tokens/s, peak memory
   sampling  tokens/s of our generate() and of transformers', from the same weights
   unet      the same UNet2DModel in our loop and in diffusers' unconditional example: images/s, peak memory
   pictures  from scratch, on CIFAR-10, as many minutes for all: Fréchet distances of our DiT, with and without classes,
@@ -233,6 +234,48 @@ def equal(args, folder):
     )
 
 
+def finetune(args, folder):
+    n, batch, T = 100, 16, 128
+    ours(folder / "base", f"--dataset={args.text}", "--max_steps=1", "--eval_batches=1")  # for its tokenizer
+    code = """
+        import sys
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        tok = AutoTokenizer.from_pretrained(sys.argv[1])
+        size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **size))
+        lm.save_pretrained(sys.argv[2])
+        tok.save_pretrained(sys.argv[2])
+        print("parameters", lm.num_parameters())
+    """
+    _, text, _ = run(sys.executable, "-c", textwrap.dedent(code), folder / "base", folder / "llama")
+    parameters = int(re.search(r"parameters (\d+)", text)[1])
+    script = Path(args.transformers, "examples/pytorch/language-modeling/run_clm_no_trainer.py")
+
+    def theirs(precision):
+        how = f"--model_name_or_path={folder / 'llama'} --train_file={args.text} --block_size={T} --max_train_steps={n}"
+        how += f" --per_device_train_batch_size={batch} --output_dir={folder / 'theirs'}"
+        env = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
+        _, text, memory = run(sys.executable, script, *how.split(), **env)
+        minutes, seconds = re.search(rf"{n}/{n} \[(\d+):(\d+)<", text).groups()
+        return n * batch * T / (60 * int(minutes) + int(seconds)), memory
+
+    def mine(precision):
+        how = [
+            f"--init_from={folder / 'llama'}",
+            f"--dataset={args.text}",
+            f"--batch_size={batch}",
+            f"--block_size={T}",
+        ]
+        how += [f"--max_steps={n}", "--eval_interval=1000", "--eval_batches=1", "--test_fraction=0"]
+        _, rows, memory = ours(folder / "finetune", *how, f"--mixed_precision={precision}")
+        return speed(rows, "tokens_per_s"), memory
+
+    sides = {"transformers' example, fp32": lambda: theirs("no"), "ours, fp32": lambda: mine("no")}
+    sides |= {"transformers' example, bf16": lambda: theirs("bf16"), "ours, bf16": lambda: mine("auto")}
+    title = f"The same Llama ({parameters / 1e6:.1f} M parameters), {batch} blocks of {T} tokens a step"
+    table(title, ["tokens/s", "GB at the peak"], collect(args.pairs, sides))
+
+
 def sampling(args, folder):
     code = """
         import sys, time, torch
@@ -266,7 +309,9 @@ def sampling(args, folder):
         ["--n_layer=12", "--n_embd=768", "--n_head=12", "--tokenizer=bpe:8192"],
         30,
     )
-    path = [f"{args.transformers}/src"] if args.transformers else []
+    path = (
+        [f"{args.transformers}/src"] if args.transformers and Path(args.transformers, "src").exists() else []
+    )
     for name, (shape, n) in sizes.items():
         ours(
             folder / "sampling",
@@ -532,7 +577,8 @@ def pictures(args, folder):
 
 
 PARTS = {"start": (start, []), "lm": (lm, ["text", "nanogpt"]), "equal": (equal, ["text", "nanogpt"])}
-PARTS |= {"sampling": (sampling, []), "unet": (unet, ["cifar10", "diffusers"])}
+PARTS |= {"finetune": (finetune, ["text", "transformers"]), "sampling": (sampling, [])}
+PARTS |= {"unet": (unet, ["cifar10", "diffusers"])}
 PARTS |= {"pictures": (pictures, ["cifar10", "diffusers", "smalldiffusion"])}
 
 

@@ -145,6 +145,29 @@ def test_attention_on_a_cpu_in_bf16_is_that_of_torch(masked):
         assert (plain.float() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bf16_on_a_cpu_loss_and_gradients_are_those_of_fp32(shape):
+    """As close as products in bf16 are alone; and what runs through the blocks, and their norms, are in bf16."""
+    gpt, dtypes = random_gpt(shape), set()
+    for block in gpt.model.layers:
+        block.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    x, y = torch.randint(shape.vocab_size, (2, 8, shape.block_size))
+    results = []
+    for bf16 in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = gpt(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in gpt.parameters())])
+    for exact, rough in zip(*results):
+        assert rough.dtype == torch.float32
+        assert (exact - rough).norm() < 0.05 * exact.norm()
+    assert dtypes == {torch.float32, torch.bfloat16}
+    vectors = torch.randn(40, 16).bfloat16()
+    theirs = F.rms_norm(vectors.float(), (16,), eps=1e-6)
+    assert (train_lm.norm(vectors) - theirs).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_is_that_of_torch(dtype):
     """In bf16, which torch's always is, bit for bit; in fp32 as close as bf16 is. Momentum and rate change."""

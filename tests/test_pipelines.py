@@ -170,10 +170,16 @@ def test_the_loss_of_a_step_is_that_of_diffusers_parts(tmp_path, base, captioned
         f"--min_snr={min_snr}",
     )
     expected = reference_loss(base, captioned, 0.4, min_snr)
-    for name, more in (("once", ()), ("in parts", ("--micro_batch_size=3",)), ("lora", LORA)):
+    ways = {
+        "once": (),
+        "in parts": ("--micro_batch_size=3",),
+        "lora": LORA,
+        "bf16": ("--mixed_precision=bf16",),
+    }
+    for name, more in ways.items():  # with bf16 attention is written out, in products of 8 bits
         within("train_diffusion.py", *how, *more, f"--out_dir={tmp_path / name}")
         [row] = rows(tmp_path / name, "train/loss")
-        assert row["train/loss"] == pytest.approx(expected, rel=1e-5), name
+        assert row["train/loss"] == pytest.approx(expected, rel=0.02 if name == "bf16" else 1e-5), name
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

@@ -56,6 +56,7 @@ def test_the_gpu_runner_says_loudly_that_there_is_none():
 # Functions that both trainers have under this name, but each for its own model and data.
 OWN = {
     "Shape",
+    "norm",
     "attend",
     "Attention",
     "Block",
