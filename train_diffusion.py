@@ -1837,11 +1837,12 @@ def main():
             add_lora(pipe.unet, lora_rank, lora_alpha, lora_targets)
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
-        if device == "cpu" and accelerator.mixed_precision == "bf16" and size <= 32:
+        small = size <= 32 and not captions and not gradient_checkpointing
+        if small and device == "cpu" and accelerator.mixed_precision == "bf16":
             from diffusers.models.attention_processor import AttnProcessor
 
             for part in pipe.unet.modules():
-                if hasattr(part, "set_processor"):  # attention written out, as in attend()
+                if hasattr(part, "set_processor"):  # attention written out, as in attend(): it takes memory
                     part.set_processor(AttnProcessor())
         net.train()
     else:

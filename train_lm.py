@@ -206,7 +206,8 @@ def attend(q, k, v, mask, dropout):
     if q.device.type != "cpu" or v.dtype != torch.bfloat16 or T == 1 or S > 512:
         causal, gqa = mask is None and T > 1, k.size(1) < q.size(1)  # one new token looks at all
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=gqa)
-    # The same, written out: in bf16 on CPUs, torch's own kernel takes about four times as long on short texts.
+    # The same, written out: in bf16 on CPUs, torch's own kernel takes about four times as long on short texts, if
+    # not for one token; and here each length that is new costs a few milliseconds at first.
     if k.size(1) < q.size(1):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, S)
@@ -289,9 +290,10 @@ class GPT(nn.Module):
         With a cache, idx holds the tokens from position `start` on; the logits are the last one's, (B, 1, V).
         """
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # as the products are: then what runs through the blocks takes half the memory
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            x = (
+                x.bfloat16()
+            )  # as the products are: so is then what runs through the blocks, in half the memory
         x = F.dropout(x, self.shape.dropout, self.training)
         cos, sin = (t[start : start + idx.size(1)].to(x.dtype) for t in (self.cos, self.sin))  # (T, D / 2)
         for i, block in enumerate(self.model.layers):

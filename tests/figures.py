@@ -43,7 +43,7 @@ def curve(args):
         seconds, times, losses, _ = run_nanogpt(args.nanogpt, f"{folder}/nanogpt")
         start = seconds - sum(times) / 1e3
         theirs = [(start + sum(times[:step]) / 1e3, loss) for step, loss in losses.items()]
-        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=76", "--eval_batches=12")
+        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=95", "--eval_batches=12")
         start = seconds - rows[-1]["time"]
         mine = [(start + row["time"], row["val/loss"]) for row in rows if "val/loss" in row]
     for name, points, colour in (("nanoGPT", theirs, "tab:gray"), ("train_lm.py", mine, "tab:blue")):

@@ -147,7 +147,7 @@ def test_attention_on_a_cpu_in_bf16_is_that_of_torch(masked):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_bf16_on_a_cpu_loss_and_gradients_are_those_of_fp32(shape):
-    """As close as products in bf16 are alone; and what runs through the blocks, and their norms, are in bf16."""
+    """Within 5 %; and what runs through the blocks is in bf16, as are the norms."""
     gpt, dtypes = random_gpt(shape), set()
     for block in gpt.model.layers:
         block.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
@@ -165,6 +165,7 @@ def test_in_bf16_on_a_cpu_loss_and_gradients_are_those_of_fp32(shape):
     assert dtypes == {torch.float32, torch.bfloat16}
     vectors = torch.randn(40, 16).bfloat16()
     theirs = F.rms_norm(vectors.float(), (16,), eps=1e-6)
+    assert train_lm.norm(vectors).dtype == torch.bfloat16
     assert (train_lm.norm(vectors) - theirs).abs().max() < 0.02
 
 
