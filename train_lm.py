@@ -291,9 +291,7 @@ class GPT(nn.Module):
         """
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            x = (
-                x.bfloat16()
-            )  # as the products are: so is then what runs through the blocks, in half the memory
+            x = x.bfloat16()  # as the products are: what runs through the blocks takes half the memory
         x = F.dropout(x, self.shape.dropout, self.training)
         cos, sin = (t[start : start + idx.size(1)].to(x.dtype) for t in (self.cos, self.sin))  # (T, D / 2)
         for i, block in enumerate(self.model.layers):

@@ -257,20 +257,17 @@ def finetune(args, folder):
     parameters = int(re.search(r"parameters (\d+)", text)[1])
 
     def theirs(precision):
-        how = f"--model_name_or_path={folder / 'llama'} --train_file={args.text} --block_size={T} --max_train_steps={n}"
-        how += f" --per_device_train_batch_size={batch} --output_dir={folder / 'theirs'}"
+        how = [f"--model_name_or_path={folder / 'llama'}", f"--train_file={args.text}", f"--block_size={T}"]
+        how += [f"--max_train_steps={n}", f"--per_device_train_batch_size={batch}"]
+        how += [f"--output_dir={folder / 'theirs'}"]
         env = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
-        _, text, memory = run(sys.executable, script, *how.split(), **env)
+        _, text, memory = run(sys.executable, script, *how, **env)
         return n * batch * T / seconds_of(re.search(rf"{n}/{n} \[([\d:]+)<", text)[1]), memory
 
     def mine(precision):
-        how = [
-            f"--init_from={folder / 'llama'}",
-            f"--dataset={args.text}",
-            f"--batch_size={batch}",
-            f"--block_size={T}",
-        ]
-        how += [f"--max_steps={n}", "--eval_interval=1000", "--eval_batches=1", "--test_fraction=0"]
+        how = [f"--init_from={folder / 'llama'}", f"--dataset={args.text}", f"--batch_size={batch}"]
+        how += [f"--block_size={T}", f"--max_steps={n}", "--eval_interval=1000", "--eval_batches=1"]
+        how += ["--test_fraction=0"]
         _, rows, memory = ours(folder / "finetune", *how, f"--mixed_precision={precision}")
         # the mean of all steps, as theirs
         return statistics.harmonic_mean(row["tokens_per_s"] for row in rows if "tokens_per_s" in row), memory
