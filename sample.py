@@ -3,7 +3,6 @@ Let a trained model speak, or draw.
 
     python sample.py --prompt="def "                                      # the run in out/lm
     python sample.py --out_dir=out/mine --prompt=FILE:start.txt --num_samples=3 --temperature=0.8
-    python sample.py --out_dir=out/lm/checkpoints/step_00000400 --prompt="class " --seed=2
     python sample.py --out_dir=out/lora-chat --chat=True                  # a conversation in the terminal
     python sample.py --out_dir=out/lora-chat --merge=merged/              # model and adapter as one model
     python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import check_legal, checked, comments, configure, fail, nearest, reason
+from configurator import configure, fail, named, nearest, settings
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -47,6 +46,7 @@ temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above:
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that make up this share of the probability (0..1)
 chat = False  # answer line after line of stdin, by the chat template; a prompt is the first line
+base = ""  # where the model below an adapter is now, if it moved
 merge = ""  # a new folder: write the model with its LoRA adapter merged into it there, and say nothing
 # pictures
 negative_prompt = ""  # what the pictures are to be unlike
@@ -66,19 +66,46 @@ def say(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def reason(error):
+    """The first line of what an error says, or if it says nothing, its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def comments():
+    """{setting: its comment at the top of this file}"""
+    return dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
+
+
+def check_legal(name, value, comment):
+    """A comment may end in legal values, as (1..) or (0..1); without, no number is negative."""
+    if type(value) in (int, float):
+        bounds = re.search(r"\((-?\d+)\.\.(\d*)\)$", comment)
+        low, high = bounds.groups() if bounds else ("0", "")
+        if not float(low) <= value <= float(high or "inf"):  # NaN neither
+            fail(f"{name}={value} must be at least {low}" + (f" and at most {high}" if high else ""))
+
+
 # what makes the weights of a run a model, by the kind of the run
-BOTH = {"Shape", "norm", "rotate", "attend", "Attention", "MLP", "Block"}
-MODEL_CODE = {"lm": BOTH | {"GPT", "draw"}, "diffusion": BOTH | {"DiT", "Process", "sample", "decode"}}
-PRETRAINED_CODE = {"lm": {"add_adapter"}, "diffusion": {"UNet", "Process", "sample", "decode", "add_lora"}}
+MODEL_CODE = {"lm": {"GPT", "generate"}, "diffusion": {"DiT", "Process", "sample", "decode"}}
+PRETRAINED_CODE = {"lm": {"generate"}, "diffusion": {"UNet", "Process", "sample", "decode", "add_lora"}}
 
 
 def model_code(path, names):
-    """The model in a training script, without comments and layout: equal code builds equal models."""
+    """
+    The model in a training script, without comments and layout: equal code builds equal models. names: where it
+    begins; all functions and classes of the script that these use belong to it.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             del node.body[0]
-    return [ast.dump(node) for node in tree.body if getattr(node, "name", "") in names]
+    code = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    reached, new = set(), names & code.keys()
+    while new:
+        reached |= new
+        used = {node.id for name in new for node in ast.walk(code[name]) if isinstance(node, ast.Name)}
+        new = (used & code.keys()) - reached - {"fail", "log"}
+    return {name: ast.dump(code[name]) for name in reached}
 
 
 def import_trainer(run_dir, kind, names):
@@ -108,48 +135,43 @@ def read_prompt():
     return text or fail('the prompt is empty: give it some text, as in --prompt="def "')
 
 
-def load_tokenizer(folder):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of many kinds
-        fail(f"{folder} holds no tokenizer: {reason(error)}")
-
-
 def load_run(folder, run_dir, device):
-    """-> (run.json, the training script as a module, the model with the weights of `folder`)"""
-    from safetensors.torch import load_file
-
-    try:
+    """-> (run.json, the training script as a module, the model with the weights of `folder`, its tokenizer or None)"""
+    with named("run", str(run_dir)):
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         if run["kind"] not in MODEL_CODE:
-            fail(f"{run_dir} holds a run of kind {run['kind']!r}, not of one of the trainers here")
+            raise ValueError(f"it is of kind {run['kind']!r}, not of one of the trainers here")
         kept = ("state.pt", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
         kept += ("pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors")
         if not any((folder / name).exists() for name in kept):
-            found = sorted(run_dir.glob("checkpoints/step_*"))
-            last = f"; try --out_dir={found[-1]}" if found else ""
-            fail(f"{folder} has no weights yet: they are kept from the first evaluation on{last}")
-        pretrained = "fingerprint" in run["model"]  # then its code is that of transformers
-        names = (PRETRAINED_CODE if pretrained else MODEL_CODE)[run["kind"]]
-        trainer, state = import_trainer(run_dir, run["kind"], names), None
-        if (folder / "state.pt").exists():
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        if pretrained:
-            model = (load_finetuned if run["kind"] == "lm" else load_unet)(run, trainer, folder, state)
-        else:
-            state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
-            shape = trainer.Shape(**run["model"])
-            model = trainer.GPT(shape) if run["kind"] == "lm" else trainer.DiT(shape)
-            model.load_state_dict(state["model"])
-            take_average(model, state)
-    except Exception as error:  # a broken or foreign file fails in many ways
-        fail(f"{folder} cannot be loaded: {reason(error)}")
+            raise ValueError("it has no weights yet: they are kept from the first evaluation on")
+        pretrained = run["model"] == "Pretrained" or "fingerprint" in run["model"]  # the code is a library's
+        trainer = import_trainer(
+            run_dir, run["kind"], (PRETRAINED_CODE if pretrained else MODEL_CODE)[run["kind"]]
+        )
+        if run["kind"] == "diffusion":
+            return run, trainer, load_diffusion(run, trainer, folder).to(device).eval(), None
+        model, tok = trainer.load(folder, run, base)
     large = sum(p.numel() for p in model.parameters()) > 10**7  # reading the weights takes most of the time
-    if run["kind"] == "lm" and large and not merge and computes_in_bf16(run, device):
+    if large and not merge and run["precision"] == "bf16" and trainer.has_bf16():
         model.bfloat16()
-    return run, trainer, model.to(device).eval()
+    return run, trainer, model.to(device), tok
+
+
+def load_diffusion(run, trainer, folder):
+    """-> the model that a run has trained, from `folder` or a checkpoint"""
+    from safetensors.torch import load_file
+
+    state = None
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if "fingerprint" in run["model"]:
+        return load_unet(run, trainer, folder, state)
+    state = state or {"model": load_file(folder / "model.safetensors"), "progress": {}}
+    model = trainer.DiT(trainer.Shape(**run["model"]))
+    model.load_state_dict(state["model"])
+    take_average(model, state)
+    return model
 
 
 def take_average(model, state):
@@ -181,26 +203,6 @@ def load_unet(run, trainer, folder, state):
     return model
 
 
-def load_finetuned(run, trainer, folder, state):
-    """-> the model of transformers that a run has trained, from `folder` or a checkpoint's `state`."""
-    kind, dtype, base = run["settings"]["adapter"], run["settings"]["base_dtype"], run["model"]["name"]
-    if not kind and not state:
-        return trainer.load_causal_lm(str(folder), dtype)
-    lm = trainer.load_causal_lm(base, dtype)
-    if trainer.fingerprint(lm) != run["model"]["fingerprint"]:
-        fail(f"the weights of {base} have changed since {folder} was trained on them")
-    if not state:
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(lm, folder)
-    if kind:
-        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "virtual_tokens")
-        lm = trainer.add_adapter(lm, kind, *(run["settings"][name] for name in names))
-    weights = {name.removeprefix("lm."): weight for name, weight in state["model"].items()}
-    unknown = lm.load_state_dict(weights, strict=False).unexpected_keys  # not there: what was not trained
-    return lm if not unknown else fail(f"{folder} holds weights of another model: {unknown[0]}")
-
-
 def device_of(model):
     return next(model.parameters()).device.type
 
@@ -216,77 +218,31 @@ def computes_in_bf16(run, device):
 
 
 def load_plain(folder, device):
-    """-> a model of transformers in a folder that is no run of ours, or one under an adapter of peft."""
-    try:
-        if (folder / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM as Auto
-        else:
-            from transformers import AutoModelForCausalLM as Auto
-        from transformers import logging
+    """-> (a model of transformers in a folder that is no run of ours, or one under an adapter of peft; tokenizer)"""
+    from transformers import AutoTokenizer
 
-        logging.disable_progress_bar()
-        return Auto.from_pretrained(folder).to(device).eval()
-    except Exception as error:  # of many kinds
-        fail(f"{out_dir} holds no causal language model: {reason(error)}")
+    import train_lm
+
+    train_lm.log = say
+    model = train_lm.Pretrained(train_lm.load_lm(str(folder), base=base))
+    with named("tokenizer", str(folder)):
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def positions(model):
-    """How many tokens a text can have; 0: no limit. A prompt of p_tuning takes some of them."""
-    if not hasattr(model, "config"):
-        return model.shape.block_size
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    return limit and limit - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-
-
-def continuation(model, tok, ids, limit, seed, max_new_tokens, **how):
+def continuation(model, tok, ids, seed, **how):
     """Yield the text that follows `ids` in pieces, a character of several tokens with the last of them."""
-    if how["temperature"] < 1e-3:  # dividing by it would overflow
-        how["temperature"] = 0.0
-    if hasattr(model, "config"):
-        yield from pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how)
-        return
     from tokenizers.decoders import DecodeStream
 
-    decoder, rng = DecodeStream(skip_special_tokens=True), torch.Generator(model.cos.device).manual_seed(seed)
-    for token in model.generate([ids], max_new_tokens, eos=tok.eos_token_id, rng=rng, **how):
-        yield decoder.step(tok.backend_tokenizer, int(token)) or ""
+    from train_lm import generate  # it is the run's own: import_trainer has compared or replaced it
 
-
-def pretrained_continuation(model, tok, ids, limit, seed, max_new_tokens, **how):
-    """The same by transformers' generate(), which works in its own thread and ends with this generator."""
-    from transformers import TextIteratorStreamer
-
-    torch.manual_seed(seed)
-    ends = model.generation_config.eos_token_id
+    if how["temperature"] < 1e-3:  # dividing by it would overflow
+        how["temperature"] = 0.0
+    ends = getattr(getattr(model, "lm", None), "generation_config", None)
+    ends = getattr(ends, "eos_token_id", None)
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    how = how if how["temperature"] else dict.fromkeys(how)  # 0: without drawing, None is what it wants
-    how |= {"do_sample": bool(how["temperature"]), "eos_token_id": sorted(ends), "pad_token_id": min(ends)}
-    how["max_new_tokens"] = min(max_new_tokens, limit - len(ids)) if limit else max_new_tokens
-    x = torch.tensor([ids], device=model.device)
-    streamer = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True)
-    stop, errors = threading.Event(), []
-
-    def stopped(ids, scores, **_):
-        return torch.full((len(ids),), stop.is_set(), device=ids.device)
-
-    def work():
-        try:
-            how.update(streamer=streamer, stopping_criteria=[stopped])
-            model.generate(input_ids=x, attention_mask=torch.ones_like(x), **how)
-        except Exception as error:  # is raised where the text is waited for
-            errors.append(error)
-        finally:
-            streamer.on_finalized_text("", stream_end=True)  # end() would decode, and may fail, again
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        yield from streamer
-    finally:
-        stop.set()
-        worker.join()
-    if errors:
-        raise errors[0]
+    decoder = DecodeStream(skip_special_tokens=True)
+    for token in generate(model, ids, 1, seed=seed, eos=sorted(ends), **how):
+        yield decoder.step(tok.backend_tokenizer, int(token)) or ""
 
 
 def print_text(pieces):
@@ -308,23 +264,21 @@ def to_ids(tok, text, **options):
         fail(f"the run's tokenizer cannot represent {strange} in the prompt ({error})")
 
 
-def prompt_ids(model, tok, limit, text):
+def prompt_ids(model, tok, text):
     """-> the ids of a prompt, as many as the model can go on from"""
     ids = to_ids(tok, text)
-    # our own generate() slides on where a text outgrows the model
-    room = (limit if not hasattr(model, "config") else limit - 1) if limit else len(ids)
-    if not ids or len(ids) > room:
-        fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {room}")
+    if not 1 <= len(ids) <= model.context:
+        fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {model.context}")
     return ids
 
 
-def speak(model, tok, limit, how):
+def speak(model, tok, how):
     """Print the prompt and each continuation of it."""
-    ids = prompt_ids(model, tok, limit, read_prompt())
+    ids = prompt_ids(model, tok, read_prompt())
     say(f"{out_dir} on {device_of(model)}, seed {seed}, temperature {temperature}")
     for i in range(num_samples or 1):
         sys.stdout.write(tok.decode(ids, skip_special_tokens=True))
-        print_text(continuation(model, tok, ids, limit, seed + i, **how))
+        print_text(continuation(model, tok, ids, seed + i, **how))
 
 
 def read_lines():
@@ -338,7 +292,7 @@ def read_lines():
             yield line.strip()
 
 
-def conversation_ids(tok, limit, messages):
+def conversation_ids(model, tok, messages):
     """-> the ids of a conversation up to the next answer; `messages` loses a beginning that does not fit."""
     while True:
         try:
@@ -346,29 +300,30 @@ def conversation_ids(tok, limit, messages):
         except Exception as error:  # a template may raise what it likes
             fail(f"the chat template of {out_dir} refuses this: {reason(error)}")
         ids = to_ids(tok, text, add_special_tokens=False)
-        if not limit or len(ids) < limit or len(messages) == 1:
+        if len(ids) < model.context or len(messages) == 1:
             return ids
         del messages[:2]
         say("(the beginning of the conversation no longer fits, and is forgotten)")
 
 
-def converse(model, tok, limit, how):
+def converse(model, tok, how):
     """Answer line after line; all that was said before, as far as it fits, is the prompt of an answer."""
     messages = []
     for line in itertools.chain([read_prompt()] if prompt.strip() else [], read_lines()):
         messages.append({"role": "user", "content": line})
-        ids = conversation_ids(tok, limit, messages)
-        if limit and len(ids) >= limit:
-            say(f"(these are {len(ids)} tokens; the model takes fewer than {limit})")
+        ids = conversation_ids(model, tok, messages)
+        if len(ids) >= model.context:
+            say(f"(these are {len(ids)} tokens; the model takes fewer than {model.context})")
             messages.pop()
             continue
-        answer = print_text(continuation(model, tok, ids, limit, seed + len(messages), **how))
+        answer = print_text(continuation(model, tok, ids, seed + len(messages), **how))
         messages.append({"role": "assistant", "content": answer.strip()})
 
 
 def merge_adapter(model, tok):
     """Write a model with its LoRA adapter merged into its weights: a plain model of transformers."""
-    if not hasattr(model, "merge_and_unload"):
+    model = getattr(model, "lm", model)
+    if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
         fail(f"{out_dir} has no LoRA adapter that could be merged")
     if Path(merge).exists():
         fail(f"{merge=} exists already: name a new folder")
@@ -412,7 +367,7 @@ def draw(run, trainer, model, prompts, negative_prompt, class_label, num_samples
     kinds = 1 if class_label else len(classes or prompts)
     n = num_samples * max(1, len(prompts)) or kinds or 16
     first = find_class(class_label, classes) if class_label else 0 if kinds else -1
-    y = [first + (i % kinds if kinds else 0) for i in range(n)]
+    y = [first + i % max(1, kinds) for i in range(n)]
     scale = how["guidance"] = how["guidance"] or (trained["guidance"] if classes or prompts else 1.0)
     if scale != 1 and not prompts and not (classes and trained["label_dropout"]):
         lacks = "label_dropout=0, so it does not know pictures without a class" if classes else "no classes"
@@ -482,7 +437,9 @@ def legal(name, value):
     default = globals()[name]
     if type(value) is float and type(default) is int and value.is_integer():
         value = int(value)
-    value = checked(name, value, default, "demo")
+    value = float(value) if type(default) is float and type(value) is int and abs(value) < 2**63 else value
+    if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
+        fail(f"{name} must be of type {type(default).__name__}, not {str(value)[:100]!r}")
     if name in LIMITS:
         check_legal(name, value, "({}..{})".format(*LIMITS[name]))
     elif len(value) > (most := LETTERS if name.endswith("prompt") else 200):
@@ -509,7 +466,7 @@ def control(name, value=None, **options):
 
     value = legal(name, globals()[name] if value is None else value)
     # neither the range, which the slider shows, nor what a 0 means, which it has not
-    info = re.sub(r"(; 0: as the run has it)?( \(\S*\.\.\S*\))?$", "", comments(globals())[name])
+    info = re.sub(r"(; 0: as the run has it)?( \(\S*\.\.\S*\))?$", "", comments()[name])
     options = {"label": name, "info": info, "min_width": 280} | options
     if name == "seed":
         return gr.Number(value, precision=0, **options)
@@ -553,7 +510,7 @@ def connect(box, start, stop, fn, inputs, outputs):
     started.then(fn, [*inputs, pressed], outputs, **how)
 
 
-def text_page(model, tok, limit):
+def text_page(model, tok):
     """A prompt and its continuation, or with --chat=True a conversation."""
     import gradio as gr
 
@@ -566,15 +523,15 @@ def text_page(model, tok, limit):
             text = legal("prompt", prompt)
             if not chat:
                 text = text or "\n"
-                ids = prompt_ids(model, tok, limit, text)
-                yield from grow(until_pressed(continuation(model, tok, ids, limit, **how), pressed), text)
+                ids = prompt_ids(model, tok, text)
+                yield from grow(until_pressed(continuation(model, tok, ids, **how), pressed), text)
                 return
             messages = [*messages, {"role": "user", "content": text.strip() or fail("say something first")}]
-            ids = conversation_ids(tok, limit, messages)
-            if limit and len(ids) >= limit:
-                fail(f"these are {len(ids)} tokens; the model takes fewer than {limit}")
+            ids = conversation_ids(model, tok, messages)
+            if len(ids) >= model.context:
+                fail(f"these are {len(ids)} tokens; the model takes fewer than {model.context}")
             how["seed"] += len(messages)
-            for text in grow(until_pressed(continuation(model, tok, ids, limit, **how), pressed)):
+            for text in grow(until_pressed(continuation(model, tok, ids, **how), pressed)):
                 so_far = [*messages, {"role": "assistant", "content": text.strip()}]
                 # a plain string would lose its indentation
                 shown = [m | {"content": {"type": "text", "text": m["content"]}} for m in so_far]
@@ -710,9 +667,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     run = None
     if (run_dir / "run.json").exists():
-        run, trainer, model = load_run(folder, run_dir, device)
+        run, trainer, model, tok = load_run(folder, run_dir, device)
     elif (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
-        model = load_plain(folder, device)
+        model, tok = load_plain(folder, device)
     else:
         fail(f"{out_dir} holds neither a run (run.json) nor a model of transformers (config.json)")
     if run and run["kind"] == "diffusion":
@@ -724,12 +681,11 @@ def main():
         how |= {"steps": steps, "guidance": guidance, "sampler": sampler}
         parts = run, trainer, model
         return open_demo(run_dir, picture_page, *parts) if demo else draw_grid(*parts, how)
-    tok = load_tokenizer(run_dir)
     if merge:
         return merge_adapter(model, tok)
     if chat and not tok.chat_template:
         fail(f"{out_dir} has no chat template: without --chat=True, it goes on from a --prompt")
-    parts = model, tok, positions(model)
+    parts = model, tok
     if demo:
         return open_demo(run_dir, text_page, *parts)
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -738,6 +694,8 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
+    for setting, value in settings(globals()).items():
+        check_legal(setting, value, comments().get(setting, ""))
     try:
         main()
     except KeyboardInterrupt:  # the way to leave a chat

@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from configurator import configure, fail, nearest, reason, settings
+from configurator import configure, fail, nearest, settings
 
 # -----------------------------------------------------------------------------
 # Settings: change them here, in a config file, or by --name=value. Legal values stand in brackets.
@@ -166,6 +166,28 @@ def check_process(process):
         fail(f"{min_snr=} weighs the times of eps and v; flow has time_mean and time_std for that")
     if process.zero_snr and process.objective != "v":
         fail(f"zero_snr needs objective='v': from noise alone, {process.objective} cannot tell the picture")
+
+
+def reason(error):
+    """The first line of what an error says, or if it says nothing, its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def check_legal():
+    """A setting's comment may end in legal values, as (1..), (0..<1) or ("a" | "b"); else no number is negative."""
+    with open(__file__, encoding="utf-8") as f:
+        notes = dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", f.read(), re.MULTILINE))
+    for name, value in settings(globals()).items():
+        if choices := re.search(r'\(("[^"]*"(?: \| "[^"]*")+)\)$', notes.get(name, "")):
+            choices = re.findall(r'"([^"]*)"', choices[1])
+            if value not in choices:
+                fail(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
+        if type(value) in (int, float):
+            bounds = re.search(r"\((-?\d+)\.\.(<?)(\d*)\)$", notes.get(name, ""))
+            low, below, high = bounds.groups() if bounds else ("0", "", "")
+            if value < float(low) or (high and (value > float(high) or (below and value == float(high)))):
+                bound = f" and {'below' if below else 'at most'} {high}" if high else ""
+                fail(f"{name}={value} must be at least {low}{bound}")
 
 
 def check_settings():
@@ -2049,6 +2071,7 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
+    check_legal()
     try:
         main()
     except Exception as error:

@@ -11,7 +11,6 @@ out_dir = "out/lora-chat"
 init_from = "Qwen/Qwen3-0.6B-Base"
 dataset = "HuggingFaceTB/smoltalk:everyday-conversations"
 adapter = "lora"
-base_dtype = "bf16"
 lora_rank = 16
 lora_alpha = 32.0
 

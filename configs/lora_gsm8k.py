@@ -12,7 +12,6 @@ dataset = "openai/gsm8k:main"
 prompt_column = "question"
 completion_column = "answer"
 adapter = "lora"
-base_dtype = "bf16"
 lora_rank = 32
 lora_alpha = 64.0
 

@@ -75,6 +75,11 @@ def run(*command, cwd=ROOT, until=None, **env):
     return seconds or time.monotonic() - began, text, usage.ru_maxrss / 1e6
 
 
+def seconds_of(clock):
+    """What a bar says, as 1:02:03 -> seconds"""
+    return sum(60**i * int(part) for i, part in enumerate(reversed(clock.split(":"))))
+
+
 def ours(out, *arguments, trainer="train_lm.py"):
     """A whole command -> (seconds, rows of metrics.jsonl, GB of memory at its peak)"""
     last = [f"--out_dir={out}", "--overwrite=True"]  # a config has its own
@@ -311,9 +316,7 @@ def sampling(args, folder):
         ["--n_layer=12", "--n_embd=768", "--n_head=12", "--tokenizer=bpe:8192"],
         30,
     )
-    path = (
-        [f"{args.transformers}/src"] if args.transformers and Path(args.transformers, "src").exists() else []
-    )
+    path = [f"{args.transformers}/src"] if args.transformers else []
     for name, (shape, n) in sizes.items():
         ours(
             folder / "sampling",
@@ -362,11 +365,6 @@ def write_unet(folder, channels):
     unet = diffusers.UNet2DModel(sample_size=32, layers_per_block=1, **blocks)
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
     return sum(p.numel() for p in unet.parameters())
-
-
-def seconds_of(clock):
-    """What a bar says, as 1:02:03 -> seconds"""
-    return sum(60**i * int(part) for i, part in enumerate(reversed(clock.split(":"))))
 
 
 def diffusers_example(args, pictures, unet, out, batch, epochs, *more):

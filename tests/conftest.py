@@ -185,11 +185,12 @@ def one_core():
         os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
-def start(*arguments, processes=1, cwd=ROOT, stderr=subprocess.PIPE, **env):
-    """A real command, running."""
+def start(*arguments, processes=1, cwd=ROOT, stderr=subprocess.PIPE, process_group=None, **env):
+    """A real command, running; process_group=0: in a group of its own."""
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}) | env
     env = {name: value for name, value in env.items() if value is not None}
     pipe = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "preexec_fn": one_core}
+    pipe["process_group"] = process_group
     return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
 
 
@@ -272,7 +273,7 @@ def forked(script, *arguments, code=0, **env):
 def rows(run_dir, *names):
     """metrics.jsonl without what depends on the clock; with names, only the rows that have them."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "tokens_per_s", "images_per_s", "memory")
+    timing = ("time", "tokens_per_s", "images_per_s", "memory", "memory_gb")
     rows = [{k: v for k, v in row.items() if k not in timing} for row in rows]
     return [row for row in rows if not names or set(names) & row.keys()]
 
@@ -280,6 +281,8 @@ def rows(run_dir, *names):
 def last_state(run_dir):
     import torch
 
+    if (run_dir / "checkpoint.pt").exists():
+        return torch.load(run_dir / "checkpoint.pt", weights_only=True)
     newest = max((run_dir / "checkpoints").glob("step_*"))
     return torch.load(newest / "state.pt", weights_only=True)
 

@@ -38,7 +38,8 @@ def make_pipeline(folder, kind, **scheduler):
     folder = Path(folder)
     torch.manual_seed(0)
     if kind == "ddpm":
-        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
+        blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
         unet = diffusers.UNet2DModel(**TINY, **blocks)
         diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler)).save_pretrained(folder)
         return folder

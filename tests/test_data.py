@@ -1,243 +1,164 @@
 """
-Data: tokenizers give back the text they were given; splits are disjoint, complete and nanoGPT's where the text is cut;
-every way to name data reads the same documents; the order of the samples is a function of (seed, sample number).
+Data: tokenizers give back the text they were given; each split has its share of the bytes, of one text, three books or
+many unlike files; folds are disjoint and complete; odd files and folders are understood; the order of the rows is a
+function of (seed, step).
 """
 
 import json
 import string
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
+from conftest import within
 
 import train_lm
-
-WORDS = [
-    "the cat sat on the mat\n",
-    "héllo wörld\r\n\tindented  twice  ",
-    "数学 🙂 <|endoftext|> end",
-    "x" * 300,
-]
 
 
 @pytest.fixture
 def prepare(monkeypatch):
-    """prepare(name=value ...) -> (folder, facts, {split: tokens}) of train_lm.prepare_data under these settings."""
+    """prepare(name=value ...) -> (tokenizer, {split: text}, sizes) of train_lm.prepare_data under these settings."""
 
     def prepare(**values):
-        for name, value in {"block_size": 4, "tokenizer": "bytes", **values}.items():
-            monkeypatch.setattr(train_lm, name, str(value) if isinstance(value, Path) else value)
-        folder, facts = train_lm.prepare_data()
-        dtype = np.uint16 if facts["vocab_size"] <= 65536 else np.uint32
-        return (
-            folder,
-            facts,
-            {split: np.fromfile(folder / f"{split}.bin", dtype) for split in facts["splits"]},
-        )
+        for name, value in {"block_size": 64, "tokenizer": "bytes", **values}.items():
+            monkeypatch.setattr(train_lm, name, value if isinstance(value, (int, float)) else str(value))
+        tok, splits, sizes = train_lm.prepare_data()
+        texts = {}
+        for split, rows in splits.items():
+            ids = [rows[0]["ids"][:1].tolist(), *(row["ids"][1:].tolist() for row in rows)]
+            texts[split] = tok.decode(sum(ids, []), clean_up_tokenization_spaces=False)
+        return tok, texts, sizes
 
     return prepare
 
 
-def decoded(folder, tokens):
-    """The documents in a stream of tokens."""
-    from transformers import AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(folder)
-    assert tokens[-1] == tok.eos_token_id
-    ends = np.flatnonzero(tokens == tok.eos_token_id)
-    parts = np.split(tokens, ends + 1)[:-1]
-    return [tok.decode(part[:-1].tolist(), clean_up_tokenization_spaces=False) for part in parts]
-
-
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:300"])
 def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
-    texts = [word * n for n in (1, 2, 3) for word in WORDS]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    folder, facts, tokens = prepare(dataset=tmp_path / "t.jsonl", tokenizer=tokenizer, test_fraction=0.3)
-    assert sorted(sum((decoded(folder, part) for part in tokens.values()), [])) == sorted(texts)
-    numbers = facts["splits"].values()
-    assert sum(n["documents"] for n in numbers) == len(texts)
-    assert sum(n["bytes"] for n in numbers) == sum(len(text.encode()) for text in texts)
-    assert sum(n["tokens"] for n in numbers) == sum(map(len, tokens.values()))
-
-
-@hypothesis_settings(max_examples=60, deadline=None)
-@given(text=st.text(min_size=1))
-@pytest.mark.parametrize("name", ["bytes", "bpe:280"])
-def test_byte_tokenizers_represent_any_text(name, text):
-    from datasets import Dataset
-
-    text_to_learn_from = Dataset.from_dict({"text": ["some text to learn from " * 9]})
-    tok = train_lm.make_tokenizer(name, {"train": (text_to_learn_from, np.arange(1))})
-    tok.backend_tokenizer.encode_special_tokens = True
-    text = text.encode(errors="ignore").decode()
-    assert tok.decode(tok(text)["input_ids"], clean_up_tokenization_spaces=False) == text
-
-
-def test_cutting_long_texts_for_the_threads_changes_no_token(prepare, tmp_path, monkeypatch):
-    text = "".join(f"def f{i}(x):\n\n    return x + {i}  # {'é' * (i % 7)}\n\n\n" for i in range(9000))
-    (tmp_path / "long.txt").write_text(text)
-    folder, _, tokens = prepare(
-        dataset=tmp_path / "long.txt", tokenizer="bpe:400", val_fraction=0.0, test_fraction=0.0
+    text = "the cat sat\n héllo wörld\r\n\tindented  twice  数学 🙂 <|endoftext|> end\n" * 9
+    (tmp_path / "t.txt").write_text(text, newline="")
+    tok, texts, sizes = prepare(
+        dataset=tmp_path / "t.txt", tokenizer=tokenizer, val_fraction=0.0, test_fraction=0.0
     )
-    from tokenizers import Tokenizer
-
-    whole = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    assert len(text) > 3 * 65536 and tokens["train"][:-1].tolist() == whole
-
-
-def test_bpe_learns_from_the_train_split_alone(prepare, tmp_path):
-    for split, word in (("train", "banana "), ("val", "quixotic "), ("test", "quixotic ")):
-        (tmp_path / f"{split}.txt").write_text(word * 200)
-    folder, _, tokens = prepare(dataset=tmp_path, tokenizer="bpe:270")
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    assert any("banana" in token for token in vocabulary) and not any("qui" in token for token in vocabulary)
-    assert decoded(folder, tokens["validation"]) == decoded(folder, tokens["test"]) == ["quixotic " * 200]
+    assert texts["train"] == text + tok.eos_token and sizes["train"]["bytes"] == len(text.encode())
 
 
 def test_one_text_is_cut_by_position_as_nanogpt_does(prepare, tmp_path):
     text = "".join(np.random.default_rng(0).choice(list(string.ascii_letters), 10007))
     (tmp_path / "t.txt").write_text(text)
-    folder, _, tokens = prepare(
-        dataset=tmp_path / "t.txt", tokenizer="char", val_fraction=0.1, test_fraction=0.0
+    tok, texts, _ = prepare(dataset=tmp_path / "t.txt", tokenizer="char", val_fraction=0.1, test_fraction=0.0)
+    cut = int(0.9 * len(text))
+    assert texts == {"train": text[:cut], "validation": text[cut:] + tok.eos_token}
+
+
+@pytest.mark.parametrize(
+    "sizes", [[30000] * 3, [int(50 * 1.02**i) for i in range(450)]], ids=["books", "files"]
+)
+def test_each_split_has_its_share_of_the_bytes(prepare, tmp_path, sizes):
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_text((f"<{i}>" * size)[:size])
+    for how, shares in (
+        ({}, {"train": 0.9, "validation": 0.05, "test": 0.05}),
+        ({"fold": "2/4"}, {"validation": 0.2375}),
+    ):
+        _, _, found = prepare(dataset=tmp_path, **how)
+        for split, share in shares.items():
+            assert found[split]["bytes"] / sum(sizes) == pytest.approx(share, abs=0.01)
+        assert sum(n["bytes"] for n in found.values()) == sum(sizes)
+
+
+def test_folds_are_disjoint_and_cover_everything(prepare, tmp_path):
+    text = "".join(np.random.default_rng(0).choice(list(string.ascii_letters), 5000))
+    (tmp_path / "t.txt").write_text(text)
+    parts = [
+        prepare(dataset=tmp_path, tokenizer="char", fold=f"{k}/4", test_fraction=0.1)[1] for k in range(1, 5)
+    ]
+    assert "".join([*(part["validation"] for part in parts), parts[0]["test"]]).startswith(text)
+    for part in parts:
+        assert part["validation"] not in part["train"] and part["test"] == parts[0]["test"]
+
+
+def test_odd_folders(prepare, tmp_path, capfd):
+    """What is hidden, a directory called notes.md, test_results.txt, a file that is not UTF-8; splits by name."""
+    for name in (
+        "a.txt",
+        "b.md",
+        "test_results.txt",
+        ".hidden.txt",
+        "._a.txt",
+        ".git/c.txt",
+        "val/d.txt",
+        "e/f.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"<{name}>" * 50)
+    (tmp_path / "notes.md").mkdir()
+    (tmp_path / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    _, texts, sizes = prepare(dataset=tmp_path, test_fraction=0.0)
+    assert sizes.keys() == {"train", "validation"} and sizes["train"]["documents"] == 4
+    assert all(f"<{name}>" in texts["train"] for name in ("a.txt", "b.md", "test_results.txt", "e/f.txt"))
+    assert texts["validation"].startswith("<val/d.txt>") and ".hidden" not in texts["train"]
+    out, _ = capfd.readouterr()
+    assert "1 of 6 files are not UTF-8 text and are skipped, such as" in out and "latin.txt" in out
+    _, err = within(
+        "train_lm.py", f"--dataset={tmp_path / 'latin.txt'}", f"--out_dir={tmp_path / 'run'}", code=2
     )
-    assert decoded(folder, tokens["train"]) == [text[: int(0.9 * len(text))]]
-    assert decoded(folder, tokens["validation"]) == [text[int(0.9 * len(text)) :]]
-
-
-@pytest.mark.parametrize("n_documents", [1, 3, 40])
-def test_folds_are_disjoint_and_cover_everything(prepare, tmp_path, n_documents):
-    for i in range(n_documents):
-        (tmp_path / f"{i:02}.txt").write_text(f"document {i} " * (3 + i % 5) * (100 // n_documents))
-    parts, tests = [], []
-    for k in range(1, 5):
-        folder, _, tokens = prepare(dataset=tmp_path, fold=f"{k}/4", test_fraction=0.1)
-        texts = {split: decoded(folder, part) for split, part in tokens.items()}
-        parts.append(texts["validation"])
-        tests.append(texts["test"])
-        everything = "".join(sorted("".join(sum(texts.values(), []))))
-        assert everything == "".join(sorted("".join(p.read_text() for p in tmp_path.glob("*.txt"))))
-        if n_documents == 40:  # whole documents, each in one split
-            assert len(set(sum(texts.values(), []))) == sum(map(len, texts.values())) or n_documents < 40
-    assert all(test == tests[0] for test in tests)
-    characters = "".join(sorted("".join(sum(parts + tests[:1], []))))
-    assert characters == everything  # the parts and the test split are all there is, and nothing is in two
-
-
-def test_splits_do_not_depend_on_the_seed_nor_on_other_files_names(prepare, tmp_path):
-    for i in range(50):
-        (tmp_path / f"{i}.txt").write_text(f"<{i}>" * 40)
-    _, before, _ = prepare(dataset=tmp_path, val_fraction=0.2, seed=1)
-    _, after, _ = prepare(dataset=tmp_path, val_fraction=0.2, seed=2)
-    assert before == after
-    size = before["splits"]["validation"]["bytes"] / sum(n["bytes"] for n in before["splits"].values())
-    assert 0.19 < size < 0.24
+    assert "iconv" in err and err.count("\n") == 1
 
 
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
     from datasets import Dataset, DatasetDict
 
     texts = [f"text number {i}, {'é' * i}\n" for i in range(12)]
-    forms = {name: tmp_path / name for name in ("folder", "jsonl", "parquet", "csv", "saved", "splits")}
-    for path in forms.values():
-        path.mkdir()
+    (tmp_path / "folder").mkdir()
     for i, text in enumerate(texts):
-        (forms["folder"] / f"{i}.md").write_text(text, newline="")
+        (tmp_path / "folder" / f"{i:02}.md").write_text(text)
     data = Dataset.from_dict({"body": texts, "other": range(12)})
-    data.to_json(forms["jsonl"] / "data.jsonl")
-    data.to_parquet(forms["parquet"] / "data.parquet")
-    data.to_csv(forms["csv"] / "data.csv")
-    data.save_to_disk(forms["saved"] / "x")
-    DatasetDict(
-        train=data.select(range(8)), validation=data.select([8, 9]), test=data.select([10, 11])
-    ).save_to_disk(forms["splits"] / "x")
-    names = {"glob": f"{forms['folder']}/*.md", "folder": forms["folder"], "saved": forms["saved"] / "x"}
-    names |= {kind: forms[kind] / f"data.{kind}" for kind in ("jsonl", "parquet", "csv")}
-    for name in names.values():
-        folder, _, tokens = prepare(dataset=name, text_column="body", test_fraction=0.2, val_fraction=0.2)
-        assert sorted(sum((decoded(folder, part) for part in tokens.values()), [])) == sorted(texts), name
-    for i, text in enumerate(texts):  # splits by folder
-        split = tmp_path / "by_folder" / ("train" if i < 8 else "val" if i < 10 else "test")
-        split.mkdir(parents=True, exist_ok=True)
-        (split / f"{i:02}.md").write_text(text, newline="")
-    folder, _, tokens = prepare(dataset=tmp_path / "by_folder")
-    assert decoded(folder, tokens["test"]) == texts[10:] and decoded(folder, tokens["train"]) == texts[:8]
-    folder, _, tokens = prepare(dataset=forms["splits"] / "x", text_column="body")
-    assert decoded(folder, tokens["test"]) == texts[10:] and decoded(folder, tokens["train"]) == texts[:8]
-
-
-def test_the_same_data_is_tokenized_once_and_other_data_again(prepare, tmp_path, monkeypatch):
-    (tmp_path / "t.txt").write_text("abcdefgh" * 50)
-    first, facts, _ = prepare(dataset=tmp_path / "t.txt")
-    monkeypatch.setattr(train_lm, "tokenize", lambda *_: pytest.fail("tokenized again"))
-    assert prepare(dataset=tmp_path / "t.txt")[:2] == (first, facts)
-    monkeypatch.undo()
-    (tmp_path / "t.txt").write_text("abcdefgi" * 50)
-    second, changed, _ = prepare(dataset=tmp_path / "t.txt")
-    assert second != first and changed["fingerprint"] != facts["fingerprint"]
-
-
-def test_vocabularies_beyond_16_bits_keep_their_ids(prepare, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70000)}))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path / "tok")
-    (tmp_path / "t.txt").write_text("w69999 w5 w65536 w65535 " * 10)
-    _, _, tokens = prepare(
-        dataset=tmp_path / "t.txt", tokenizer=str(tmp_path / "tok"), val_fraction=0.0, test_fraction=0.0
+    (
+        data.to_json(tmp_path / "data.jsonl"),
+        data.to_parquet(tmp_path / "data.parquet"),
+        data.to_csv(tmp_path / "data.csv"),
     )
-    assert tokens["train"][:4].tolist() == [69999, 5, 65536, 65535] and tokens["train"][-1] == 70000
+    data.save_to_disk(tmp_path / "saved")
+    DatasetDict(train_sft=data).save_to_disk(tmp_path / "named")
+    how = {"text_column": "body", "val_fraction": 0.0, "test_fraction": 0.0}
+    for name in ("folder", "folder/*.md", "data.jsonl", "data.parquet", "data.csv", "saved", "named"):
+        split = "train_sft" if name == "named" else "train"
+        tok, found, _ = prepare(dataset=tmp_path / name, train_split=split, **how)
+        assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(texts), name
+    _, err = within(
+        "train_lm.py", f"--dataset={tmp_path / 'data.csv'}", f"--out_dir={tmp_path / 'run'}", code=2
+    )
+    assert "--text_column=body" in err and err.count("\n") == 1
 
 
-def test_samples_are_a_function_of_seed_and_number(tmp_path):
-    T, N = 8, 203
-    np.arange(N, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    train = train_lm.Tokens(tmp_path / "train.bin", np.uint16, T, seed=3)
-    n = train.n_blocks
-    epochs = [train[list(range(e * n, (e + 1) * n))] for e in range(3)]
-    for x, y in epochs:
-        assert torch.equal(x[:, 1:], y[:, :-1]) and (y[:, -1] == x[:, -1] + 1).all()
-        starts = x[:, 0].sort().values
-        assert (starts.diff() == T).all()  # a grid: each block once, none overlaps
-    assert len({int(x[:, 0].min()) for x, _ in epochs}) > 1  # of another offset each epoch
-    again = train_lm.Tokens(tmp_path / "train.bin", np.uint16, T, seed=3)
-    for numbers in ([5], [n + 2, n - 1, 2 * n], [0]):  # whatever was asked before, across epochs too
-        x, _ = again[numbers]
-        assert torch.equal(x, torch.cat([epochs[i // n][0][i % n : i % n + 1] for i in numbers]))
-    other, _ = train_lm.Tokens(tmp_path / "train.bin", np.uint16, T, seed=4)[list(range(n))]
-    assert not torch.equal(other, epochs[0][0])
+def test_changed_files_are_read_again(prepare, tmp_path):
+    (tmp_path / "t.txt").write_text("abcdefgh" * 500)
+    first = prepare(dataset=tmp_path / "t.txt")[1]
+    (tmp_path / "t.txt").write_text("abcdefgi" * 500)
+    assert prepare(dataset=tmp_path / "t.txt")[1] != first
 
 
-@pytest.mark.parametrize("N", [9, 10, 15, 16, 17, 24, 25])
-def test_a_short_text_still_gives_whole_blocks(tmp_path, N):
-    np.arange(N, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    x, y = train_lm.Tokens(tmp_path / "train.bin", np.uint16, 8, seed=0)[list(range(40))]
-    assert (y == x + 1).all() and x.max() < N and y.min() > 0
-
-
-def test_each_process_takes_its_slice_of_the_same_batch(monkeypatch):
+def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
     monkeypatch.setattr(train_lm, "batch_size", 8)
-    for processes, micro in ((1, 8), (1, 2), (2, 2), (4, 2), (8, 1)):
-        accumulation = 8 // (micro * processes)
-        slices = [list(train_lm.sample_numbers(3, 5, micro, accumulation, rank)) for rank in range(processes)]
-        for step in (0, 1):
-            own = [sum(s[step * accumulation : (step + 1) * accumulation], []) for s in slices]
-            assert sum(own, []) == list(range(24 + 8 * step, 32 + 8 * step))
+    lengths = np.random.default_rng(0).integers(5, 60, 83)
+    whole = list(train_lm.batch_rows(lengths, 0, 30, 8, 1, 0))
+    assert all(len(set(sum(whole[i : i + 10], []))) == 80 for i in (0, 10, 20)) and whole[:10] != whole[10:20]
+    assert list(train_lm.batch_rows(lengths, 13, 30, 8, 1, 0)) == whole[13:]
+    for micro, processes in ((2, 1), (2, 2), (1, 8)):
+        parts = [
+            list(train_lm.batch_rows(lengths, 0, 30, micro, processes, rank)) for rank in range(processes)
+        ]
+        n = 8 // micro // processes
+        for step in range(30):
+            rows = sum((sum(part[step * n : (step + 1) * n], []) for part in parts), [])
+            assert sorted(rows) == sorted(whole[step])
+    padded = sum(lengths[batch].max() * 8 for batch in whole)
+    assert sum(lengths[batch].sum() for batch in whole) > 0.8 * padded
+    assert set(next(train_lm.batch_rows(lengths[:3], 0, 2, 8, 1, 0))) == {0, 1, 2}  # few are repeated
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_read_what_the_main_one_reads(tmp_path, method):
-    np.arange(500, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    train = train_lm.Tokens(tmp_path / "train.bin", np.uint16, 8, seed=0)
-    numbers = [list(range(i, i + 4)) for i in range(0, 200, 4)]
-    options = {"batch_size": None, "sampler": numbers, "generator": torch.Generator()}
-    here = list(torch.utils.data.DataLoader(train, **options))
-    there = torch.utils.data.DataLoader(train, num_workers=2, multiprocessing_context=method, **options)
-    for (x, y), (u, v) in zip(here, there, strict=True):
-        assert torch.equal(x, u) and torch.equal(y, v)
+def test_collate():
+    rows = [{"ids": torch.tensor([1, 2, 3])}, {"ids": torch.tensor([4, 5])}]
+    x, y = train_lm.collate(rows)
+    assert x.tolist() == [[1, 2], [4, 5]] and y.tolist() == [[2, 3], [5, -100]]
+    assert json.dumps(y.tolist())

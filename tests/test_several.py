@@ -5,7 +5,6 @@ others along, and the run goes on; the configs of configs/accelerate say what th
 """
 
 import os
-import shutil
 import signal
 import time
 
@@ -41,10 +40,6 @@ def far(a, b):
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 EXPERTS |= {"n_group": 1, "topk_group": 1}
 MODES = [
-    ("train_lm.py", "glm4_moe", "--adapter="),
-    ("train_lm.py", "gpt2", "--adapter=lora"),
-    ("train_lm.py", "qwen3", "--adapter=p_tuning"),
-    ("train_lm.py", "", "--optimizer=adamw"),
     ("train_diffusion.py", "", "--optimizer=adamw"),
     ("train_diffusion.py", "sd", "--adapter=lora"),
     ("train_diffusion.py", "ddpm", "--adapter="),
@@ -84,28 +79,11 @@ def test_a_model_in_parts_is_as_a_whole_one(tmp_path, tiny, trainer, base, setti
         assert path.read_bytes() == (b / path.relative_to(a)).read_bytes()
 
 
-def test_muon_in_parts_follows_the_same_curve_and_resumes_bit_for_bit(tmp_path, tiny):
-    """Each process makes some matrices orthogonal: the same losses, as far as sums go; a resume is exact."""
-    how = [tiny, "--lr_schedule=constant", "--max_steps=20"]
-    within("train_lm.py", *how, f"--out_dir={tmp_path / 'whole'}")
-    in_parts("train_lm.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
-    in_parts("train_lm.py", *how, "--max_steps=10")
-    in_parts("train_lm.py", *how, "--resume=True")
-    assert not differences(last_state(tmp_path / "unbroken"), last_state(tmp_path / "run"))
-    whole, parts = (rows(tmp_path / name, "train/loss") for name in ("whole", "unbroken"))
-    assert [row["train/loss"] for row in parts] == [
-        pytest.approx(row["train/loss"], rel=1e-5) for row in whole
-    ]
-    # what was saved in parts goes on in one piece
-    within("train_lm.py", *how, "--resume=True", "--max_steps=25")
-
-
 def test_what_fsdp_cannot_do_is_refused(tmp_path, tiny):
-    """FSDP 1, Accelerate's own checkpointing of activations, and our search for NaN."""
+    """FSDP 1, and fp16."""
     for changed, setting, message in (
         ({"FSDP_VERSION": "1"}, "--resume=True", "FSDP is not supported"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--resume=True", "gradient_checkpointing=True"),
-        ({}, "--detect_anomaly=True", "without FSDP2"),
+        ({}, "--mixed_precision=fp16", "fp16"),
     ):
         launch = (ROOT / "tests/fsdp2.py", ROOT / "train_lm.py", tiny, setting)
         out = forked(*launch, code=2, **FSDP2 | changed)
@@ -151,15 +129,6 @@ def test_two_machines_train_as_one(tmp_path, tiny):
     assert rows(machines[0] / "run")[-1] == rows(tmp_path / "run")[-1]
 
 
-def test_other_data_on_the_other_machine_is_noticed(tmp_path, tiny, text_file):
-    """Each process reads a file of its own."""
-    shutil.copyfile(text_file, tmp_path / "0.txt")
-    (tmp_path / "1.txt").write_text(text_file.read_text()[::-1])
-    config = tmp_path / "by_rank.py"
-    config.write_text(f"import os\ndataset = {str(tmp_path)!r} + f\"/{{os.environ['RANK']}}.txt\"\ndel os\n")
-    assert "is not the same on all machines" in forked("train_lm.py", tiny, config, code=2)
-
-
 @pytest.mark.parametrize("place", ["loss:inf", "gradient:nan"])
 def test_a_nan_in_one_process_is_skipped_by_both(tmp_path, tiny, place):
     """In its loss, and in its gradient after the processes have added up theirs."""
@@ -172,7 +141,7 @@ def test_a_process_that_dies_takes_the_others_along(tmp_path, tiny):
     """kill -9 to one of two: the launcher ends within seconds and leaves none; the same command goes on."""
     process = start("train_lm.py", tiny, "--max_steps=100000", processes=2)
     end = time.monotonic() + 60
-    while not list((tmp_path / "run").glob("checkpoints/step_*")) and time.monotonic() < end:
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < end:
         time.sleep(0.05)
     trainers = [p for p in psutil.Process(process.pid).children() if "train_lm.py" in " ".join(p.cmdline())]
     assert len(trainers) == 2

@@ -3,7 +3,6 @@ The tree: ruff is content, every config is legal, the README tells the true line
 the two trainers repeat is the same in both.
 """
 
-import ast
 import re
 import subprocess
 import sys
@@ -51,39 +50,6 @@ def test_every_config_is_legal(tmp_path, pretrained, pipeline, path):
 def test_the_gpu_runner_says_loudly_that_there_is_none():
     _, err = run("tests/gpu/run.py", "--shakespeare=none", code=1)
     assert "NO GPU WAS FOUND" in err
-
-
-# Functions that both trainers have under this name, but each for its own model and data.
-OWN = {
-    "Shape",
-    "norm",
-    "attend",
-    "Attention",
-    "Block",
-    "make_optimizers",
-    "forward_backward",
-    "evaluate",
-    "write_sample",
-}
-OWN |= {"check_settings", "read_files", "prepare_data", "save_weights", "load_weights", "Base", "main"}
-
-
-def definitions(name):
-    """{name: source} of what a trainer defines at its top level, in order."""
-    source = (ROOT / name).read_text()
-    return {
-        node.name: ast.get_source_segment(source, node)
-        for node in ast.parse(source).body
-        if hasattr(node, "name")
-    }
-
-
-def test_what_the_trainers_repeat_is_the_same_in_both_and_in_the_same_order():
-    lm, diffusion = definitions("train_lm.py"), definitions("train_diffusion.py")
-    both = [name for name in lm if name in diffusion]
-    assert both == [name for name in diffusion if name in lm]
-    assert {name for name in both if lm[name] != diffusion[name]} == OWN
-    assert {"lr_at", "train_step", "save_checkpoint", "load_checkpoint", "stop_requested"} < set(both) - OWN
 
 
 def test_settings_of_the_same_name_stand_in_the_same_order():
