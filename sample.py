@@ -46,7 +46,6 @@ temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above:
 top_k = 0  # draw from so many of the likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that make up this share of the probability (0..1)
 chat = False  # answer line after line of stdin, by the chat template; a prompt is the first line
-base = ""  # where the model below an adapter is now, if it moved
 merge = ""  # a new folder: write the model with its LoRA adapter merged into it there, and say nothing
 # pictures
 negative_prompt = ""  # what the pictures are to be unlike
@@ -151,9 +150,9 @@ def load_run(folder, run_dir, device):
         )
         if run["kind"] == "diffusion":
             return run, trainer, load_diffusion(run, trainer, folder).to(device).eval(), None
-        model, tok = trainer.load(folder, run, base)
+        model, tok = trainer.load(folder, run)
     large = sum(p.numel() for p in model.parameters()) > 10**7  # reading the weights takes most of the time
-    if large and not merge and run["precision"] == "bf16" and trainer.has_bf16():
+    if large and not merge and computes_in_bf16(run, device):
         model.bfloat16()
     return run, trainer, model.to(device), tok
 
@@ -224,8 +223,8 @@ def load_plain(folder, device):
     import train_lm
 
     train_lm.log = say
-    model = train_lm.Pretrained(train_lm.load_lm(str(folder), base=base))
-    with named("tokenizer", str(folder)):
+    with named("model", str(folder)):
+        model = train_lm.Pretrained(train_lm.load_lm(str(folder)))
         return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 

