@@ -158,10 +158,8 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, dropout):
-    """
-    softmax(q k^T / sqrt(D)) v, in which each token sees itself and all before it; a single one sees all.
-    q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D)
-    """
+    """softmax(q k^T / sqrt(D)) v, in which each token sees itself and all before it; a single one sees all.
+    q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> (B, n_head, T, D)"""
     T, gqa = q.size(2), k.size(1) < q.size(1)
     if q.device.type == "cpu" and v.dtype == torch.bfloat16 and 1 < T <= 512:
         # The same, written out: torch's kernel in bf16 on CPUs takes about four times as long on short texts.
@@ -244,10 +242,8 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02 * tied)  # 0: the loss starts at ln(vocab_size)
 
     def forward(self, idx, targets=None, cache=None):
-        """
-        idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses; -100 has none.
-        With a cache (a dict, empty at first) idx follows what is in it; -> the logits of the last (B, 1, V).
-        """
+        """idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses; -100 has none.
+        With a cache (a dict, empty at first) idx follows what is in it; -> the logits of the last (B, 1, V)."""
         start = next(iter(cache.values()))[0].size(2) if cache else 0  # the position of the first token
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
         if torch.is_autocast_enabled("cpu"):  # elsewhere it was not measured
@@ -295,10 +291,8 @@ def make_gpt(vocab_size, end):
 
 @torch.inference_mode()
 def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, eos=()):
-    """
-    Yield the next token, (n,), of each of n continuations of `prompt`, a list of ids, until all said an `eos`.
-    temperature 0: the likeliest token. Text that outgrows the model's context goes on from its last half.
-    """
+    """Yield the next token, (n,), of each of n continuations of `prompt`, a list of ids, until all said an `eos`.
+    temperature 0: the likeliest token. Text that outgrows the model's context goes on from its last half."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)
@@ -334,12 +328,12 @@ def find_files():
     if path.is_file() or "://" in dataset:
         return KINDS.get(path.suffix, "text"), {"train": [str(path) if path.is_file() else dataset]}
     files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    suffixes, without = ([".py"], NOT_LIBRARY) if dataset == "python" else (KINDS, set())
     kinds, splits, skipped = set(), {}, []
     for file in sorted(files):
         parts = file.relative_to(path).parts if path.is_dir() else [file.name]
-        if dataset == "python" and (file.suffix != ".py" or NOT_LIBRARY.intersection(parts)):
-            continue
-        if file.suffix not in KINDS or any(name[0] == "." for name in parts) or not file.is_file():
+        hidden = any(name[0] == "." or name in without for name in parts)
+        if file.suffix not in suffixes or hidden or not file.is_file():
             continue
         try:
             _ = KINDS[file.suffix] == "text" and file.read_bytes().decode()
@@ -488,10 +482,8 @@ def collate(rows):
 
 
 def batch_rows(lengths, first_step, last_step, micro, world, rank):
-    """
-    Yield the rows of each micro-batch of this process. Each epoch is a shuffle in which rows of similar length
-    share a batch. It depends on (seed, step) alone: a resume, more processes, smaller micro-batches see the same.
-    """
+    """Yield the rows of each micro-batch of this process. Each epoch is a shuffle in which rows of similar length
+    share a batch. It depends on (seed, step) alone: a resume, more processes, smaller micro-batches see the same."""
     n_batches = max(1, len(lengths) // batch_size)
     for step in range(first_step, last_step):
         epoch, i = divmod(step, n_batches)
@@ -507,10 +499,8 @@ def batch_rows(lengths, first_step, last_step, micro, world, rank):
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Momentum whose update of a matrix is made orthogonal (Jordan 2024, kellerjordan.github.io/posts/muon). It is
-    torch.optim.Muon, but on all matrices of a shape at once, which keeps the processor busy, and in any dtype.
-    """
+    """Momentum whose update of a matrix is made orthogonal (Jordan 2024, kellerjordan.github.io/posts/muon). It is
+    torch.optim.Muon, but on all matrices of a shape at once, which keeps the processor busy, and in any dtype."""
 
     def __init__(self, matrices, dtype, **defaults):
         super().__init__(matrices, defaults)
@@ -539,10 +529,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, accelerator):
-    """
-    Muon for the matrices in the blocks; AdamW for the rest: tables, the head, vectors. What somebody else has
-    trained, most likely with AdamW, goes on with that. Each trained weight is in one group.
-    """
+    """Muon for the matrices in the blocks; AdamW for the rest: tables, the head, vectors. What somebody else has
+    trained, most likely with AdamW, goes on with that. Each trained weight is in one group."""
     trained, muon = [p for p in model.parameters() if p.requires_grad], []
     if optimizer == "adamw" or init_from != "scratch":
         default = {"lora": 2e-4, "p_tuning": 1e-3}.get(adapter, 0.001 if init_from == "scratch" else 5e-5)
@@ -582,10 +570,8 @@ def lr_at(step, total_steps):
 
 @torch.no_grad()
 def evaluate(accelerator, model, name, rows, size, micro, batches):
-    """
-    -> the loss of a split. batches: of batch_size rows, spread evenly over it; 0: all. Each process takes its
-    share, in as many forward passes as the others.
-    """
+    """-> the loss of a split. batches: of batch_size rows, spread evenly over it; 0: all. Each process takes its
+    share, in as many forward passes as the others."""
     n, world = min(len(rows), batches * batch_size or len(rows)), accelerator.num_processes
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[accelerator.process_index :: world]
     loss, n_tokens = 0.0, 0
@@ -696,10 +682,8 @@ def save_weights(accelerator, model):
 
 @functools.cache  # once is enough
 def write_config(gpt):
-    """
-    config.json: it makes the run directory a model of transformers, if transformers computes what our GPT does.
-    That is tried on random weights, because the zeros that training starts from would hide most of the model.
-    """
+    """config.json: it makes the run directory a model of transformers, if transformers computes what our GPT does.
+    That is tried on random weights, because the zeros that training starts from would hide most of the model."""
     from transformers import NanoChatForCausalLM
 
     config = gpt.config.to_dict()
@@ -779,18 +763,13 @@ def catch_signals():
             STOP.append(signal.SIGTERM)
 
 
-def has_bf16():
-    """Whether the hardware computes in bf16; what only emulates it is slower in it."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return not torch.backends.mps.is_available() and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-
-
 def start_accelerator():
     """-> an Accelerator on the best device there is, with precision and threads set."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    precision = ("bf16" if has_bf16() else "no") if mixed_precision == "auto" else mixed_precision
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_cpu:  # what only emulates it is slower in it
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
     torch.set_float32_matmul_precision("high")  # TF32: fp32 matrices much faster, with 10 bits of mantissa
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
@@ -868,8 +847,8 @@ def main():
     groups = [group for o in optimizers for group in o.param_groups]  # load_state makes new ones
     n_batches = max(1, len(train) // batch_size)
     total_steps = math.ceil(epochs * n_batches) if epochs else max_steps
+    log(f"batches of {batch_size} rows = {world} processes x {accumulation} micro-batches x {micro}")
     log(f"{total_steps} steps, {total_steps / n_batches:.2f} epochs; learning rates {peaks}")
-    log(f"batch: {batch_size} rows = {world} processes x {accumulation} micro-batches x {micro}")
     if MAIN:
         run = write_run(module, tok, sizes)
         # what was written after the checkpoint is computed again
@@ -1032,11 +1011,9 @@ def load(folder, run):
 
 
 def add_adapter(lm):
-    """
-    Freeze a model and put an adapter on it: "lora" (Hu et al. 2021, arXiv:2106.09685) adds a product of two
+    """Freeze a model and put an adapter on it: "lora" (Hu et al. 2021, arXiv:2106.09685) adds a product of two
     small matrices to those of its layers; "p_tuning" (Liu et al. 2021, arXiv:2103.10385) learns vectors that
-    stand before every text like a prompt, as the output of a small network.
-    """
+    stand before every text like a prompt, as the output of a small network."""
     from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 
     if adapter == "lora":
@@ -1107,11 +1084,9 @@ def choose_columns(splits):
 
 
 def cut_conversation(tok, rows):
-    """
-    Messages -> lists of (text, whether it is learned). Learned is what the chat template adds to the prompt for an
+    """Messages -> lists of (text, whether it is learned). Learned is what the chat template adds to the prompt for an
     answer, so training sees what a chat will show. Where a template writes an earlier turn in another way than the
-    last one (Qwen3 leaves out its thoughts), the next answer begins a new list.
-    """
+    last one (Qwen3 leaves out its thoughts), the next answer begins a new list."""
     found, text, messages = [], None, []
     for row in rows or []:
         row = {key: value for key, value in row.items() if value is not None}

@@ -8,8 +8,7 @@ A peer is a checkout that lies anywhere; what it needs must be installed. text: 
 the parquet files of its train and test splits. transformers: its examples/ are run with what is installed; where there
 is a src/ as well, it is the peer in sampling. The parts, each run where its peers are given:
 
-  start     seconds of --help, and from `accelerate launch train_lm.py` without any cache to its first step; MB/s of
-            the tokenizer, next to the same in `datasets`.map
+  start     seconds of --help, and from `accelerate launch train_lm.py` without any cache to its first step
   lm        nanoGPT's own command for laptops, next to configs/shakespeare_char_cpu.py as it is, and with few steps
   equal     nanoGPT's shape, batch and AdamW in both: tokens/s, peak memory
   finetune  the same Llama, whole, in our loop and in transformers' example without a Trainer: tokens/s, peak memory
@@ -144,28 +143,6 @@ def start(args, folder):
             how += ["--overwrite=True"]
             return run(*LAUNCH, "train_lm.py", *how, until="step 1/1 train", HF_HOME=cache)[0]
 
-    def tokenizing():
-        code = """
-            import hashlib, sys, time
-            from pathlib import Path
-            import datasets
-            import numpy as np
-            import train_lm
-            out = Path(sys.argv[1])
-            documents = train_lm.load_library()
-            tok = train_lm.make_tokenizer("bpe:1024", train_lm.split_documents({"train": documents}))
-            megabytes = sum(len(text.encode()) for text in documents["text"]) / 1e6
-            began = time.time()
-            train_lm.tokenize(tok, documents, np.arange(len(documents)), out / "tokens.bin", hashlib.sha256())
-            print("ours", megabytes / (time.time() - began))
-            datasets.disable_caching()
-            began = time.time()
-            documents.map(lambda rows: tok(rows["text"]), batched=True, remove_columns=documents.column_names)
-            print("theirs", megabytes / (time.time() - began))
-        """
-        _, text, _ = run(sys.executable, "-c", textwrap.dedent(code), folder)
-        return [float(re.search(rf"{name} ([\d.]+)", text)[1]) for name in ("ours", "theirs")]
-
     helps = [
         [run(sys.executable, f"{name}.py", "--help")[0] for name in ("train_lm", "train_diffusion", "sample")]
         for _ in range(args.pairs)
@@ -176,9 +153,6 @@ def start(args, folder):
         ["s"],
         {"ours": [[first_step() for _ in range(args.pairs)]]},
     )
-    speeds = [tokenizing() for _ in range(args.pairs)]
-    sides = {"the tokenizer in `datasets`.map": [[b for _, b in speeds]], "ours": [[a for a, _ in speeds]]}
-    table("Tokenizing", ["MB/s"], sides)
 
 
 def lm(args, folder):
@@ -289,16 +263,19 @@ def sampling(args, folder):
         sys.path.insert(0, ".")
         import sample
         from transformers import AutoModelForCausalLM
-        model = sample.load_run(*2 * (sample.Path(sys.argv[1]),), "cpu")[2]
+        _, trainer, model, _ = sample.load_run(*2 * (sample.Path(sys.argv[1]),), "cpu")
         theirs = AutoModelForCausalLM.from_pretrained(sys.argv[1])
         torch.manual_seed(0)
-        prompt, n = torch.randint(model.shape.vocab_size, (int(sys.argv[2]), 16)), int(sys.argv[3])
+        prompt, n = torch.randint(model.config.vocab_size, (int(sys.argv[2]), 16)), int(sys.argv[3])
         how = {"max_new_tokens": n, "temperature": 0.8}
         @torch.no_grad()
         def by_them():
             mask = torch.ones_like(prompt)
             theirs.generate(input_ids=prompt, attention_mask=mask, min_new_tokens=n, do_sample=True, top_k=0, **how)
-        sides = {"theirs": by_them, "ours": lambda: [token for token in model.generate(prompt.tolist(), **how)]}
+        def by_us():
+            for token in trainer.generate(model, prompt[0].tolist(), len(prompt), **how):
+                pass
+        sides = {"theirs": by_them, "ours": by_us}
         for side in sides.values():
             side()
         for _ in range(int(sys.argv[4])):
@@ -569,7 +546,7 @@ def pictures(args, folder):
     for kind, more, guidance in (("with classes", [], 2.0), ("without classes", ["--label_column="], 1.0)):
         more = [*more, f"--max_steps={steps}", f"--eval_interval={steps}", f"--save_interval={steps}"]
         seconds, _, _ = ours(folder / "ours", *how, *more, trainer="train_diffusion.py")
-        info, trainer, model = sample.load_run(folder / "ours", folder / "ours", "cpu")
+        info, trainer, model, _ = sample.load_run(folder / "ours", folder / "ours", "cpu")
         y = torch.arange(n) % 10 if guidance > 1 else torch.full((n,), -1)
         process, began = trainer.Process(**info["process"]), time.time()
         options = {"steps": 25, "guidance": guidance, "sampler": "heun", "at_once": 100}

@@ -292,7 +292,7 @@ def differences(a, b, path=""):
     import torch
 
     if isinstance(a, dict):
-        keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes"}
+        keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes", "tracker_id"}
         return [d for k in sorted(keys) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]

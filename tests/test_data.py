@@ -100,7 +100,7 @@ def test_odd_folders(prepare, tmp_path, capfd):
     assert sizes.keys() == {"train", "validation"}
     assert all(f"<{name}>" in texts["train"] for name in ("a.txt", "b.md", "test_results.txt", "e/f.txt"))
     assert texts["validation"].startswith("<val/d.txt>") and ".hidden" not in texts["train"]
-    out, _ = capfd.readouterr()
+    out = "".join(capfd.readouterr())
     assert "1 files are not UTF-8 text and are skipped, such as" in out and "latin.txt" in out
     _, err = within(
         "train_lm.py", f"--dataset={tmp_path / 'latin.txt'}", f"--out_dir={tmp_path / 'run'}", code=2

@@ -205,7 +205,7 @@ def test_changed_settings_are_told_and_take_effect(tmp_path, tiny, trainer):
     out, _ = within(trainer, tiny, "--max_steps=20", "--weight_decay=0.5", "--beta2=0.9", "--resume=True")
     assert "resume: max_steps was 10, is 20" in out and "resume: weight_decay was 0.1, is 0.5" in out
     groups = last_state(tmp_path / "run")["optimizers"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.5, 0, 0]  # Muon's, and AdamW's of embedding and head
+    assert groups[0]["weight_decay"] == 0.5 and not any(g["weight_decay"] for g in groups[1:])
     assert [g["betas"][1] for g in groups if "betas" in g] == [0.9, 0.9]
 
 

@@ -78,7 +78,7 @@ def gpt2(folder):
 def billion(folder):
     """60 steps of 0.94 B parameters, with every activation kept."""
     how = "--block_size=1024 --n_layer=16 --n_head=16 --n_embd=2048 --tokenizer=bpe:32768 --batch_size=32"
-    how += " --micro_batch_size=16 --max_steps=60 --eval_interval=60 --eval_batches=1 --log_interval=2 --keep=last"
+    how += " --micro_batch_size=16 --max_steps=60 --eval_interval=60 --eval_batches=1 --log_interval=2 --val_fraction=0"
     rows, seconds, _ = train(folder / "billion", *how.split(), "--save_interval=1000", "--test_fraction=0")
     speed("GPT 0.94 B", rows, "tokens_per_s")
     note("GPT 0.94 B: whole command", round(seconds), "s")
@@ -148,7 +148,7 @@ def fsdp2(folder):
     launch += [f"--num_processes={count}", "--main_process_port=0"]
     how = "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --tokenizer=bpe:32768 --max_steps=60"
     how += " --save_interval=30 --eval_interval=30 --eval_batches=2 --log_interval=1 --lr_schedule=constant"
-    how += f" --keep=last --batch_size={16 * count}"
+    how += f" --val_fraction=0 --batch_size={16 * count}"
     how, plain = how.split(), ["--compile=False", "--deterministic=True"]
     losses = []
     for name, more, launched in (
@@ -159,7 +159,7 @@ def fsdp2(folder):
         rows, _, _ = train(folder / name, *how, *more, launch=launched)
         rows = [row for row in rows if "tokens_per_s" in row]
         losses.append(rows[29]["train/loss"])
-        for key, unit in (("tokens_per_s", "tokens/s"), ("memory", "GB")):
+        for key, unit in (("tokens_per_s", "tokens/s"), ("memory_gb", "GB")):
             note(
                 f"GPT-2 124M, {name}: {key} (median)",
                 sorted(row[key] for row in rows[10:])[len(rows[10:]) // 2],
@@ -168,7 +168,7 @@ def fsdp2(folder):
     note("GPT-2 124M: training loss of step 30 in one piece, under FSDP2, compiled", losses)
     train(folder / "broken", *how, *plain, "--max_steps=30", launch=launch)
     train(folder / "broken", *how, *plain, "--resume=True", launch=launch)
-    states = [folder / name / "checkpoints/step_00000060/state.pt" for name in ("FSDP2", "broken")]
+    states = [folder / name / "checkpoint.pt" for name in ("FSDP2", "broken")]
     a, b = (torch.load(path, weights_only=True, map_location="cpu")["model"] for path in states)
     note("FSDP2: resume bitwise equal", all(torch.equal(a[name], b[name]) for name in a))
     kept = AutoModelForCausalLM.from_pretrained(folder / "FSDP2").state_dict()
@@ -229,14 +229,11 @@ def lora(folder, text):
     for name, more in (
         ("", ["--compile=False"]),
         (", compiled", []),
-        (
-            ", bf16 base, checkpointing",
-            ["--compile=False", "--base_dtype=bf16", "--gradient_checkpointing=True"],
-        ),
+        (", checkpointing", ["--compile=False", "--gradient_checkpointing=True"]),
     ):
         rows, _, _ = train(folder / f"lora{name}", *how, *more, "--save_interval=140", "--log_interval=5")
         rows = [row for row in rows if "tokens_per_s" in row][10:]
-        for key, unit in (("tokens_per_s", "tokens/s"), ("memory", "GB")):
+        for key, unit in (("tokens_per_s", "tokens/s"), ("memory_gb", "GB")):
             note(
                 f"LoRA 124M{name}: {key} (median)",
                 round(sorted(r[key] for r in rows)[len(rows) // 2], 2),
@@ -357,8 +354,8 @@ def shakespeare(folder, text):
 def speed(what, rows, per_second):
     """Medians over the rows after the first, in which the model was compiled."""
     rows = [row for row in rows if per_second in row][10:]
-    for name, unit in ((per_second, "/s"), ("mfu", "of the peak"), ("memory", "GB")):
-        values = sorted(row.get(name, 0) for row in rows)
+    for name, unit in ((per_second, "/s"), ("mfu", "of the peak"), ("memory_gb", "GB")):
+        values = sorted(row.get(name, row.get("memory", 0)) for row in rows)
         note(f"{what}, bf16, compiled: {name} (median)", values[len(values) // 2], unit)
 
 
@@ -431,7 +428,8 @@ def resume(folder, trainer, *more):
     train(unbroken, *how, trainer=trainer)
     train(broken, *how, "--max_steps=30", trainer=trainer)
     train(broken, *how, "--resume=True", trainer=trainer)
-    states = [out / "checkpoints/step_00000060/state.pt" for out in (unbroken, broken)]
+    place = "checkpoint.pt" if trainer == "train_lm.py" else "checkpoints/step_00000060/state.pt"
+    states = [out / place for out in (unbroken, broken)]
     a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in states)
     equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     note(f"{name}: resume on CUDA, deterministic: weights bitwise equal", equal)
