@@ -57,8 +57,6 @@ def parse(text, default):
 
 def read_config(path, values):
     """{name: value} that a config file sets; the file sees the values so far."""
-    if not os.path.isfile(path):
-        fail(f"there is no config file {path!r}")
     with named("config", path):
         namespace = runpy.run_path(path, init_globals=dict(values))
     return {k: v for k, v in namespace.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
@@ -78,8 +76,7 @@ def configure(namespace, arguments=None):
     for argument in sys.argv[1:] if arguments is None else arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if argument in ("--help", "-h"):
-            print_help(namespace)
-            raise SystemExit(0)
+            raise SystemExit(print_help(namespace))
         if argument.endswith(".py") and not equals:
             changes = read_config(argument, values)
         elif argument.startswith("--") and equals:

@@ -327,30 +327,32 @@ def find_files():
     path = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset).expanduser()
     if path.is_file() or "://" in dataset:
         return KINDS.get(path.suffix, "text"), {"train": [str(path) if path.is_file() else dataset]}
-    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    suffixes, without = ([".py"], NOT_LIBRARY) if dataset == "python" else (KINDS, set())
-    kinds, splits, skipped = set(), {}, []
-    for file in sorted(files):
-        parts = file.relative_to(path).parts if path.is_dir() else [file.name]
-        hidden = any(name[0] == "." or name in without for name in parts)
-        if file.suffix not in suffixes or hidden or not file.is_file():
+    suffixes, without = ([".py"], NOT_LIBRARY) if dataset == "python" else (KINDS, ())
+    files, found, size, skipped = [], {}, dict.fromkeys(KINDS.values(), 0), []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name[0] != "." and name not in without]
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    for file in sorted(files or map(Path, glob.glob(str(path), recursive=True))):
+        if file.suffix not in suffixes or not file.is_file():
             continue
+        kind = KINDS[file.suffix]
         try:
-            _ = KINDS[file.suffix] == "text" and file.read_bytes().decode()
+            _ = kind == "text" and file.read_bytes().decode()
         except UnicodeDecodeError:
             skipped.append(file)
             continue
-        names = parts[0], re.sub(r"-\d+-of-\d+$", "", file.stem)  # a folder at the top, or the whole name
+        top = file.relative_to(path).parts[0] if path.is_dir() else ""
+        names = top, re.sub(r"-\d+-of-\d+$", "", file.stem)  # a folder at the top, or the whole name
         split = next((SPLITS[name] for name in names if name in SPLITS), "train")
-        splits.setdefault(split, []).append(str(file))
-        kinds.add(KINDS[file.suffix])
+        found.setdefault(kind, {}).setdefault(split, []).append(str(file))
+        size[kind] += file.stat().st_size
     if skipped:
         log(f"{len(skipped)} files are not UTF-8 text and are skipped, such as {skipped[0]}")
-    if not kinds and (path.is_dir() or path.suffix in KINDS):
+    if not found and (path.is_dir() or path.suffix in KINDS):
         fail(f"there is no file or folder {dataset!r} with {' '.join(KINDS)} in it")
-    if len(kinds) > 1:
-        fail(f"{dataset=} mixes {' and '.join(kinds)} files: name those of one kind, as 'folder/*.csv'")
-    return kinds.pop() if kinds else "hub", splits
+    kind = max(size, key=size.get) if found else "hub"  # a folder of data may well hold a README.md
+    log(f"dataset: {dataset}, {sum(map(len, found.get(kind, {}).values()))} files of kind {kind}")
+    return kind, found.get(kind, {})
 
 
 def load_documents():
@@ -440,7 +442,7 @@ def cut_splits(splits):
     rest, rows = (1 - sum(share for _, share in shares)) / n, splits["train"]
     shares = [("validation" if i == k else "train", rest) for i in range(1, n + 1)] + shares
     ends = np.round(np.cumsum([share for _, share in shares]) * len(rows)).astype(int)
-    ends = np.minimum(ends, len(rows) - np.arange(len(shares))[::-1])  # of a few rows, one for each split
+    ends = np.maximum(0, np.minimum(ends, len(rows) - np.arange(len(shares))[::-1]))  # of a few, one for each
     chosen = {split: [] for split, _ in shares}
     for (split, _), start, end in zip(shares, [0, *ends], ends):
         chosen[split].extend(range(start, end))
@@ -456,6 +458,8 @@ def prepare_data():
     if encode is encode_answers:
         tok.chat_template = tok.chat_template or CHAT_TEMPLATE
     for split, rows in splits.items():
+        if not len(rows):
+            fail(f"{dataset=} has nothing in its {split} split")
         kwargs = {"remove_columns": rows.column_names, "fn_kwargs": {"tok": tok, "columns": columns}}
         with named("dataset", dataset):
             ids = rows.map(encode, batched=True, batch_size=100, **kwargs)
@@ -577,7 +581,7 @@ def evaluate(accelerator, model, name, rows, size, micro, batches):
     loss, n_tokens = 0.0, 0
     model.eval()
     passes = range(0, math.ceil(n / world), micro)
-    for i in tqdm(passes, desc=name, leave=False, disable=None if name == "test" else True):
+    for i in tqdm(passes, desc=name, leave=False, disable=name != "test"):
         x, y = collate(rows.__getitems__(mine[i : i + micro].tolist() or [0]))
         y = y if i < len(mine) else torch.full_like(y, -100)  # a pass that only the others need
         n_tokens += int((y != -100).sum())
@@ -705,8 +709,9 @@ def write_config(gpt):
 
 def open_run_dir():
     """End the program if out_dir holds a run that this one would overwrite, or that it cannot go on with."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    files = {path.name for path in Path(out_dir).iterdir() if not path.name.endswith(".tmp")}
+    with named("out_dir", out_dir):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        files = {path.name for path in Path(out_dir).iterdir() if not path.name.endswith(".tmp")}
     if files and "run.json" not in files:
         fail(f"{out_dir} holds other files, such as {min(files)}: choose another --out_dir")
     if files and not (resume or overwrite):
@@ -716,9 +721,7 @@ def open_run_dir():
             before = json.loads(Path(out_dir, "run.json").read_text(encoding="utf-8"))["settings"]
         for name, value in settings(globals()).items():
             if name in FIXED.split() and value != before.get(name):
-                fail(
-                    f"cannot resume: {name} was {before.get(name)!r}, is {value!r}; choose another --out_dir"
-                )
+                fail(f"cannot resume: {name} was {before.get(name)!r}, is {value!r}; try another --out_dir")
 
 
 def write_run(model, tok, sizes):
@@ -823,9 +826,7 @@ def main():
     vocab_size = 1 + max(tok.get_vocab().values())  # some tokenizers have gaps
     model = model or make_gpt(vocab_size, tok.eos_token_id)
     if vocab_size > model.config.vocab_size:
-        fail(
-            f"{tokenizer=} has {vocab_size} tokens, {init_from} knows {model.config.vocab_size}: leave it out"
-        )
+        fail(f"the tokenizer has {vocab_size} tokens, {init_from} knows {model.config.vocab_size}")
     optimizers = make_optimizers(model, accelerator)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
@@ -866,7 +867,7 @@ def main():
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     catch_signals()  # before the workers of the DataLoader, which a Ctrl-C must not end either
-    order = batch_rows(np.array(train["length"]), step, total_steps, micro, world, rank)
+    order = batch_rows(train["length"][:].numpy(), step, total_steps, micro, world, rank)
     batches = iter(DataLoader(train, batch_sampler=order, collate_fn=collate, num_workers=num_workers))
     start, since = time.monotonic() - progress["seconds"], time.monotonic()
     tokens_since, not_finite, profiler = 0, 0, torch.profiler.profile()
@@ -920,7 +921,7 @@ def main():
             log(f"step {step}: the loss or the gradient is not finite: skipped")
         if not_finite == 10:
             raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
-        if step % log_interval == 0 or done:
+        if step % log_interval == 0 or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
             values["epoch"] = step / n_batches
             report(values | speed(tokens_since / (time.monotonic() - since), module))
@@ -995,7 +996,11 @@ def load_lm(name, dtype=torch.float32):
     transformers.logging.disable_progress_bar()
     name = os.path.expanduser(name)
     if not Path(name, "adapter_config.json").exists():
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        lm, info = load(name, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"{name} has no weights for {min(info['missing_keys'])}")
+        return lm
     config = peft.PeftConfig.from_pretrained(name)
     lm = load_lm(config.base_model_name_or_path, dtype)
     return peft.PeftModel.from_pretrained(lm, name, is_trainable=config.peft_type == "LORA")

@@ -45,7 +45,7 @@ MISTAKES = {
     "--rate=nan": "of type float",
     "--rate=1e999": "of type float",
     "--flag=yes": "of type bool, like False",
-    "missing.py": "there is no config file 'missing.py'",
+    "missing.py": "config='missing.py' cannot be used",
     "bad_name.py": "lerning is no setting",
     "bad_type.py": "of type int",
     "bad_bool.py": "of type int",
