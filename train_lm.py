@@ -782,6 +782,8 @@ def start_accelerator():
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
     if accelerator.is_fsdp2:  # the weights remain in fp32; autocast computes in bf16, as elsewhere
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if adapter == "p_tuning" or precision == "fp16":
+            fail("FSDP2 goes neither with adapter='p_tuning' nor with mixed_precision='fp16'")
     if on_cpu:  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

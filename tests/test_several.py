@@ -79,6 +79,27 @@ def test_a_model_in_parts_is_as_a_whole_one(tmp_path, tiny, trainer, base, setti
         assert path.read_bytes() == (b / path.relative_to(a)).read_bytes()
 
 
+def test_a_fine_tuned_language_model_in_parts(tmp_path, tiny, pretrained):
+    """LoRA trains as in one piece; P-tuning is refused, because peft runs its encoder to save it."""
+    how = [
+        tiny,
+        f"--init_from={pretrained('qwen3')}",
+        "--tokenizer=",
+        "--max_steps=20",
+        "--lr_schedule=constant",
+    ]
+    within("train_lm.py", *how, "--adapter=lora", f"--out_dir={tmp_path / 'whole'}")
+    in_parts("train_lm.py", *how, "--adapter=lora")
+    whole, parts = (rows(tmp_path / name, "val/loss") for name in ("whole", "run"))
+    assert parts == [pytest.approx(row, rel=1e-4) for row in whole]
+    assert (
+        load_file(tmp_path / "run/adapter_model.safetensors").keys()
+        == load_file(tmp_path / "whole/adapter_model.safetensors").keys()
+    )
+    launch = (ROOT / "tests/fsdp2.py", ROOT / "train_lm.py", *how, "--adapter=p_tuning")
+    assert "p_tuning" in forked(*launch, code=2, **FSDP2)
+
+
 def test_two_machines_train_as_one(tmp_path, tiny):
     """Two launchers over loopback, each with a folder of its own; the second resumes without the run directory."""
     port = 20000 + os.getpid() % 10000
