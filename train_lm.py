@@ -636,6 +636,10 @@ def write_file(path, write):
     os.replace(temporary, path)
 
 
+def write_json(path, value):
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
 def gather(accelerator, model, frozen=False):
     """{name: weight} of what is trained, or of everything: in one piece, on the CPU, a tied one under one name."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
@@ -704,7 +708,7 @@ def write_config(gpt):
     if not native:
         config |= {"model_type": "edited", "architectures": ["GPT"]}  # which transformers refuses to load
         log("edited model: sample.py and init_from load this run, transformers does not")
-    Path(out_dir, "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_json(Path(out_dir, "config.json"), config)
 
 
 def open_run_dir():
@@ -741,7 +745,7 @@ def write_run(model, tok, sizes):
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "data": sizes,
     }
-    (path / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+    write_json(path / "run.json", run)
     shutil.copyfile(script, path / script.name)
     tok.save_pretrained(path)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
@@ -777,6 +781,7 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which that needs
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one tokenizes
     kwargs = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
@@ -943,7 +948,7 @@ def main():
         report(test)
         summary |= test
     if MAIN and not stop:
-        (path / "run.json").write_text(json.dumps(run | {"summary": summary}, indent=1), encoding="utf-8")
+        write_json(path / "run.json", run | {"summary": summary})
     log(f"stopped at step {step}; the same command with --resume=True goes on" if stop else "done")
     accelerator.wait_for_everyone()
     accelerator.end_training()
