@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -165,16 +167,17 @@ def command(*arguments, processes=1):
     if processes == 1:
         return [sys.executable, *map(str, arguments)]
     launch = [
-        sys.executable,
         "-m",
         "accelerate.commands.launch",
         "--quiet",
         "--multi_gpu",
         "--num_machines",
         "1",
+        "--mixed_precision",
+        "no",
     ]
-    launch += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*launch, "--main_process_port", "0", *map(str, arguments)]
+    launch += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [sys.executable, *launch, *map(str, arguments)]
 
 
 def one_core():
@@ -185,11 +188,16 @@ def one_core():
         os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
+def prepare_child():
+    one_core()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a suite in the background inherits as ignored
+
+
 def start(*arguments, processes=1, cwd=ROOT, stderr=subprocess.PIPE, process_group=None, **env):
     """A real command, running; process_group=0: in a group of its own."""
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}) | env
     env = {name: value for name, value in env.items() if value is not None}
-    pipe = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "preexec_fn": one_core}
+    pipe = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "preexec_fn": prepare_child}
     pipe["process_group"] = process_group
     return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
 
@@ -270,6 +278,23 @@ def forked(script, *arguments, code=0, **env):
     return texts[0]
 
 
+def wait_for_step(out, step, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with_step = (out / "metrics.jsonl").exists() and rows(out)
+        if with_step and with_step[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} did not come: {process.communicate()}")
+
+
+def in_parts(trainer, *arguments):
+    """As forked(), with FSDP2 as configs/accelerate/fsdp2.yaml has it."""
+    config = yaml.safe_load((ROOT / "configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    env = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in config.items()}
+    return forked(ROOT / "tests/fsdp2.py", ROOT / trainer, *arguments, **env)
+
+
 def rows(run_dir, *names):
     """metrics.jsonl without what depends on the clock; with names, only the rows that have them."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -281,10 +306,7 @@ def rows(run_dir, *names):
 def last_state(run_dir):
     import torch
 
-    if (run_dir / "checkpoint.pt").exists():
-        return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    newest = max((run_dir / "checkpoints").glob("step_*"))
-    return torch.load(newest / "state.pt", weights_only=True)
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def differences(a, b, path=""):

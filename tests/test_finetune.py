@@ -102,7 +102,7 @@ def prepare(monkeypatch, path, data, **values):
     defaults = {"val_fraction": 0.0, "test_fraction": 0.0, "block_size": 200, "dataset": path}
     for name, value in (defaults | values).items():
         monkeypatch.setattr(train_lm, name, value if isinstance(value, (int, float)) else str(value))
-    tok, splits, _ = train_lm.prepare_data()
+    tok, splits = train_lm.prepare_data()
     return tok, list(splits["train"])
 
 
@@ -147,9 +147,9 @@ def test_rows_that_are_too_long_or_teach_nothing(tmp_path, pretrained, monkeypat
     pairs = [("a b c d e f g h", "xyz"), ("p " * 90, "xyz"), ("p", "x " * 90), ("p", ""), ("p", None)]
     data = [{"prompt": p, "completion": c} for p, c in pairs]
     tok, found = prepare(monkeypatch, tmp_path / "r.jsonl", data, init_from=pretrained("gpt2"), block_size=20)
-    assert len(found) == 2 and all(len(row["ids"]) <= 21 for row in found)
-    for row in found:
-        assert tok.decode(row["labels"][row["labels"] != -100]) == "xyz<|endoftext|>"
+    learned = sorted(tok.decode(row["labels"][row["labels"] != -100]) for row in found)
+    assert learned[1] == "xyz<|endoftext|>" and set(learned[0]) == {"x", " "} and len(found) == 2
+    assert max(len(row["ids"]) for row in found) == 21
 
 
 def test_the_loss_is_that_of_the_answers_and_they_are_learned_by_heart(tmp_path, pretrained):
@@ -175,7 +175,7 @@ def test_the_loss_is_that_of_the_answers_and_they_are_learned_by_heart(tmp_path,
         "--max_steps=150",
         "--eval_interval=75",
     )
-    lm, total, n = train_lm.load_lm(str(base)), 0.0, 0
+    lm, total, n = train_lm.load_model(str(base)).lm, 0.0, 0
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(base)

@@ -16,13 +16,12 @@ from train_lm import generate
 SHAPES = [(32, 2, 4, 4, 32), (32, 3, 4, 2, 32), (16, 1, 6, 1, 24)]
 
 
-def make(shape, vocab=50, end=0, dropout=0.0):
+def make(shape, vocab=50, end=0):
     """A GPT of this shape with random weights, as the settings would make it."""
     names = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(names, shape):
             patch.setattr(train_lm, name, value)
-        patch.setattr(train_lm, "dropout", dropout)
         gpt = train_lm.make_gpt(vocab, end).eval()
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
@@ -143,7 +142,8 @@ def test_muon_is_that_of_torch(dtype):
 
 
 def test_gradient_checkpointing_and_dropout(monkeypatch):
-    gpt, grads = make(SHAPES[1], dropout=0.2).train(), []
+    gpt, grads = make(SHAPES[1]).train(), []
+    monkeypatch.setattr(train_lm, "dropout", 0.2)
     x, y = torch.randint(50, (2, 3, 32))
     for checkpointing in (False, True):
         monkeypatch.setattr(train_lm, "gradient_checkpointing", checkpointing)
