@@ -13,7 +13,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from benchmark import ours, prepare_nanogpt, run_nanogpt
+import benchmark
 from PIL import Image, ImageDraw, ImageFont
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -36,14 +36,15 @@ def glyphs(args):
 def curve(args):
     import matplotlib.pyplot as plt
 
-    prepare_nanogpt(args.nanogpt, args.text)
-    config = ["configs/shakespeare_char_cpu.py", f"--dataset={args.text}"]
+    benchmark.nanogpt, benchmark.text = str(args.nanogpt), str(args.text)
     with tempfile.TemporaryDirectory() as folder:
-        ours(folder + "/first", *config, "--max_steps=1", "--eval_batches=1")  # our tokens are ready as well
-        seconds, times, losses, _ = run_nanogpt(args.nanogpt, f"{folder}/nanogpt")
+        how = benchmark.OURS + benchmark.text
+        # our tokens are ready as well
+        benchmark.ours(f"{folder}/first", f"{how} --max_steps=1 --eval_batches=1")
+        seconds, times, losses = benchmark.run_nanogpt(folder)
         start = seconds - sum(times) / 1e3
         theirs = [(start + sum(times[:step]) / 1e3, loss) for step, loss in losses.items()]
-        seconds, rows, _ = ours(f"{folder}/ours", *config, "--eval_interval=95", "--eval_batches=12")
+        seconds, rows = benchmark.ours(f"{folder}/ours", f"{how} --eval_interval=95 --eval_batches=12")
         start = seconds - rows[-1]["time"]
         mine = [(start + row["time"], row["val/loss"]) for row in rows if "val/loss" in row]
     for name, points, colour in (("nanoGPT", theirs, "tab:gray"), ("train_lm.py", mine, "tab:blue")):

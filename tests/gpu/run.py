@@ -1,508 +1,319 @@
 """
-Everything that needs a GPU, in one command of under ten minutes, with one table at the end:
+Everything that needs a GPU, in one command of some twenty minutes, with one table at the end:
 
-    python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH]
+    python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH] [--parts=lm,fsdp2]
+    python tests/gpu/run.py --dry=True          # every part of it on a CPU, at tiny sizes: the figures mean nothing
 
-A model of GPT-2's size on Python's own source (bf16, compiled: tokens/s, MFU, memory, recompilations), one of 0.94 B
-parameters, how often a step waits for the GPU, GPT-2's size under FSDP2 (saved, resumed, loaded by transformers), LoRA
-on a model of transformers of that size beside a plain loop with peft (tokens/s, memory), LoRA on pipelines of the true
-shapes of Stable Diffusion 1.5 and XL beside the loop of diffusers' scripts (pictures/s, memory), nanoGPT's Shakespeare
-setting, CIFAR-10 from a folder of its parquet files for two minutes (images/s, MFU, memory) beside the loop of
-diffusers' unconditional example, a resumed run of each trainer against an unbroken one, and nanoGPT beside them where
-its checkout is given.
-Without a GPU it says so and exits with 1.
+  lm          the shape of GPT-2 (124 M) in bf16, and in fp16 with AdamW; 0.94 B: tokens/s, MFU, memory, recompilations
+  waits       how often ten steps of each trainer wait for the GPU
+  characters  configs/shakespeare_char.py to its end; nanoGPT's loop at the shape of GPT-2
+  resume      each trainer, stopped and resumed under deterministic=True, against an unbroken run
+  fsdp2       the shape of GPT-2 in one piece and in parts; resumed; read by transformers
+  lora        pipelines of the shapes of Stable Diffusion 1.5, XL and 3 beside the loops of diffusers' scripts
+  images      configs/cifar10.py for 2,000 steps beside the loop of diffusers' unconditional example
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import diffusers
 import torch
-
-ROOT = Path(__file__).parent.parent.parent
-TABLE = []
-
-
-def note(what, value, unit=""):
-    TABLE.append((what, value, unit))
-    print(f"{what}: {value} {unit}", flush=True)
-
-
-def train(out, *arguments, trainer="train_lm.py", launch=(), **env):
-    """Run a trainer to its end -> (rows of metrics.jsonl, seconds, what it printed)."""
-    began = time.monotonic()
-    command = [sys.executable, *launch, str(ROOT / trainer), f"--out_dir={out}", *arguments]
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return read_rows(out), time.monotonic() - began, done.stdout + done.stderr
-
-
-def read_rows(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def gpt2(folder):
-    """200 steps of 124 M parameters: speed over the last half, and what was compiled again after the first steps."""
-    shape = [
-        "--block_size=1024",
-        "--n_layer=12",
-        "--n_head=12",
-        "--n_embd=768",
-        "--batch_size=64",
-        "--tokenizer=bpe:32768",
-    ]
-    shape += [
-        "--micro_batch_size=32",
-        "--max_steps=200",
-        "--eval_interval=200",
-        "--eval_batches=2",
-        "--save_interval=200",
-    ]
-    rows, seconds, output = train(folder / "gpt2", *shape, "--test_fraction=0", TORCH_LOGS="recompiles")
-    speed("GPT-2 124M", rows, "tokens_per_s")
-    note("GPT-2 124M: recompilations", len(re.findall(r"Recompiling function", output)))
-    note("GPT-2 124M: whole command", round(seconds), "s")
-    note(
-        "GPT-2 124M: validation loss after 200 steps",
-        [row["val/loss"] for row in rows if "val/loss" in row][-1],
-    )
-
-
-def billion(folder):
-    """60 steps of 0.94 B parameters, with every activation kept."""
-    how = "--block_size=1024 --n_layer=16 --n_head=16 --n_embd=2048 --tokenizer=bpe:32768 --batch_size=32"
-    how += " --micro_batch_size=16 --max_steps=60 --eval_interval=60 --eval_batches=1 --log_interval=2 --val_fraction=0"
-    rows, seconds, _ = train(folder / "billion", *how.split(), "--save_interval=1000", "--test_fraction=0")
-    speed("GPT 0.94 B", rows, "tokens_per_s")
-    note("GPT 0.94 B: whole command", round(seconds), "s")
-
-
-SYNCS = """
-import runpy, sys, warnings, torch
-sys.argv = sys.argv[1:]
+import torch.nn.functional as F
 from accelerate import Accelerator
-begun, seen = Accelerator.prepare, []
-def prepare(self, *parts, **options):
-    torch.cuda.set_sync_debug_mode("warn")
-    return begun(self, *parts, **options)
-Accelerator.prepare = prepare
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import LoraConfig
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS))
+
+from benchmark import ROOT, read_metrics, run
+from pipelines import make_clip, make_pipeline, make_vae
+
+shakespeare = ""  # tinyshakespeare's input.txt
+cifar10 = ""  # a folder with the parquet files of CIFAR-10
+nanogpt = ""  # a checkout
+parts = ""  # with commas between them; "": all
+dry = False  # on a CPU, at tiny sizes
+
+GPT2 = " --block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768 --tokenizer=bpe:32768"
+BILLION = " --block_size=1024 --n_layer=16 --n_head=16 --n_kv_head=16 --n_embd=2048 --tokenizer=bpe:32768"
+TINY = " --n_layer=2 --n_head=2 --n_embd=32 --batch_size=4 --micro_batch_size=2"
+TINY_LM = TINY + " --n_kv_head=2 --block_size=32 --tokenizer=bytes"
+TINY_DIT = TINY + " --image_size=16 --sample_steps=1"
+CUDA, TABLE = torch.cuda.is_available(), []
+
+
+def pick(real, tiny):
+    return tiny if dry else real
+
+
+def note(what, *values):
+    values = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values]
+    TABLE.append(f"| {what} | {' · '.join(values)} |")
+    print(f"{what}: {' · '.join(values)}", flush=True)
+
+
+def train(out, arguments, launch="", **env):
+    """Run a trainer to its end -> rows of metrics.jsonl; notes the medians of the later half."""
+    tiny = TINY_LM if "train_lm" in arguments else TINY_DIT * ("init_from" not in arguments)
+    command = f"{launch} {arguments}{pick('', tiny)} --out_dir={out}"
+    seconds, output = run(*command.split(), TORCH_LOGS="recompiles", **env)
+    rows = [row for row in read_metrics(out) if "grad_norm" in row]
+    for name in ("tokens_per_s", "images_per_s", "mfu", "memory_gb"):
+        if name in rows[-1]:
+            note(f"{out.name}: {name}", statistics.median(row[name] for row in rows[len(rows) // 2 :]))
+    note(f"{out.name}: recompilations, seconds in all", output.count("Recompiling function"), seconds)
+    return read_metrics(out)
+
+
+def measure(what, step, rows, steps):
+    """Note how many rows a second another's loop takes, and its memory."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    for n in (max(1, steps // 4), steps):
+        began = time.monotonic()
+        for _ in range(n):
+            step()
+        if CUDA:
+            torch.cuda.synchronize()
+    seconds, memory = time.monotonic() - began, torch.cuda.max_memory_allocated() if CUDA else 0
+    note(f"{what}, GB", rows * steps / seconds, memory / 1e9)
+
+
+def learn(accelerator, loss, weights, optimizer):
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def lm(folder):
+    how, n = "train_lm.py --eval_batches=2 --test_fraction=0 --batch_size=64 --max_steps=", pick(100, 12)
+    train(folder / "GPT-2_124M", f"{how}{n} --micro_batch_size=32{GPT2}")
+    more = f"{GPT2} --optimizer=adamw --mixed_precision={pick('fp16', 'no')}"
+    train(folder / "GPT-2_fp16", f"{how}{n} --micro_batch_size=32{more}")
+    train(folder / "GPT_0.94B", f"{how}{pick(30, 12)} --micro_batch_size=16{BILLION}")
+
+
+# argv: a trainer and its arguments; prints how often it waited for the GPU from Accelerator.prepare on, and where
+WAITS = """
+import runpy, sys, warnings, torch
+from accelerate import Accelerator
+sys.argv, prepare, seen = sys.argv[1:], Accelerator.prepare, []
+def prepare_and_watch(self, *parts, **options):
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("warn")
+    return prepare(self, *parts, **options)
 def show(message, category, filename, line, *more):
     if "synchroniz" in str(message):
         seen.append(f"{filename.rpartition('/')[2]}:{line}")
-warnings.showwarning = show
+Accelerator.prepare, warnings.showwarning = prepare_and_watch, show
 warnings.simplefilter("always")
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print("SYNCS", len(seen), sorted({(seen.count(place), place) for place in seen})[-4:])
+    print("WAITS", len(seen), sorted({(seen.count(place), place) for place in seen})[-4:])
 """
 
 
-def synchronizations(folder):
-    """How often a step waits for the GPU: 20 steps more between two logs, all else equal."""
-    how = [
-        "--eval_interval=1000",
-        "--save_interval=1000",
-        "--test_fraction=0",
-        "--val_fraction=0",
-        "--compile=False",
-    ]
+def waits(folder):
+    """Of ten steps more between two logs, all else equal."""
+    how = "--eval_interval=1000 --save_interval=1000 --test_fraction=0 --val_fraction=0 --compile=False --log_interval=1000"
+    for trainer, tiny in ("train_lm.py", TINY_LM), ("train_diffusion.py", TINY_DIT):
+        found = []
+        for n in (10, 20):
+            more = f"{how}{pick('', tiny)} --max_steps={n} --out_dir={folder}/{trainer}{n}"
+            found.append(re.search(r"WAITS (\d+) (.*)", run("-c", WAITS, trainer, *more.split())[1]))
+        note(f"{trainer}: waits for the GPU in ten steps", int(found[1][1]) - int(found[0][1]), found[1][2])
+
+
+def characters(folder):
+    text, n = shakespeare or argparse.__file__, pick(2000, 12)
+    how = f"train_lm.py configs/shakespeare_char.py --dataset={text} --max_steps={n} --eval_interval={pick(250, 6)}"
+    rows = train(folder / "shakespeare_char", how)
+    losses = [(row["val/loss"], row["time"]) for row in rows if "val/loss" in row]
+    seconds = next((seconds for loss, seconds in losses if loss <= 1.4697), "never")  # nanoGPT documents it
+    note("shakespeare_char: best validation loss, seconds of training to 1.4697", min(losses)[0], seconds)
+    if not nanogpt:
+        return
+    sys.path.insert(0, nanogpt)
+    from model import GPT, GPTConfig
+
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if CUDA else "cpu"
+    B, T = pick((32, 1024), (2, 32))
+    shape = pick({}, {"n_layer": 2, "n_head": 2, "n_embd": 32}) | {"block_size": T, "vocab_size": 32768}
+    model = GPT(GPTConfig(bias=False, dropout=0.0, **shape)).to(device)
+    if CUDA:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
+    x = torch.randint(32768, (B, T), device=device)
+
+    def step():
+        for _ in range(2):
+            with torch.autocast(device, torch.bfloat16):
+                loss = model(x, x)[1]
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    measure("nanoGPT, 124 M, compiled, AdamW: tokens/s", step, 2 * B * T, pick(50, 4))
+
+
+def stop_and_resume(folder, name, how, n, launch="", **env):
+    """-> the folder of an unbroken run, which one that was stopped and resumed has to equal"""
+    whole, broken = folder / name, folder / f"{name}_resumed"
+    how += " --lr_schedule=constant --deterministic=True"
+    how += f" --eval_interval={n // 2} --save_interval={n // 2} --max_steps="
+    train(whole, f"{how}{n}", launch, **env)
+    train(broken, f"{how}{n // 2}", launch, **env)
+    train(broken, f"{how}{n} --resume=True", launch, **env)
+    a, b = (torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in (whole, broken))
+    note(f"{name}: resumed bitwise equal, deterministic", all(torch.equal(a[name], b[name]) for name in a))
+    return whole
+
+
+def resume(folder):
     for trainer in ("train_lm.py", "train_diffusion.py"):
-        counts = []
-        for steps in (20, 40):
-            command = [
-                sys.executable,
-                "-c",
-                SYNCS,
-                str(ROOT / trainer),
-                f"--out_dir={folder / trainer}{steps}",
-                *how,
-            ]
-            command += [f"--max_steps={steps}", "--log_interval=1000"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-            found = re.search(r"SYNCS (\d+) (.*)", done.stdout)
-            counts.append(int(found[1]) if found else 0)
-        note(
-            f"{trainer}: waits for the GPU in a step",
-            (counts[1] - counts[0]) / 20,
-            found[2] if found else done.stderr[-300:],
-        )
+        stop_and_resume(folder, trainer, trainer, pick(60, 12))
 
 
 def fsdp2(folder):
-    """
-    124 M parameters under FSDP2, on as many GPUs as there are, beside the same in one piece: speed, a resume against
-    an unbroken run, and whether transformers finds in the run directory what was trained.
-    """
-    from transformers import AutoModelForCausalLM
-
-    count = torch.cuda.device_count()
-    launch = ["-m", "accelerate.commands.launch", f"--config_file={ROOT / 'configs/accelerate/fsdp2.yaml'}"]
-    launch += [f"--num_processes={count}", "--main_process_port=0"]
-    how = "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --tokenizer=bpe:32768 --max_steps=60"
-    how += " --save_interval=30 --eval_interval=30 --eval_batches=2 --log_interval=1 --lr_schedule=constant"
-    how += f" --val_fraction=0 --batch_size={16 * count}"
-    how, plain = how.split(), ["--compile=False", "--deterministic=True"]
-    losses = []
-    for name, more, launched in (
-        ("in one piece", plain, []),
-        ("FSDP2", plain, launch),
-        ("FSDP2 compiled", ["--max_steps=30"], launch),
-    ):
-        rows, _, _ = train(folder / name, *how, *more, launch=launched)
-        rows = [row for row in rows if "tokens_per_s" in row]
-        losses.append(rows[29]["train/loss"])
-        for key, unit in (("tokens_per_s", "tokens/s"), ("memory_gb", "GB")):
-            note(
-                f"GPT-2 124M, {name}: {key} (median)",
-                sorted(row[key] for row in rows[10:])[len(rows[10:]) // 2],
-                unit,
-            )
-    note("GPT-2 124M: training loss of step 30 in one piece, under FSDP2, compiled", losses)
-    train(folder / "broken", *how, *plain, "--max_steps=30", launch=launch)
-    train(folder / "broken", *how, *plain, "--resume=True", launch=launch)
-    states = [folder / name / "checkpoint.pt" for name in ("FSDP2", "broken")]
-    a, b = (torch.load(path, weights_only=True, map_location="cpu")["model"] for path in states)
-    note("FSDP2: resume bitwise equal", all(torch.equal(a[name], b[name]) for name in a))
-    kept = AutoModelForCausalLM.from_pretrained(folder / "FSDP2").state_dict()
-    note("FSDP2: transformers loads what was trained", all(torch.equal(kept[name], a[name]) for name in a))
+    world, n = pick(max(1, torch.cuda.device_count()), 2), pick(60, 12)
+    launch = f"-m accelerate.commands.launch --config_file={ROOT}/configs/accelerate/fsdp2.yaml --main_process_port=0"
+    launch += f" --num_processes={world}" + pick("", f" {TESTS}/fsdp2.py")
+    env = pick({}, {"ACCELERATE_USE_CPU": "true"})
+    how = f"train_lm.py{GPT2} --batch_size={16 * world} --eval_batches=2 --log_interval=1"
+    train(folder / "GPT-2_in_one_piece", f"{how} --max_steps={n} --lr_schedule=constant")
+    train(folder / "GPT-2_FSDP2_compiled", f"{how} --max_steps={n} --lr_schedule=constant", launch, **env)
+    out = stop_and_resume(folder, "GPT-2_FSDP2", f"{how} --compile=False", n, launch, **env)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    note("GPT-2_FSDP2: parameters, as transformers reads them", model.num_parameters())
 
 
-PEER = """
-import sys, time, torch, peft
-from transformers import AutoModelForCausalLM
-from accelerate import Accelerator
-accelerator = Accelerator(mixed_precision="bf16")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-model, optimizer = accelerator.prepare(model, optimizer)
-x = torch.randint(256, (16, 1024), device="cuda")
-def step():
-    accelerator.backward(model(input_ids=x, attention_mask=torch.ones_like(x), labels=x).loss)
-    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()
-[step() for _ in range(50)]; torch.cuda.synchronize()
-print("speed", 50 * 16 * 1024 / (time.time() - t), "memory", torch.cuda.max_memory_allocated() / 1e9)
-"""
+def make_sd3(folder):
+    """A pipeline of the shape of Stable Diffusion 3 medium, without its T5, in bf16 with random weights"""
+    heads, width = {"num_layers": 24, "num_attention_heads": 24}, {"caption_projection_dim": 1536}
+    parts = {"transformer": diffusers.SD3Transformer2DModel(**heads, **width, pos_embed_max_size=192)}
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts["vae"] = make_vae(16, widths=(128, 256, 512, 512), scaling_factor=1.5305, shift_factor=0.0609)
+    parts["tokenizer"], parts["text_encoder"] = make_clip(768, 12, 12)
+    parts["tokenizer_2"], parts["text_encoder_2"] = make_clip(1280, 32, 20)
+    pipe = diffusers.StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
-def lora(folder, text):
-    """
-    LoRA on GPT-2's size with random weights, on bytes, beside the loop of transformers' run_clm_no_trainer.py with
-    peft, both not compiled; then compiled, and in little memory; and a resumed run against an unbroken one.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    core = Tokenizer(
-        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
-    tok.save_pretrained(folder / "base")
-    GPT2LMHeadModel(GPT2Config(bos_token_id=256, eos_token_id=256)).save_pretrained(folder / "base")
-    command = [sys.executable, "-c", PEER, str(folder / "base")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"speed ([\d.]+) memory ([\d.]+)", done.stdout)
-    note(
-        "LoRA 124M, plain loop with peft", round(float(found[1])) if found else done.stderr[-300:], "tokens/s"
-    )
-    note("LoRA 124M, plain loop with peft: memory", round(float(found[2]), 2) if found else "", "GB")
-    how = [f"--init_from={folder / 'base'}", "--adapter=lora", f"--dataset={text}", "--block_size=1024"]
-    how += [
-        "--batch_size=16",
-        "--max_steps=140",
-        "--eval_interval=140",
-        "--eval_batches=2",
-        "--test_fraction=0",
-    ]
-    for name, more in (
-        ("", ["--compile=False"]),
-        (", compiled", []),
-        (", checkpointing", ["--compile=False", "--gradient_checkpointing=True"]),
-    ):
-        rows, _, _ = train(folder / f"lora{name}", *how, *more, "--save_interval=140", "--log_interval=5")
-        rows = [row for row in rows if "tokens_per_s" in row][10:]
-        for key, unit in (("tokens_per_s", "tokens/s"), ("memory_gb", "GB")):
-            note(
-                f"LoRA 124M{name}: {key} (median)",
-                round(sorted(r[key] for r in rows)[len(rows) // 2], 2),
-                unit,
-            )
-    resume(folder, "train_lm.py", *how, "--compile=False", "--batch_size=4")
-
-
-PEER_DIFFUSION = """
-import sys, time, numpy, torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-folder, size, batch, checkpointing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-accelerator = Accelerator(mixed_precision="bf16")
-pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
-unet, vae, xl = pipe.unet, pipe.vae, hasattr(pipe, "text_encoder_2")
-vae.to(torch.float32 if xl else torch.bfloat16)
-for part in (unet, vae, pipe.text_encoder, *((pipe.text_encoder_2,) if xl else ())):
-    part.requires_grad_(False)
-targets = ["to_k", "to_q", "to_v", "to_out.0"]
-unet.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=targets))
-cast_training_params(unet, torch.float32)
-if checkpointing:
-    unet.enable_gradient_checkpointing()
-trained = [p for p in unet.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=1e-4)
-scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-unet, optimizer = accelerator.prepare(unet.train(), optimizer)
-pixels = torch.randn(batch, 3, size, size, device="cuda")
-def step():
-    with torch.no_grad():
-        x = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
-        out = pipe.encode_prompt(["a red square"] * batch, device="cuda", num_images_per_prompt=1,
-                                 do_classifier_free_guidance=False)
-    x = x.to(torch.bfloat16)
-    noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device="cuda")
-    more = {}
-    if xl:
-        ids = torch.tensor([[size, size, 0, 0, size, size]] * batch, device="cuda", dtype=torch.bfloat16)
-        more = {"added_cond_kwargs": {"text_embeds": out[2], "time_ids": ids}}
-    answer = unet(scheduler.add_noise(x, noise, t), t, out[0], return_dict=False, **more)[0]
-    accelerator.backward(F.mse_loss(answer.float(), noise.float()))
-    accelerator.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-[step() for _ in range(5)]; torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); t = time.time()
-[step() for _ in range(15)]; torch.cuda.synchronize()
-print("speed", 15 * batch / (time.time() - t), "memory", torch.cuda.max_memory_allocated() / 1e9)
-"""
-
-
-def stable_diffusion(folder, kind, size, batch, checkpointing):
-    """
-    LoRA on a pipeline of the true shape with random weights, beside the loop of diffusers'
-    train_text_to_image_lora(_sdxl).py, which encodes pictures and captions again in each step.
-    """
-    import numpy as np
-    from PIL import Image
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from pipelines import make_pipeline
-
-    base, pictures = make_pipeline(folder / kind, kind), folder / f"pictures {kind}"
-    pictures.mkdir()
+def lora_command(folder, kind, size, batch, checkpointing, steps):
+    """-> a pipeline with random weights, our command that trains it"""
+    base = make_sd3(folder / kind) if kind == "sd3" and not dry else make_pipeline(folder / kind, kind)
+    images = folder / f"images_{kind}"
+    images.mkdir()
     for i in range(8):
-        pixels = np.random.default_rng(i).integers(0, 255, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-    command = [sys.executable, "-c", PEER_DIFFUSION, str(base), str(size), str(batch), str(checkpointing)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found, name = (
-        re.search(r"speed ([\d.]+) memory ([\d.]+)", done.stdout),
-        f"LoRA on {kind}, {size} x {size}",
-    )
-    note(f"{name}, loop of diffusers", float(found[1]) if found else done.stderr[-300:], "images/s")
-    note(f"{name}, loop of diffusers: memory", float(found[2]) if found else "", "GB")
-    config = "sdxl_lora.py" if "xl" in kind else "sd15_lora.py"
-    how = [
-        str(ROOT / "configs" / config),
-        f"--init_from={base}",
-        f"--dataset={pictures}",
-        "--caption=a red square",
-    ]
-    how += [f"--image_size={size}", f"--batch_size={batch}", "--micro_batch_size=0", "--val_fraction=0"]
-    how += [
-        f"--gradient_checkpointing={checkpointing}",
-        "--sample_steps=2",
-        "--log_interval=1",
-        "--max_steps=25",
-    ]
-    for which, compiled in (("", "False"), (", compiled", "True")):
-        out = folder / f"{kind}{which}"
-        more = [*how, "--eval_interval=25", "--save_interval=25", f"--compile={compiled}"]
-        rows, seconds, _ = train(out, *more, trainer="train_diffusion.py")
-        rows = [row for row in rows if "images_per_s" in row][10:]
-        for key, unit in (("images_per_s", "images/s"), ("memory", "GB"), ("mfu", "of the peak")):
-            note(
-                f"{name}{which}: {key} (median)",
-                sorted(row.get(key, 0) for row in rows)[len(rows) // 2],
-                unit,
-            )
-        note(f"{name}{which}: whole command", round(seconds), "s")
+        Image.effect_noise((size, size), 50).convert("RGB").save(images / f"{i}.png")
+    how = f"""train_diffusion.py --init_from={base} --adapter=lora --lora_targets=to_k,to_q,to_v,to_out.0
+        --dataset={images} --caption=square --image_size={size} --batch_size={batch} --max_steps={steps}
+        --log_interval=1 --val_fraction=0 --test_fraction=0 --eval_interval=1000 --save_interval=1000
+        --sample_steps=1 --mixed_precision=bf16 --gradient_checkpointing={checkpointing}"""
+    return base, how
 
 
-def shakespeare(folder, text):
-    rows, seconds, _ = train(
-        folder / "shakespeare", str(ROOT / "configs/shakespeare_char.py"), f"--dataset={text}"
-    )
-    losses = [(row["val/loss"], row["time"]) for row in rows if "val/loss" in row]
-    note("shakespeare_char: best validation loss (nanoGPT documents 1.4697)", min(losses)[0])
-    reached = [when for loss, when in losses if loss <= 1.4697]
-    note("shakespeare_char: seconds of training to 1.4697", reached[0] if reached else "not reached", "s")
-    note("shakespeare_char: whole command", round(seconds), "s")
+def lora_loop(base, size, batch, checkpointing):
+    """-> a step of train_text_to_image_lora(_sdxl).py or train_dreambooth_lora_sd3.py, which encode pictures and
+    captions each time"""
+    accelerator, scheduler = Accelerator(mixed_precision="bf16"), diffusers.DDPMScheduler()
+    device = accelerator.device
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.bfloat16).to(device)
+    flow, xl, vae = hasattr(pipe, "transformer"), "XL" in type(pipe).__name__, pipe.vae
+    model = pipe.transformer if flow else pipe.unet
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    vae.to(torch.float32 if xl or flow else torch.bfloat16)
+    kwargs = {"r": 16, "lora_alpha": 16, "init_lora_weights": "gaussian"}
+    model.add_adapter(LoraConfig(target_modules=["to_k", "to_q", "to_v", "to_out.0"], **kwargs))
+    cast_training_params(model, torch.float32)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(trained, lr=1e-4))
+    pixels = torch.randn(batch, 3, size, size, device=device, dtype=vae.dtype)
+    kwargs = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    kwargs |= {"prompt_2": None, "prompt_3": None} if flow else {}
+
+    def step():
+        with torch.no_grad():
+            x = vae.encode(pixels).latent_dist.sample().bfloat16() * vae.config.scaling_factor
+            texts = pipe.encode_prompt(prompt=["a red square"] * batch, **kwargs)
+        noise, t, more = torch.randn_like(x), torch.randint(1000, (batch,), device=device), {}
+        x_t, target = scheduler.add_noise(x, noise, t), noise
+        if flow:
+            x_t, target = x + (t / 1000)[:, None, None, None].bfloat16() * (noise - x), noise - x
+            more = {"pooled_projections": texts[2]}
+        if xl:
+            ids = torch.tensor([[size, size, 0, 0, size, size]] * batch, device=device, dtype=x.dtype)
+            more = {"added_cond_kwargs": {"text_embeds": texts[2], "time_ids": ids}}
+        output = model(x_t, timestep=t, encoder_hidden_states=texts[0], return_dict=False, **more)[0]
+        learn(accelerator, F.mse_loss(output.float(), target.float()), trained, optimizer)
+
+    return step
 
 
-def speed(what, rows, per_second):
-    """Medians over the rows after the first, in which the model was compiled."""
-    rows = [row for row in rows if per_second in row][10:]
-    for name, unit in ((per_second, "/s"), ("mfu", "of the peak"), ("memory_gb", "GB")):
-        values = sorted(row.get(name, row.get("memory", 0)) for row in rows)
-        note(f"{what}, bf16, compiled: {name} (median)", values[len(values) // 2], unit)
+def lora(folder):
+    kinds = pick(("sd15", "sdxl10", "sd3"), ("sd", "sdxl", "sd3"))
+    for kind, size, batch in zip(kinds, pick((512, 1024, 1024), (16, 16, 16)), (4, 1, 1)):
+        steps, checkpointing = pick(20, 4), batch == 1
+        base, command = lora_command(folder, kind, size, batch, checkpointing, steps)
+        step = lora_loop(base, size, batch, checkpointing)
+        measure(f"LoRA on {kind}, the loop of diffusers' script: images/s", step, batch, steps)
+        del step
+        torch.cuda.empty_cache()
+        train(folder / f"LoRA_on_{kind}", command)
 
 
-def cifar10(folder, data):
-    """The shape of configs/cifar10.py for about two minutes; the last grid of pictures stays in the current folder."""
-    how = [str(ROOT / "configs/cifar10.py"), f"--dataset={data}", "--image_column=image", "--fd_samples=0"]
-    how += ["--max_steps=2000", "--save_interval=2000", "--eval_interval=1000"]
-    rows, seconds, output = train(
-        folder / "cifar10", *how, trainer="train_diffusion.py", TORCH_LOGS="recompiles"
-    )
-    speed("CIFAR-10, 57 M parameters", rows, "images_per_s")
-    note("CIFAR-10: recompilations", len(re.findall(r"Recompiling function", output)))
-    note(
-        "CIFAR-10: validation loss after 2,000 steps",
-        [row["val/loss"] for row in rows if "val/loss" in row][-1],
-    )
-    note("CIFAR-10: whole command", round(seconds), "s")
-    grid = max((folder / "cifar10" / "samples").iterdir())
-    Path("gpu_cifar10.png").write_bytes(grid.read_bytes())
+def images(folder):
+    how = f"train_diffusion.py configs/cifar10.py --dataset={cifar10 or 'glyphs'} --image_column=image --fd_samples=0"
+    how += f" --max_steps={pick(2000, 12)}"
+    train(folder / "CIFAR-10", f"{how} --eval_interval={pick(1000, 6)}")
+    # the loop of train_unconditional.py, its batches ready, at the shape of DDPM's model for CIFAR-10
+    accelerator, scheduler, C = Accelerator(mixed_precision="bf16"), diffusers.DDPMScheduler(), pick(128, 32)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
+    blocks |= {"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
+    model = diffusers.UNet2DModel(32, block_out_channels=(C, 2 * C, 2 * C, 2 * C), **blocks)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    ema.to(accelerator.device)
+    x = torch.randn(pick(128, 4), 3, 32, 32, device=accelerator.device)
 
+    def step():
+        noise, t = torch.randn_like(x), torch.randint(1000, (len(x),), device=x.device)
+        output = model(scheduler.add_noise(x, noise, t), t).sample
+        learn(accelerator, F.mse_loss(output.float(), noise), model.parameters(), optimizer)
+        ema.step(model.parameters())
 
-UNCONDITIONAL = """
-import time, torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
-accelerator, scheduler = Accelerator(mixed_precision="bf16"), DDPMScheduler()
-down = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
-up = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-unet = UNet2DModel(32, block_out_channels=(128, 256, 256, 256), down_block_types=down, up_block_types=up)
-ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-ema.to("cuda")
-optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-unet, optimizer = accelerator.prepare(unet, optimizer)
-x = torch.randn(128, 3, 32, 32, device="cuda")
-def step():
-    noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device="cuda")
-    loss = F.mse_loss(unet(scheduler.add_noise(x, noise, t), t).sample.float(), noise)
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.step(unet.parameters())
-    loss.item()
-[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()
-[step() for _ in range(50)]; torch.cuda.synchronize()
-print("speed", 50 * len(x) / (time.time() - t), "parameters", sum(p.numel() for p in unet.parameters()))
-"""
-
-
-def unconditional():
-    """The loop of diffusers' train_unconditional.py, its batches ready on the GPU, at the shape of DDPM's CIFAR-10 model."""
-    done = subprocess.run([sys.executable, "-c", UNCONDITIONAL], capture_output=True, text=True, check=False)
-    found = re.search(r"speed ([\d.]+) parameters (\d+)", done.stdout)
-    name = (
-        f"CIFAR-10, the loop of diffusers' example, {int(found[2]) / 1e6:.0f} M parameters"
-        if found
-        else "diffusers"
-    )
-    note(name, round(float(found[1])) if found else done.stderr[-300:], "images/s")
-
-
-def resume(folder, trainer, *more):
-    """Stopped at step 30 and resumed, under deterministic=True, compiled: equal weights and optimizers."""
-    how = [*more, "--deterministic=True", "--test_fraction=0", "--lr_schedule=constant"]
-    how += ["--max_steps=60", "--save_interval=30", "--eval_interval=30"]
-    name = trainer + " with LoRA" * bool(more)
-    unbroken, broken = folder / f"{name} unbroken", folder / f"{name} broken"
-    train(unbroken, *how, trainer=trainer)
-    train(broken, *how, "--max_steps=30", trainer=trainer)
-    train(broken, *how, "--resume=True", trainer=trainer)
-    place = "checkpoint.pt" if trainer == "train_lm.py" else "checkpoints/step_00000060/state.pt"
-    states = [out / place for out in (unbroken, broken)]
-    a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in states)
-    equal = all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    note(f"{name}: resume on CUDA, deterministic: weights bitwise equal", equal)
-
-
-def nanogpt(folder, path, text):
-    """Its Shakespeare run and its GPT-2 speed, on this machine in this hour."""
-    data = Path(path, "data/shakespeare_char")
-    (data / "input.txt").write_text(Path(text).read_text())
-    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
-    began = time.monotonic()
-    command = [
-        sys.executable,
-        "train.py",
-        "config/train_shakespeare_char.py",
-        f"--out_dir={folder / 'nanogpt'}",
-    ]
-    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
-    losses = re.findall(r"val loss ([\d.]+)", done.stdout)
-    note("nanoGPT shakespeare_char: best validation loss", min(losses, default=done.stderr[-300:]))
-    note("nanoGPT shakespeare_char: whole command", round(time.monotonic() - began), "s")
-    code = (
-        "import torch, time; from model import GPT, GPTConfig; torch.set_float32_matmul_precision('high');"
-        "m = GPT(GPTConfig(vocab_size=32768, bias=False, dropout=0.0)).cuda(); m = torch.compile(m);"
-        "o = torch.optim.AdamW(m.parameters(), lr=6e-4, fused=True); x = torch.randint(32768, (32, 1024)).cuda();\n"
-        "def step():\n"
-        "    for _ in range(2):\n"
-        "        with torch.autocast('cuda', torch.bfloat16): loss = m(x, x)[1]\n"
-        "        loss.backward()\n"
-        "    o.step(); o.zero_grad()\n"
-        "[step() for _ in range(10)]; torch.cuda.synchronize(); t = time.time()\n"
-        "[step() for _ in range(50)]; torch.cuda.synchronize(); print('speed', 50 * 64 * 1024 / (time.time() - t))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, check=False)
-    speed = re.search(r"speed ([\d.]+)", done.stdout)
-    note(
-        "nanoGPT 124M, bf16, compiled, AdamW",
-        round(float(speed[1])) if speed else done.stderr[-300:],
-        "tokens/s",
-    )
+    measure("CIFAR-10, the loop of diffusers' example, 36 M: images/s", step, len(x), pick(50, 4))
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shakespeare", required=True, help="tinyshakespeare's input.txt")
-    parser.add_argument("--cifar10", help="a folder with the parquet files of CIFAR-10")
-    parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("NO GPU WAS FOUND: nothing of this was tested.", file=sys.stderr)
-        raise SystemExit(1)
-    note("GPU", torch.cuda.get_device_name())
-    note("torch", torch.__version__)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        gpt2(folder)
-        billion(folder)
-        synchronizations(folder)
-        fsdp2(folder)
-        resume(folder, "train_lm.py")
-        resume(folder, "train_diffusion.py")
-        lora(folder, arguments.shakespeare)
-        stable_diffusion(folder, "sd15", 512, 4, False)
-        stable_diffusion(folder, "sdxl10", 1024, 1, True)
-        if arguments.cifar10:
-            cifar10(folder, arguments.cifar10)
-            unconditional()
-        shakespeare(folder, arguments.shakespeare)
-        if arguments.nanogpt:
-            nanogpt(folder, arguments.nanogpt, arguments.shakespeare)
-    width = max(len(what) for what, _, _ in TABLE)
-    print("\n" + "\n".join(f"{what:{width}}  {value} {unit}" for what, value, unit in TABLE))
+    if not (dry or CUDA):
+        raise SystemExit("NO GPU WAS FOUND: nothing of this was tested; --dry=True tries it on a CPU")
+    note("GPU, torch", torch.cuda.get_device_name() if CUDA else "none", torch.__version__)
+    for part in (lm, waits, characters, resume, fsdp2, lora, images):
+        if part.__name__ in (parts or part.__name__).split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                part(Path(folder))
+    print("\n| | |\n| --- | ---: |\n" + "\n".join(TABLE))
 
 
 if __name__ == "__main__":
+    from configurator import configure
+
+    configure(globals())
     main()
