@@ -472,6 +472,7 @@ def prepare_data(pipeline, autoencoder):
             shape = list(to_latents(torch.zeros(1, *shape)).shape[1:])
     kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
     made_of = [image_column, column, caption, names, image_size, flip, shape, weights, str(type(pipeline))]
+    made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
     for split, rows in found.items():
         key = datasets.fingerprint.Hasher.hash([rows._fingerprint, *made_of])  # a model would be slow to hash
         size = {"batch_size": 128, "writer_batch_size": 128, "remove_columns": rows.column_names}
