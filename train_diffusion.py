@@ -813,7 +813,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
         path.parent.mkdir(exist_ok=True)
         make_grid(pictures).save(path)
         if adapter and step and loss == -math.inf:  # nothing measures which is best: choose by eye
-            shutil.copy(next(Path(out_dir).glob("*[ra]_[wm]*.safetensors")), path.with_suffix(".safetensors"))
+            shutil.copy(Path(out_dir, "pytorch_lora_weights.safetensors"), path.with_suffix(".safetensors"))
 
 
 def speed(images_per_s):
