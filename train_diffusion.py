@@ -1,10 +1,10 @@
 """
 Train a diffusion model: one file with the model, the mathematics, the data and the loop.
 
-    accelerate launch train_diffusion.py                                # letters and digits, anywhere
+    accelerate launch train_diffusion.py  # letters and digits, anywhere
     accelerate launch train_diffusion.py configs/cifar10.py --n_layer=8
-    accelerate launch train_diffusion.py configs/my_pictures.py --dataset=photos/ --out_dir=out/mine
-    accelerate launch train_diffusion.py configs/zimage_lora.py         # a pretrained pipeline, by your pictures
+    accelerate launch train_diffusion.py --dataset=photos/ --image_size=64 --out_dir=out/mine
+    accelerate launch train_diffusion.py configs/zimage_lora.py  # a pretrained pipeline, by your pictures
 
 Then `python sample.py --out_dir=out/diffusion` draws from it. Ctrl-C saves; --resume=True goes on.
 """
@@ -24,10 +24,8 @@ import math
 import re
 import shutil
 import signal
-import string
 import sys
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -75,7 +73,7 @@ vae = ""  # train in the latents of this AutoencoderKL (hub name or folder); "":
 patch_size = 2  # pixels, or latents, of a token in height and width: smaller is better and slower
 n_layer = 6  # transformer blocks
 n_head = 2  # attention heads; size 64 is fastest
-n_embd = 128  # width; n_embd / n_head, the size of a head, must be a multiple of 4
+n_embd = 128  # width, a multiple of n_head
 # adapter
 lora_rank = 16  # of the product added to a frozen matrix
 lora_alpha = 16.0  # the product is scaled by lora_alpha / lora_rank
@@ -90,9 +88,9 @@ ema_decay = 0.999  # keep an average of the weights over 1 / (1 - this) steps; 0
 sampler = ""  # from scratch: "heun", "euler" for flow; "dpm++", "unipc", "ddim" for eps and v
 sample_steps = 0  # from noise to picture, in heun twice as many calls; 0: 25, or the pipeline's own
 guidance = -1.0  # exaggerate class or caption; 1: do not; -1: 2, or the pipeline's own
-sample_prompts = ""  # with captions: what to draw, with | between; "": the first captions of the data
 fd_samples = 0  # from scratch: pictures for the Fréchet distance at the end; 0: none
 fd_model = "facebook/dinov2-base"  # the vision model of transformers in whose features it is measured
+sample_prompts = ""  # with captions: what to draw, with | between; "": the first captions of the data
 # batch and length
 batch_size = 64  # pictures per optimizer step, over all processes
 micro_batch_size = 0  # pictures per process and forward pass, if memory is short; 0: all at once
@@ -125,10 +123,9 @@ deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WO
 detect_anomaly = False  # stop at the first NaN in a gradient and show where it came from; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
+
 # What a resume may not change; a setting of yours that shapes the model belongs here.
-FIXED = (
-    "dataset fold image_size flip vae init_from adapter objective optimizer patch_size n_layer n_head n_embd"
-)
+FIXED = "dataset fold image_size vae init_from adapter objective optimizer patch_size n_layer n_head n_embd"
 SAMPLERS = {"flow": ("heun", "euler")}  # the default first
 SAMPLERS |= dict.fromkeys(("eps", "v"), ("dpm++", "unipc", "ddim"))
 
@@ -140,19 +137,16 @@ def check_settings():
     wrong = {
         f"{objective=}: flow, eps or v": objective not in SAMPLERS,
         f"{sampler=}: {objective} is reversed by {' or '.join(samplers[1:])}": sampler not in samplers,
-        f"{zero_snr=} needs objective='v' and min_snr=0": zero_snr
-        and (min_snr or scratch and objective != "v"),
-        f"{adapter=}: lora with a pretrained pipeline, --init_from=, or empty": adapter not in ("", "lora")
-        or (adapter and scratch),
-        f"{vae=} and {fd_samples=} are for models from scratch": not scratch and (vae or fd_samples),
+        f"{zero_snr=} needs objective='v' and min_snr=0": zero_snr and (min_snr or objective != "v"),
+        f"{adapter=}: lora, with --init_from=, or empty": adapter not in (("",) if scratch else ("", "lora")),
+        f"{vae=}, {fd_samples=}, {zero_snr=}: scratch only": not scratch and (vae or fd_samples or zero_snr),
         f"{guidance=} needs label_dropout above 0": scratch and not label_dropout and guidance not in (-1, 1),
         f"{image_size=} must be a multiple of {patch_size=}": scratch and image_size % patch_size,
-        f"{n_embd=} must be a multiple of 4 x {n_head=}": n_embd % (4 * n_head),
+        f"{n_embd=} must be a multiple of {n_head=}": n_embd % n_head,
         f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
         f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
         f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
-        f"{mixed_precision=} needs --optimizer=adamw": scratch
-        and (optimizer, mixed_precision) == ("muon", "fp16"),
+        "fp16 needs --optimizer=adamw": scratch and (mixed_precision, optimizer) == ("fp16", "muon"),
         f"{fold=}: 2/5 is the second of five parts": not part or not 1 <= int(part[1]) <= int(part[2]) > 1,
         "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
     }
@@ -160,69 +154,43 @@ def check_settings():
         fail(message)
 
 
-# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748); RoPE, QK-norm, squared ReLU ----
+# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----
 
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+class Block(nn.Module):
+    """Attention and an MLP; a time and a class scale, shift and gate both (adaLN-Zero: the gates are 0 at first)."""
 
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(D)) v, each (B, n_head, T, D): every token sees every other"""
-    if q.device.type == "cpu" and v.dtype == torch.bfloat16 and q.size(2) <= 512:
-        # the same, written out: torch's kernel in bf16 on CPUs takes four times as long on few tokens
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
-        return scores.softmax(dim=-1, dtype=v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-class Attention(nn.Module):
     def __init__(self, n_embd, n_head):
         super().__init__()
-        self.head_dim = n_embd // n_head
+        self.n_head = n_head
         self.q_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.k_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.v_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.o_proj = nn.Linear(n_embd, n_embd, bias=False)
-
-    def forward(self, x, cos, sin):
-        B, T, C = x.shape  # T: tokens of a picture; D: head_dim
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm bounds the attention logits
-        y = attend(q, k, v)  # (B, n_head, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class MLP(nn.Module):
-    def __init__(self, n_embd):
-        super().__init__()
         self.fc1 = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.fc2 = nn.Linear(4 * n_embd, n_embd, bias=False)
-
-    def forward(self, x):
-        return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
-
-
-class Block(nn.Module):
-    def __init__(self, n_embd, n_head):
-        super().__init__()
-        self.attn, self.mlp = Attention(n_embd, n_head), MLP(n_embd)
         self.modulation = nn.Linear(n_embd, 6 * n_embd)
 
-    def forward(self, x, c, cos, sin):
-        # adaLN-Zero: time and class scale, shift and gate; the gates are 0 at first, the block an identity
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, C)
-        x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1, cos, sin)
+    def attention(self, x):
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, C): every token attends to all
+        q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
+        q, k = norm(q), norm(k)  # which bounds the attention logits
+        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # torch's kernel takes three times as long
+            y = (q / math.sqrt(q.size(-1)) @ k.mT).softmax(dim=-1, dtype=v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def mlp(self, x):
+        return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
+
+    def forward(self, x, c):
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1)  # (B, T, C)
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
 
@@ -233,14 +201,15 @@ class DiT(nn.Module):
 
     def __init__(self, channels, size, patch_size, n_layer, n_head, n_embd, n_classes):
         super().__init__()
-        self.patch_size, C, D, side = patch_size, n_embd, n_embd // n_head, size // patch_size
+        self.patch_size, C = patch_size, n_embd
         self.patch_in = nn.Linear(channels * patch_size**2, C)
-        self.place = nn.Parameter(0.02 * torch.randn(side * side, C))  # where in the picture a token is
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch_size) ** 2, C))  # where a token is
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.classes = nn.Embedding(n_classes + 1, C)  # the last stands for "no class"
         self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
         self.modulation = nn.Linear(C, 2 * C)
         self.patch_out = nn.Linear(C, channels * patch_size**2)
+        self.register_buffer("time_frequency", 1e-4 ** (torch.arange(128) / 128), persistent=False)
         # matrices in the blocks are initialised here, all else by its torch module
         for weight in self.blocks.parameters():
             if weight.ndim == 2:
@@ -249,13 +218,6 @@ class DiT(nn.Module):
             for weight in layer.parameters():
                 nn.init.zeros_(weight)
         nn.init.normal_(self.classes.weight, std=0.02)
-        frequency = 1.0 / 100.0 ** (torch.arange(0, D, 4).float() / D)  # (D / 4,)
-        angle = torch.outer(torch.arange(side).float(), frequency)  # (side, D / 4)
-        by_row, by_column = angle.repeat_interleave(side, dim=0), angle.repeat(side, 1)  # (T, D / 4)
-        angle = torch.cat((by_row, by_column), dim=-1)  # (T, D / 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        self.register_buffer("time_frequency", 1e-4 ** (torch.arange(128) / 128), persistent=False)
 
     def forward(self, x, t, cond):
         """x (B, channels, size, size), times t (B,), 0..1 for flow, else 0..999, classes cond (B,) -> like x, fp32"""
@@ -265,9 +227,9 @@ class DiT(nn.Module):
         c = F.silu(self.time(torch.cat((wave.cos(), wave.sin()), dim=-1)) + self.classes(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, c, self.cos, self.sin, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
             else:
-                x = block(x, c, self.cos, self.sin)
+                x = block(x, c)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
         return F.pixel_shuffle(x.mT.reshape(patches.shape), self.patch_size)
@@ -293,26 +255,11 @@ N_TIMES = 1000
 
 
 class Process:
-    """How pictures become noise. kind: the objective, or of some pipelines "x0", the picture; alpha_bar: alpha^2 of
-    the 1000 times of all but flow, whose times become shift t / (1 + (shift - 1) t), later for many pixels."""
+    """How pictures become noise. kind: the objective; alpha_bar: alpha^2 at the times of eps and v; shift: times of flow
+    become shift t / (1 + (shift - 1) t), later for many pixels; dtype: that of a pipeline."""
 
-    def __init__(self, kind, alpha_bar=None, shift=1.0, time_dtype=torch.float32):
-        self.kind, self.alpha_bar, self.shift, self.time_dtype = kind, alpha_bar, shift, time_dtype
-
-    def alpha_sigma(self, t):
-        """times, of any shape -> alpha and sigma, of the same"""
-        alpha_bar = None if self.kind == "flow" else self.alpha_bar.to(t.device)[t.long()]
-        return (1 - t, t) if self.kind == "flow" else (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-
-    def add_noise(self, x0, noise, t):
-        """pictures, noise (B, ...), times (B,) -> x_t, what the model is to predict of it, and how much each time
-        counts (B,), which is by min-SNR: Hang et al. 2023, arXiv:2303.09556"""
-        alpha, sigma = self.alpha_sigma(t.view(-1, *[1] * (x0.ndim - 1)))
-        snr, weight = (alpha / sigma).square().flatten(), torch.ones_like(t, dtype=torch.float32)
-        if min_snr and self.kind != "flow":
-            weight = snr.clamp(max=min_snr) / {"eps": snr, "v": snr + 1, "x0": 1}[self.kind]
-        target = {"flow": noise - x0, "eps": noise, "v": alpha * noise - sigma * x0, "x0": x0}[self.kind]
-        return alpha * x0 + sigma * noise, target, weight
+    def __init__(self, kind, alpha_bar=None, shift=1.0, dtype=torch.float32):
+        self.kind, self.alpha_bar, self.shift, self.dtype = kind, alpha_bar, shift, dtype
 
     def draw_times(self, n, rng):
         """-> n random times (n,) to train on"""
@@ -320,25 +267,36 @@ class Process:
             return torch.randint(N_TIMES, (n,), generator=rng, device=rng.device)
         t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
         t = self.shift * t / (1 + (self.shift - 1) * t)
-        return (1000 * t).to(self.time_dtype).float() / 1000  # rounded as a pipeline in bf16 rounds it
+        return (1000 * t).to(self.dtype).float() / 1000  # rounded as a pipeline in bf16 rounds it
+
+    def add_noise(self, x0, noise, t):
+        """pictures, noise (B, ...), times (B,) -> x_t, what the model is to predict of it, and how much each time
+        counts (B,), which is by min-SNR: Hang et al. 2023, arXiv:2303.09556"""
+        t = t.view(-1, *[1] * (x0.ndim - 1))
+        if self.kind == "flow":
+            return (1 - t) * x0 + t * noise, noise - x0, torch.ones_like(t).flatten()
+        alpha_bar = self.alpha_bar.to(t.device)[t]
+        alpha, sigma, snr = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), (alpha_bar / (1 - alpha_bar)).flatten()
+        target = noise if self.kind == "eps" else alpha * noise - sigma * x0
+        weight = snr.clamp(max=min_snr) / (snr if self.kind == "eps" else snr + 1) if min_snr else snr**0
+        return alpha * x0 + sigma * noise, target, weight
 
 
 def make_scheduler(name):
     """-> the scheduler of diffusers that draws from eps and v"""
     import diffusers
 
-    kind = {"ddim": "DDIM", "unipc": "UniPCMultistep"}.get(name, "DPMSolverMultistep")
+    kinds = {"ddim": diffusers.DDIMScheduler, "unipc": diffusers.UniPCMultistepScheduler}
     kwargs = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr, "beta_schedule": "linear"}
     kwargs |= {"clip_sample": False} if name == "ddim" else {}  # latents are not in [-1, 1]
     kwargs |= {"prediction_type": "v_prediction" if objective == "v" else "epsilon"}
-    return getattr(diffusers, f"{kind}Scheduler")(N_TIMES, **kwargs)
+    return kinds.get(name, diffusers.DPMSolverMultistepScheduler)(N_TIMES, **kwargs)
 
 
 @torch.no_grad()
-def sample(model, process, shape, cond, none, rngs, steps, guidance, sampler):
+def sample(model, process, shape, cond, none, seeds, steps, guidance, sampler):
     """Start from noise and follow the model's output back to time 0. cond (B,): classes, of which `none` is no class;
-    rngs: a CPU generator for each picture; guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, *shape)"""
-    from diffusers.utils.torch_utils import randn_tensor
+    a seed for each picture; guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, *shape)"""
 
     def predict(x, t):
         t = torch.full((len(cond),), t, device=cond.device)
@@ -348,7 +306,7 @@ def sample(model, process, shape, cond, none, rngs, steps, guidance, sampler):
         without, out = model(torch.cat((x, x)), torch.cat((t, t)), conds).chunk(2)
         return without + guidance * (out - without)
 
-    x = randn_tensor((len(cond), *shape), generator=rngs, device=cond.device)
+    x = noise_of(seeds, shape).to(cond.device)
     if process.kind == "flow":
         for t, s in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
             velocity = predict(x, t)
@@ -361,6 +319,11 @@ def sample(model, process, shape, cond, none, rngs, steps, guidance, sampler):
     for t in scheduler.timesteps:
         x = scheduler.step(predict(x, float(t)), t, x).prev_sample
     return x
+
+
+def noise_of(seeds, shape):
+    """-> noise (B, *shape), the same for a seed on any device and beside any other"""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
 
 
 # ---- Data: pictures -> squares -> pixels or latents -> splits, in the cache of `datasets` ----
@@ -378,8 +341,8 @@ def load_pictures():
     kind = KINDS[max(files, key=os.path.getsize).suffix.lower()] if files else "hub"
     for file in sorted(file for file in files if KINDS[file.suffix.lower()] == kind):
         stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # of a part, as train-00000-of-00002.parquet
-        folder = file.relative_to(root).parts[:1]
-        split = next((SPLITS[name] for name in (*folder, stem) if name in SPLITS), "train")
+        top = file.relative_to(root).parts[:1]
+        split = next((SPLITS[name] for name in (*top, stem) if name in SPLITS), "train")
         paths.setdefault(split, []).append(str(file))
     with named("dataset", dataset):
         if dataset == "glyphs":
@@ -392,27 +355,26 @@ def load_pictures():
             classes = {file.parent.name for file in files} - SPLITS.keys()  # the names of splits are none
             kwargs = {"drop_labels": len(classes) < 2} if kind == "imagefolder" else {}
             found = datasets.load_dataset(kind, data_files=paths, **kwargs)
-        if "train" not in found:
-            raise ValueError(f"it has no train split, but {', '.join(found)}")
-        wanted = {"validation": val_fraction and not fold, "test": test_fraction}
-        splits = {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
-        splits = datasets.DatasetDict(splits, train=found["train"].shuffle(seed=0))
-    features = splits["train"].features
-    if image_column not in features:
-        pictures = [name for name in features if isinstance(features[name], datasets.Image)]
+    if "train" not in found:
+        fail(f"{dataset=} has no train split, but {', '.join(found)}")
+    columns = found["train"].features
+    if image_column not in columns:
+        pictures = [name for name in columns if isinstance(columns[name], datasets.Image)]
         fail(f"{dataset=} has no column {image_column!r}: --image_column= takes one of {pictures}")
+    wanted = {"validation": val_fraction and not fold, "test": test_fraction}
+    splits = {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
+    splits = datasets.DatasetDict(splits, train=found["train"].shuffle(seed=0))
     with named("image_column", image_column):
         return splits.cast_column(image_column, datasets.Image(decode=False))
 
 
 def choose_conditions(splits):
     """-> the column to learn from, "" for none, and {its values: names of classes, or captions}, over all splits"""
-    columns, scratch = splits["train"].features, init_from == "scratch"
-    column = label_column if scratch else "" if caption else caption_column
-    if scratch and column not in columns:
-        column = log(f"training without classes: no column {column!r} in {', '.join(columns)}") or ""
-    if not column:
-        return "", {} if scratch else {caption: caption}
+    columns, column = splits["train"].features, label_column if init_from == "scratch" else caption_column
+    if init_from != "scratch" and caption:
+        return "", {caption: caption}
+    if init_from == "scratch" and column not in columns:
+        return log(f"training without classes: no column {column!r} in {', '.join(columns)}") or "", {}
     if column not in columns:  # a .txt file beside a picture is its caption
         for split, rows in splits.items():
             texts = [Path(source["path"] or "").with_suffix(".txt") for source in rows[image_column]]
@@ -421,15 +383,13 @@ def choose_conditions(splits):
     elif isinstance(columns[column], datasets.ClassLabel):
         return column, dict(enumerate(columns[column].names))
     values = set(itertools.chain(*(rows[column][:] for rows in splits.values())))
-    if not scratch and not all(values):
-        advice = "in .txt files beside them, in a metadata.jsonl, or one for all by --caption="
-        fail(f"{dataset=}: pictures without a caption in {column!r}; write them {advice}")
+    if init_from != "scratch" and not all(values):
+        fail(f"{dataset=}: pictures without a caption: write .txt files beside them, or --caption= for all")
     return column, {value: str(value) for value in sorted(values - {None})}
 
 
 def read_picture(source):
-    """-> pixels (3, S, S), and [height, width, top, left]: how large the picture was, and where, once scaled, the square
-    was cut out. None for what is no picture."""
+    """-> pixels (3, S, S), scaled and cropped to a square; None for what is no picture"""
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note which side is up
@@ -437,47 +397,43 @@ def read_picture(source):
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
         image = image.convert("RGBA")  # what is behind a transparent pixel may be any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        w, h = image.size
-        corner = [round((n * image_size / min(h, w) - image_size) / 2) for n in (h, w)]
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-        return np.asarray(image).transpose(2, 0, 1), [h, w, *corner]
+        return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # PIL raises many kinds for broken files
         return log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
 
 
 def encode_pictures(batch, column, ids, to_latents):
-    """Files -> bytes of pixels or latents, with flip those of the mirrored picture as well; and the number of the class
-    or caption, with size and crop. What is no picture is left out."""
+    """Files -> bytes of pixels or latents, with flip mirrored as well, and numbers of classes or captions"""
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(read_picture, batch[image_column]))
     values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "colour": []}
-    for pixels, size, value in ((*picture, value) for picture, value in zip(pictures, values) if picture):
+    for pixels, value in ((pixels, value) for pixels, value in zip(pictures, values) if pixels is not None):
         x = torch.from_numpy(np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip]))  # (1 or 2, 3, S, S)
         x = to_latents(x / 127.5 - 1).half().cpu() if to_latents else x
         rows["x"] += [view.tobytes() for view in x.numpy()]
-        rows["cond"] += [[ids.get(value, len(ids)), *size]] * len(x)
+        rows["cond"] += [ids.get(value, len(ids))] * len(x)
         rows["colour"] += [bool((pixels != pixels[:1]).any())] * len(x)
     return rows
 
 
-def prepare_data(pipeline, autoencoder):
-    """-> ({split: rows}, what run.json says of them, names of the classes, or captions). Splits that the data does not
+def prepare_data(to_latents, autoencoder):
+    """-> ({split: rows}, what run.json says of them, names of the classes or captions). Splits that the data does not
     have are cut from the end of train."""
-    found, shape, splits, to_latents, weights = load_pictures(), [3, image_size, image_size], {}, None, 0.0
-    column, names = choose_conditions(found)
-    if autoencoder:
-        to_latents = pipeline.encode if pipeline else functools.partial(encode, autoencoder)
-        weights = sum(p.double().sum().item() for p in autoencoder.parameters())
+    splits, shape, weights = load_pictures(), [3, image_size, image_size], 0.0
+    column, names = choose_conditions(splits)
+    if to_latents:
+        weights = sum(p.double().sum().item() for p in autoencoder.parameters())  # tell one from another
         with named("image_size", image_size):
             shape = list(to_latents(torch.zeros(1, *shape)).shape[1:])
-    kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
-    made_of = [image_column, column, caption, names, image_size, flip, shape, weights, str(type(pipeline))]
+    made_of = [image_column, column, caption, names, image_size, flip, shape, weights, init_from]
     made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
-    for split, rows in found.items():
-        key = datasets.fingerprint.Hasher.hash([rows._fingerprint, *made_of])  # a model would be slow to hash
-        size = {"batch_size": 128, "writer_batch_size": 128, "remove_columns": rows.column_names}
+    kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
+    size = {"batch_size": 128, "writer_batch_size": 128, "remove_columns": splits["train"].column_names}
+    for split, rows in splits.items():
+        key = Hasher.hash([rows._fingerprint, *made_of])  # `datasets` would hash all weights of a model
         splits[split] = rows.map(encode_pictures, batched=True, new_fingerprint=key, fn_kwargs=kwargs, **size)
-    if not autoencoder and not any(any(rows["colour"][:]) for rows in splits.values() if len(rows)):
+    if not to_latents and not any(len(rows) and any(rows["colour"][:]) for rows in splits.values()):
         shape[0] = 1  # all are grey: two more channels would only be the same again
     with named("dataset", dataset):
         if test_fraction and "test" not in splits:
@@ -492,19 +448,19 @@ def prepare_data(pipeline, autoencoder):
     for split, rows in splits.items():
         if not len(rows):
             fail(f"{dataset=}: no picture of its {split} split can be read")
-    data = {"shape": shape, "classes": [] if pipeline else list(names.values())}
+    data = {"shape": shape, "classes": list(names.values()) if init_from == "scratch" else []}
     data["rows"] = {split: len(rows) for split, rows in splits.items()}
-    log(f"data: {data['rows']}, {len(names)} {'captions' if pipeline else 'classes'}, each {shape}")
+    log(f"data: {data['rows']}, {len(names)} classes or captions, each {shape}")
     return splits, data, list(names.values())
 
 
 def collate(rows, shape):
-    """Rows -> x (B, *shape), pixels in [-1, 1] or latents, and cond (B,), or (B, 5) with captions"""
+    """Rows -> x (B, *shape), pixels in [-1, 1] or latents, and cond (B,), numbers of classes or captions"""
     latents, cond = vae or init_from != "scratch", torch.tensor([row["cond"] for row in rows])
     x = bytearray(b"".join(row["x"] for row in rows))
     x = torch.frombuffer(x, dtype=torch.float16 if latents else torch.uint8).float()
     x = x.view(len(rows), -1, *shape[1:])[:, : shape[0]]
-    return x if latents else x / 127.5 - 1, cond[:, 0] if init_from == "scratch" else cond
+    return x if latents else x / 127.5 - 1, cond
 
 
 def batch_rows(n_rows, first_step, last_step, micro, world, rank):
@@ -520,19 +476,16 @@ def batch_rows(n_rows, first_step, last_step, micro, world, rank):
 
 
 def noise_batches(accelerator, process, micro_batches, none, step):
-    """[(x, cond)] of this process -> [(x_t, t, cond, target, weight)]. What is random is drawn for the global batch and
-    cut up as that is: it depends on (seed, step, place in the batch) alone. none: the number of no class."""
-    device, shape, noisy = accelerator.device, micro_batches[0][0].shape[1:], []
-    rng = torch.Generator(device).manual_seed(hash((seed, step)) % 2**63)
-    noise = torch.randn(batch_size, *shape, generator=rng, device=device)
+    """[(x, cond)] of this process -> [(x_t, t, cond, target, weight)]; none: the number of no class. What is random is
+    drawn for the global batch and cut up as that is: it depends on (seed, step, place in the batch) alone."""
+    rng, noisy = torch.Generator(accelerator.device).manual_seed(hash((seed, step)) % 2**63), []
+    noise = torch.randn(batch_size, *micro_batches[0][0].shape[1:], generator=rng, device=rng.device)
     times = process.draw_times(batch_size, rng)
-    dropped = torch.rand(batch_size, generator=rng, device=device) < label_dropout
+    dropped = torch.rand(batch_size, generator=rng, device=rng.device) < label_dropout
     mine = [v.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK] for v in (noise, times, dropped)]
     for (x0, cond), eps, t, drop in zip(micro_batches, *mine):
-        x0, cond = x0.to(device), cond.to(device)
-        cond.view(len(cond), -1)[:, 0].masked_fill_(drop, none)
-        x_t, target, weight = process.add_noise(x0, eps, t)
-        noisy.append((x_t, t, cond, target, weight))
+        x_t, target, weight = process.add_noise(x0.to(rng.device), eps, t)
+        noisy.append((x_t, t, cond.to(rng.device).masked_fill(drop, none), target, weight))
     return noisy
 
 
@@ -608,8 +561,8 @@ class EMA:
         self.averages = [w.clone() for w in self.weights] if ema_decay else []
 
     def update(self, step):
-        if self.averages:  # which soon forgets how the run began
-            torch._foreach_lerp_(self.averages, self.weights, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        decay = min(ema_decay, (1 + step) / (10 + step))  # soon forgets how the run began
+        torch._foreach_lerp_(self.averages, self.weights[: len(self.averages)], 1 - decay)
 
     def swap(self):
         """Let the model have the average, or its own weights again."""
@@ -623,15 +576,11 @@ class EMA:
 
 
 def write_file(name, content):
-    """Write a .json, a .pt or a .safetensors; under its name there is always a complete file."""
-    temporary, kind = Path(out_dir, name + ".tmp"), Path(name).suffix
+    """Write bytes, a .json or a .pt; under its name there is always a complete file."""
+    temporary = Path(out_dir, name + ".tmp")
+    content = json.dumps(content, indent=1).encode() if name.endswith(".json") else content
     with open(temporary, "wb") as f:
-        if kind == ".pt":
-            torch.save(content, f)
-        else:
-            f.write(
-                json.dumps(content, indent=1).encode() if kind == ".json" else safetensors.torch.save(content)
-            )
+        f.write(content) if isinstance(content, bytes) else torch.save(content, f)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(Path(out_dir, name))
@@ -692,8 +641,8 @@ def open_run_dir():
 
 def write_run(model, data):
     """-> the content of run.json, written beside the script as it is"""
-    run = {"kind": "diffusion", "model": type(model).__name__, "command": sys.argv, "data": data}
-    run["settings"] = settings(globals())
+    run = {"kind": "diffusion", "model": type(model).__name__, "settings": settings(globals())}
+    run |= {"command": sys.argv, "data": data}
     run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
     run["parameters"] = sum(p.numel() for p in model.parameters())
     run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -759,25 +708,22 @@ def start_accelerator():
 
 @torch.no_grad()
 def evaluate(accelerator, model, split, rows, micro, batches):
-    """-> the loss of a split, in total and by quarter of the times. Noise and times belong to a picture, so evaluations
-    differ by the model alone. batches: how many, spread evenly; 0: all. The processes share them, each in as many
-    forward passes as the others."""
+    """-> the loss of a split, in total and by quarter of the times, at noise and times that belong to a picture. batches:
+    how many, spread evenly; 0: all. The processes share them, each in as many forward passes as the others."""
     n, device, losses = min(len(rows), batches * batch_size or len(rows)), accelerator.device, np.zeros(4)
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
     module = accelerator.unwrap_model(model).eval()
     for i in tqdm(range(0, math.ceil(n / WORLD), micro), desc=split, leave=False, disable=split != "test"):
         numbers = mine[i : i + micro].tolist() or [0]
         x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers), module.shape))
-        rngs = [torch.Generator().manual_seed(j) for j in numbers]
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=rng) for rng in rngs]).to(device)
+        noise = noise_of(numbers, x0.shape[1:]).to(device)
         within = torch.tensor(numbers, device=device) * 0.618034 % 1  # fills a quarter evenly
         for quarter in range(4):
             t = ((quarter + within) / 4 * N_TIMES).long()
             t = t / N_TIMES if module.process.kind == "flow" else t
             x_t, target, _ = module.process.add_noise(x0, noise, t)
             with accelerator.autocast():
-                out = model(x_t, t, cond)
-            loss = (out - target).square().flatten(1).mean(dim=1).sum()
+                loss = (model(x_t, t, cond) - target).square().flatten(1).mean(dim=1).sum()
             losses[quarter] += float(loss) * (i < len(mine))  # or it is a pass that only the others need
     losses = (np.sum(gather_object([losses]), axis=0) / n).tolist()
     by_time = {f"{split}/loss/{i / 4:g}-{(i + 1) / 4:g}": loss for i, loss in enumerate(losses)}
@@ -787,7 +733,6 @@ def evaluate(accelerator, model, split, rows, micro, batches):
 def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
     """Report the validation loss, keep the best weights (without validation the last), draw a grid of pictures."""
     loss, module, step = -math.inf, accelerator.unwrap_model(model).eval(), progress["step"]
-    own = isinstance(module, DiT)
     ema.swap()
     if "validation" in splits:
         report(values := evaluate(accelerator, model, "val", splits["validation"], micro, eval_batches))
@@ -796,16 +741,17 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
     if step and loss <= progress["best"]:
         progress |= {"best": loss, "waited": 0}
         weights, _ = gather(accelerator, model, frozen=not adapter)
-        if MAIN:
-            write_file("model.safetensors", weights) if own else save_pipeline(module, weights)
+        if MAIN and init_from == "scratch":
+            write_file("model.safetensors", safetensors.torch.save(weights))
+        elif MAIN:
+            save_pipeline(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
     # all processes draw, as FSDP2 needs it; compiled, each new size of batch would take a minute
-    n = 36 if own else max(4, len(module.prompts))
-    conditions = list(itertools.islice(itertools.cycle(module.prompts), n))
-    autocast = accelerator.autocast() if own else contextlib.nullcontext()
-    with autocast, torch.compiler.set_stance("force_eager"):
-        pictures = draw(module, conditions, range(seed, seed + n))
+    autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
+    with autocast(), torch.compiler.set_stance("force_eager"):
+        conditions = (module.prompts * 36)[: 36 if init_from == "scratch" else max(4, len(module.prompts))]
+        pictures = draw(module, conditions, range(seed, seed + len(conditions)))
     ema.swap()
     module.train()
     if MAIN:
@@ -818,28 +764,28 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
 
 def speed(images_per_s):
     on_gpu, memory = torch.cuda.is_available(), psutil.Process().memory_info().rss
-    return {
-        "images_per_s": images_per_s,
-        "memory_gb": (torch.cuda.max_memory_allocated() if on_gpu else memory) / 1e9,
-    }
+    memory = torch.cuda.max_memory_allocated() if on_gpu else memory
+    return {"images_per_s": images_per_s, "memory_gb": memory / 1e9}
 
 
 def make_model(accelerator):
     """-> (model, {split: rows}, what run.json says of them, names of the classes or captions)"""
-    # first, so that a wrong name costs no reading of pictures
-    scratch, device = init_from == "scratch", accelerator.device
-    model = None if scratch else load_pipeline(accelerator.mixed_precision, device)
-    autoencoder = load_vae().to(device) if vae else None if scratch else model.pipe.vae
+    model = to_latents = autoencoder = None
+    if init_from != "scratch":  # first, so that a wrong name costs no reading of pictures
+        model = load_pipeline(accelerator.mixed_precision, accelerator.device)
+        to_latents, autoencoder = model.encode, model.pipe.vae
+    elif vae:
+        autoencoder = load_vae().to(accelerator.device)
+        to_latents = functools.partial(encode, autoencoder)
     with accelerator.local_main_process_first():  # the others read what the first one has cached
-        splits, data, names = prepare_data(model, autoencoder)
+        splits, data, names = prepare_data(to_latents, autoencoder)
         if MAIN and overwrite:
             shutil.rmtree(out_dir)
             Path(out_dir).mkdir()
         if MAIN and not Path(out_dir, "run.json").exists():  # what is written from here on is a run's
             write_file("run.json", {"kind": "diffusion"})
-        if model:  # encodes the captions, too
-            model.prepare(names)
-            model.process, model.shape = pipeline_process(model), data["shape"]
+        if model:
+            model.prepare(names, data["shape"])  # encodes the captions
     return model or make_dit(data, autoencoder), splits, data, names
 
 
@@ -969,11 +915,10 @@ def main():
 
 
 def load(folder, run, base=""):
-    """-> the model of a run directory, ready to draw; run: its run.json, whose settings are taken over; base: where
-    the pipeline under an adapter is now"""
+    """-> the model of a run directory, ready to draw; run: its run.json; base: where the pipeline under an adapter is"""
     globals().update(run["settings"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if run["model"] == "Pipeline":
+    if init_from != "scratch":
         return load_pipeline("bf16" if device == "cuda" else "no", device, folder, base)
     dit = make_dit(run["data"], load_vae() if vae else None)
     safetensors.torch.load_model(dit, Path(folder, "model.safetensors"))
@@ -981,21 +926,18 @@ def load(folder, run, base=""):
 
 
 def draw(model, conditions, seeds, steps=0, guidance=-1.0, sampler="", negative_prompt="", lora_scale=1.0):
-    """-> a PIL image for each condition, the name of a class ("": none) or a prompt, and seed. What is not given is as
-    the run's settings say."""
-    own = settings(globals())  # three of them have the names of arguments
-    steps, guidance = steps or own["sample_steps"], guidance if guidance >= 0 else own["guidance"]
-    if isinstance(model, Pipeline):
+    """-> a PIL image for each seed and condition: a prompt, or the name of a class ("": none); defaults: the settings"""
+    own, pictures = settings(globals()), []  # two of them have the names of arguments
+    steps, guidance = steps or sample_steps, guidance if guidance >= 0 else own["guidance"]
+    if init_from != "scratch":
         return model.draw(conditions, seeds, steps, guidance, negative_prompt, lora_scale)
-    names, pictures = [*model.class_names, ""], []
+    names, sampler = [*model.class_names, ""], sampler or own["sampler"] or SAMPLERS[objective][0]
     for name in set(conditions).difference(names):
         fail(f"there is no class {name!r}: did you mean {nearest(name, names)!r}?")
-    sampler = sampler or own["sampler"] or SAMPLERS[model.process.kind][0]
     guidance = 1.0 if len(names) == 1 else guidance if guidance >= 0 else 2.0
     ids = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
     for i in range(0, len(ids), 64):
-        rngs = [torch.Generator().manual_seed(int(number)) for number in seeds[i : i + 64]]
-        args = ids[i : i + 64], len(names) - 1, rngs, steps or 25, guidance, sampler
+        args = ids[i : i + 64], len(names) - 1, seeds[i : i + 64], steps or 25, guidance, sampler
         pictures += to_pictures(model, sample(model, model.process, model.shape, *args))
     return pictures
 
@@ -1033,25 +975,12 @@ def load_vae():
 def encode(autoencoder, x):
     """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1; any kind of autoencoder"""
     config, x = autoencoder.config, x.to(autoencoder.device)
-    encoded = autoencoder.encode(
-        x[:, :, None] if "z_dim" in config else x
-    )  # to a video's, a picture is a frame
+    encoded = autoencoder.encode(x[:, :, None] if "z_dim" in config else x)  # a frame, for a video's
     z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
     std = config.get("latents_std") or [1 / (config.get("scaling_factor") or 1.0)]
     mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std))
     return (z.view(*z.shape[:2], *z.shape[-2:]) - mean) / std
-
-
-@torch.no_grad()
-def features(network, pictures):
-    """PIL images -> what a vision model of transformers sees in them, (B, D)"""
-    x = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
-    x, side = x.to(network.device).permute(0, 3, 1, 2) / 255, min(224, network.config.image_size)
-    x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device)  # of ImageNet
-    x = (x - mean[:, None, None]) / std[:, None, None]
-    return list(network(pixel_values=x).pooler_output.double().cpu().numpy())
 
 
 def frechet_distance(a, b):
@@ -1062,43 +991,41 @@ def frechet_distance(a, b):
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1) + np.trace(c2) - 2 * roots.sum())
 
 
+@torch.no_grad()
 def measure_fd(accelerator, dit, splits, micro):
-    """-> Fréchet distance between the test split, if there is one, and as many drawn pictures of the same classes"""
+    """-> Fréchet distance between pictures of the test split and as many drawn ones of the same classes"""
+    device, names, found = accelerator.device, [*dit.class_names, ""], ([], [])
     with named("fd_model", fd_model):
-        vision_model = transformers.AutoModel.from_pretrained(fd_model, dtype=torch.float32)
-        vision_model.to(accelerator.device).eval()
+        network = transformers.AutoModel.from_pretrained(fd_model, dtype=torch.float32).to(device).eval()
     split = next(split for split in ("test", "validation", "train") if split in splits)
-    rows, names, real, drawn = splits[split], [*dit.class_names, ""], [], []
-    n = min(len(rows), fd_samples) // WORLD * WORLD  # as many in each process
-    mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD].tolist()
+    n = min(len(splits[split]), fd_samples) // WORLD * WORLD  # as many in each process
+    mine = np.linspace(0, len(splits[split]) - 1, n).astype(int)[RANK::WORLD].tolist()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
     for numbers in (mine[i : i + micro] for i in range(0, len(mine), micro)):
-        x, cond = collate(rows.__getitems__(numbers), dit.shape)
+        x, cond = collate(splits[split].__getitems__(numbers), dit.shape)
         with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            new = draw(dit, [names[j] for j in cond], [seed + j for j in numbers])
-        real += features(vision_model, to_pictures(dit, x.to(accelerator.device)))
-        drawn += features(vision_model, new)
-    real, drawn = (np.stack(gather_object(found)) for found in (real, drawn))
+            drawn = draw(dit, [names[j] for j in cond], [seed + j for j in numbers])
+        for features, pictures in zip(found, (to_pictures(dit, x.to(device)), drawn)):
+            x = np.stack([np.asarray(picture.convert("RGB").resize((224, 224), 3)) for picture in pictures])
+            x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 255
+            features += network((x - mean) / std).pooler_output.double().tolist()  # scaled as ImageNet is
+    real, drawn = (np.array(gather_object(features)) for features in found)
     return {f"{split}/frechet_distance": frechet_distance(real, drawn)}
 
 
-CHARACTERS = string.digits + string.ascii_uppercase
-
-
-def draw_glyph(character, size, rng):
-    """A letter or digit in white on black, at a random size, boldness, place and angle."""
-    big = 4 * size  # drawn larger, then reduced: smooth edges
-    image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
-    place = tuple((0.5 + rng.uniform(-0.07, 0.07, 2)) * big)
-    style = {"fill": 255, "font": font, "anchor": "mm", "stroke_width": int(big * rng.uniform(0, 0.06))}
-    ImageDraw.Draw(image).text(place, character, **style)
-    return image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR).reduce(4)
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def draw_glyphs(size):
-    """Yield 256 pictures of every character."""
-    rng = np.random.default_rng(0)
+    """Yield 256 pictures of every character, white on black, at a random size, boldness, place and angle."""
+    rng, big = np.random.default_rng(0), 4 * size  # drawn larger, then reduced: smooth edges
     for character in 256 * CHARACTERS:
-        draw_glyph(character, size, rng).save(file := io.BytesIO(), "png")
+        image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
+        place = tuple((0.5 + rng.uniform(-0.07, 0.07, 2)) * big)
+        style = {"fill": 255, "font": font, "anchor": "mm", "stroke_width": int(big * rng.uniform(0, 0.06))}
+        ImageDraw.Draw(image).text(place, character, **style)
+        image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR).reduce(4)
+        image.save(file := io.BytesIO(), "png")
         yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
 
 
@@ -1138,52 +1065,36 @@ def join(parts):
 
 
 class Pipeline(nn.Module):
-    """A text-to-image pipeline of diffusers as a model that trains like DiT. Its parameters are those of the
-    denoiser, the pipeline's transformer or UNet."""
+    """A text-to-image pipeline as a model that trains like DiT: its parameters are those of the transformer or UNet."""
 
     def __init__(self, pipe, name, device):
         super().__init__()
-        self.pipe, self.name, self.denoiser = pipe, name, getattr(pipe, name)
-        self.dtype, self.device = self.denoiser.dtype, torch.device(device)
-        self.scheduler, self.still, self.sizes, self.files = pipe.scheduler, StillScheduler(), None, {}
-        self.still.config, kind = pipe.scheduler.config, type(pipe)
-        self.is_flow = "FlowMatch" in type(pipe.scheduler).__name__
-        self.is_flow |= pipe.scheduler.config.get("prediction_type") == "flow_prediction"
-        self.is_batched = False  # whether one call takes several pictures
+        self.pipe, self.name, self.denoiser, kind = pipe, name, getattr(pipe, name), type(pipe)
+        self.dtype, self.device, self.compile = self.denoiser.dtype, device, self.denoiser.compile
+        self.scheduler, self.still, self.is_batched = pipe.scheduler, StillScheduler(), False
+        self.still.config = config = pipe.scheduler.config
+        if "FlowMatch" in type(pipe.scheduler).__name__ or config.prediction_type == "flow_prediction":
+            shift = config.get("shift") or config.get("flow_shift") or 1.0
+            self.process = Process("flow", shift=shift, dtype=self.dtype)
+        else:
+            kind_of = {"epsilon": "eps", "v_prediction": "v"}
+            self.process = Process(kind_of[config.prediction_type], pipe.scheduler.alphas_cumprod)
         # what FSDP2 gathers at a time; drawing calls the denoiser itself, so it is one of these parts
         parts = *(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__
         self._no_split_modules = {type(m).__name__ for m in self.modules()}.intersection(parts)
-        self.compile = self.denoiser.compile  # in place
         self.call = inspect.unwrap(kind.__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
         pipe._guidance_scale = 1.0  # which means none, but for Z-Image, where it is 0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
-        pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
-        pipe.encode_prompt, pipe._get_add_time_ids = self.encode_prompt, self.get_add_time_ids
+        pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": torch.device(device)})
         # the autoencoder is in fp32, and several pipelines hand it latents in the precision of the denoiser
         decode = pipe.vae.to(device).decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
-    def encode_prompt(self, *args, **kwargs):
-        if self.recalled:
-            return next(self.recalled)
-        self.encoded.append(type(self.pipe).encode_prompt(self.pipe, *args, **kwargs))
-        return self.encoded[-1]
-
-    def get_add_time_ids(self, *args, **kwargs):
-        """In training, SDXL is told the size and crop of each picture."""
-        if self.sizes is None:
-            return type(self.pipe)._get_add_time_ids(self.pipe, *args, **kwargs)
-        rows = types.SimpleNamespace(to=lambda *_: rows, repeat=lambda *_: self.sizes)
-        return rows
-
-    def run(self, scheduler, files, **kwargs):
-        """The pipeline's call -> what it returns, or the model's output if the scheduler ends it. files: for each
-        picture what encode_prompt returned for it, call by call; none: it encodes the prompts."""
-        calls = zip(*(torch.load(file, map_location="cpu") for file in files))
-        self.recalled, self.encoded = map(join, calls) if files else None, []
+    def run(self, scheduler, **kwargs):
+        """The pipeline's call -> what it returns, or the model's output where the scheduler ends it"""
         self.pipe.__dict__["scheduler"] = scheduler  # past diffusers, which would note it in model_index.json
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
         kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no other prompt
@@ -1193,15 +1104,13 @@ class Pipeline(nn.Module):
             return reached.value
 
     def forward(self, x, t, cond):
-        """x: noisy latents as of encode(); t (B,): 0 to 1 for flow, else 0 to 999; cond (B, 5): the caption's
-        number, height, width, top and left of the crop, in pixels -> the model's output, like x, in fp32"""
+        """x (B, ...): noisy latents as of encode(), times t (B,), 0..1 for flow, else 0..999, cond (B,): the numbers
+        of the captions -> the model's output, like x, in fp32"""
         if len(x) > 1 and not self.is_batched:
             return torch.cat([self.forward(*one) for one in zip(x.split(1), t.split(1), cond.split(1))])
-        self.still.times = 1000 * t if self.is_flow else t
-        self.sizes = torch.cat((cond[:, 1:], torch.full_like(cond[:, :2], image_size)), dim=1)  # (B, 6)
-        kwargs = {"prompt": [""] * len(x), "latents": x.to(self.dtype), "output_type": "latent"}
-        files = [self.files[number] for number in cond[:, 0].tolist()]
-        output = self.run(self.still, files, **self.unguided, **kwargs)
+        self.still.times = 1000 * t if self.process.kind == "flow" else t
+        kwargs = self.unguided | {"latents": x.to(self.dtype), "output_type": "latent"}
+        output = self.run(self.still, prompt=[self.captions[i] for i in cond.tolist()], **kwargs)
         # Flux.2 packs what it is given into tokens (B, H * W, C)
         return (output if output.ndim == x.ndim else output.mT.reshape(x.shape)).float()
 
@@ -1215,67 +1124,57 @@ class Pipeline(nn.Module):
         return pipe._pack_latents(z, *z.shape) if hasattr(pipe, "_pack_latents") else z
 
     @torch.no_grad()
-    def encode_caption(self, caption, kwargs):
-        """-> [what encode_prompt returns, call by call]; None: for a dropped caption, away from which the pipeline
-        guides: not "" for all (SDXL: zeros)"""
-        if caption is not None:
-            self.still.times = None
-            self.run(self.still, [], prompt=[caption], **kwargs)
-            return self.encoded
-        plain = self.encode_caption("", self.unguided)
-        guided = self.encode_caption("", {"guidance_scale": 5.0})
-        if len(guided) > len(plain):  # it has a call of its own
-            return guided[len(plain) :]
-        for i, row in enumerate(plain):  # or, where there is any, it is what is missing here
-            missing = [value is None or len(value) == 0 for value in row]
-            found = iter(b for b, gone in zip(guided[i], missing) if gone and b is not None)
-            plain[i] = tuple(v if gone else next(found, v) for v, gone in zip(row, missing))
-        return plain
+    def encode_prompt(self, *args, **kwargs):
+        """As the pipeline's own, but what it returns for a caption is kept in out_dir/captions."""
+        own, parts = type(self.pipe).encode_prompt, []
+        bound = inspect.signature(own).bind(self.pipe, *args, **kwargs)
+        for caption in bound.arguments["prompt"]:
+            bound.arguments["prompt"] = [caption]
+            file = f"captions/{Hasher.hash(f'{bound.args[1:]} {bound.kwargs} {self.dtype}')}.pt"
+            if not Path(out_dir, file).exists():
+                write_file(file, own(*bound.args, **bound.kwargs))
+            parts.append(torch.load(Path(out_dir, file), map_location=self.device, mmap=True))
+        return join(parts)
 
-    def prepare(self, captions):
-        """Encode the captions, once: from then on out_dir/captions is read. Text encoders leave the memory,
-        and the denoiser moves to its device. The number behind the last caption is that of a dropped one."""
+    def prepare(self, captions, shape):
+        """Encode the captions, and the prompts to draw, once: then the text encoders leave the memory. The caption
+        behind the last is that of a dropped one."""
         if not adapter and not Path(out_dir, "model_index.json").exists():
             self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file: it will be written again
-        self.prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
-        drawing, n = self.drawing_kwargs(sample_steps, guidance), len(captions)
-        wanted = [(caption, self.unguided) for caption in captions] + [(None, {})]
-        wanted += [(prompt, drawing) for prompt in self.prompts]
-        files = [Path(out_dir, f"captions/{Hasher.hash([*row, self.dtype])}.pt") for row in wanted]
-        self.files = dict(zip([*range(n + 1), *self.prompts], files))
         Path(out_dir, "captions").mkdir(exist_ok=True)
-        encoders = [(k, v) for k, v in self.pipe.components.items() if k.startswith("text_encoder") and v]
+        self.shape, self.captions, self.still.times = shape, [*captions, ""], None
+        self.prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
+        self.pipe.encode_prompt = self.encode_prompt
+        encoders = [name for name in self.pipe.components if name.startswith("text_encoder")]
         with named("init_from", init_from):
-            progress = tqdm(files, "captions", leave=False, disable=not sys.stderr.isatty())
-            for row, file in zip(wanted, progress):
-                if not file.exists():
-                    for _, encoder in encoders:
-                        encoder.to(self.device)
-                    write_file(f"captions/{file.name}", self.encode_caption(*row))
-        for name, _ in encoders:
-            setattr(self.pipe, name, None)
-        self.to(self.device)
-        self.probe(max(range(n), key=lambda i: len(captions[i])), n)
+            for name in encoders:
+                _ = getattr(self.pipe, name) and getattr(self.pipe, name).to(self.device)
+            for text in tqdm(self.captions, "captions", leave=False, disable=not sys.stderr.isatty()):
+                self.run(self.still, prompt=[text], **self.unguided)
+            for text in self.prompts:
+                self.run(self.still, prompt=[text], **self.drawing_kwargs(sample_steps, guidance))
+            for name in encoders:
+                setattr(self.pipe, name, None)
+            self.to(self.device)
+            self.probe(captions.index(max(captions, key=len)), len(captions))
 
     def probe(self, *numbers):
-        """End the program if the pipeline cannot be trained. See, by two captions, if a call takes several
-        pictures, and freeze weights that never get a gradient: DistributedDataParallel would wait for it."""
-        S, calls, self.is_batched = image_size, [], False
+        """Refuse what cannot be trained; freeze weights that never get a gradient, for which DistributedDataParallel
+        would wait; see by two captions if a call takes several pictures."""
+        S, calls, is_same = image_size, [], False
         z = self.encode(torch.arange(6.0 * S * S).sin().view(2, 3, S, S))
-        cond = torch.tensor([[number, S, S, 0, 0] for number in numbers], device=self.device)
-        t = torch.tensor([0.25, 0.75] if self.is_flow else [250, 750], device=self.device)
+        cond = torch.tensor(numbers, device=z.device)
+        t = self.process.draw_times(2, torch.Generator(z.device).manual_seed(0))
         hook = self.denoiser.register_forward_hook(lambda *_: calls.append(1))
-        with named("init_from", init_from):
-            alone = self(z, t, cond)
-            if len(calls) != 2:
-                raise ValueError(f"its model is called {len(calls) / 2:g} times a step, but 1 can be trained")
+        alone = self(z, t, cond)
         hook.remove()
+        if len(calls) != 2:
+            raise ValueError(f"its model is called {len(calls) / 2:g} times a step, but 1 can be trained")
         alone.square().mean().backward()
         for weight in self.parameters():
             weight.requires_grad_(weight.grad is not None)
             weight.grad = None
-        self.is_batched, is_same = True, False
-        # not so if captions have several lengths, or the pipeline takes one time
+        self.is_batched = True  # not so if captions have several lengths, or the pipeline takes one time
         with torch.no_grad(), contextlib.suppress(Exception):
             both, swapped = self(z, t, cond), self(z, t, cond.flip(0))
             is_same = bool((both - alone).norm() < 0.1 * (swapped - alone).norm())
@@ -1290,56 +1189,42 @@ class Pipeline(nn.Module):
         return {name: value for name, value in kwargs.items() if value not in ("", -1)}
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, steps, scale, negative_prompt="", lora_scale=1.0):
+    def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
         """-> a PIL image for each prompt and seed, by the pipeline and its own scheduler; one a call, so that
-        none depends on the others. Where the text encoders have left, prompts are among self.prompts."""
-        for part in self.denoiser.modules():
-            for name in getattr(part, "lora_A", ()):
-                part.set_scale(name, lora_scale)
-        kwargs, self.sizes, pictures = self.drawing_kwargs(steps, scale, negative_prompt), None, []
+        none depends on the others"""
+        if lora_scale != 1.0:
+            self.denoiser.set_adapters("default", lora_scale)
+        kwargs, pictures = self.drawing_kwargs(steps, scale, negative_prompt), []
         for prompt, number in zip(prompts, seeds):
-            files = [self.files[prompt]] if self.files else []
             rng = torch.Generator().manual_seed(number)  # on the CPU: the same noise on any device
-            pictures += self.run(self.scheduler, files, prompt=[prompt], generator=rng, **kwargs)
+            pictures += self.run(self.scheduler, prompt=[prompt], generator=rng, **kwargs)
         return pictures
-
-
-def pipeline_process(model):
-    """-> the Process that the pipeline's scheduler describes"""
-    config, kinds = model.scheduler.config, {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    if not model.is_flow:
-        return Process(kinds[config.prediction_type], model.scheduler.alphas_cumprod)
-    shift = config.get("shift") or config.get("flow_shift") or 1.0
-    return Process("flow", shift=shift, time_dtype=model.dtype)
 
 
 def load_pipeline(precision, device, folder="", base=""):
     """-> what init_from names, ready to train, in fp32, or with an adapter in the precision of training; or the run in
-    `folder`, ready to draw; base: where the pipeline under its adapter is now. LoRA (Hu et al. 2021, arXiv:2106.09685)
-    adds to matrices of some layers a product of two small ones, in fp32."""
+    `folder`, ready to draw. LoRA (Hu et al. 2021, arXiv:2106.09685) adds to some matrices a product of two small ones."""
     import diffusers
     import peft
 
     source = os.path.expanduser(folder if folder and not adapter else base or init_from)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if adapter or folder else {}
-    dtypes = {"vae": torch.float32, "default": dtypes.get(precision, torch.float32)}
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     with named("init_from", source):
         config = diffusers.DiffusionPipeline.load_config(source)
         kind = getattr(diffusers, config["_class_name"])
         names = [name for name in config if name.startswith(("transformer", "unet")) and config[name][0]]
-        wrong = len(names) != 1 and f"has {len(names)} denoisers, but 1 can be trained"
-        wrong = wrong or not hasattr(kind, "encode_prompt") and "takes no captions"
-        wrong = wrong or adapter and not hasattr(kind, "save_lora_weights") and "takes no LoRA"
-        wrong = wrong or "EDM" in config["scheduler"][1] and "has a scheduler of the EDM kind"
-        if wrong := wrong or zero_snr and "has its own objective: --zero_snr=False":
-            raise ValueError(f"a {kind.__name__} {wrong}")
+        if len(names) != 1 or not hasattr(kind, "encode_prompt") or "EDM" in config["scheduler"][1]:
+            raise ValueError(f"a {kind.__name__} must have captions, one denoiser, and no EDM scheduler")
+        if adapter and not hasattr(kind, "save_lora_weights"):
+            raise ValueError(f"a {kind.__name__} takes no LoRA")
+        dtypes = {"vae": torch.float32, "default": dtypes.get(precision, torch.float32)}
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtypes, safety_checker=None)
-    model = Pipeline(pipe, names[0], device)
+        model = Pipeline(pipe, names[0], device)
+        if folder and adapter:
+            pipe.load_lora_weights(folder, "default", weight_name="pytorch_lora_weights.safetensors")
     if folder:
-        if adapter:
-            pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         pipe.to(device)
         return model.eval()
     if adapter:
@@ -1360,12 +1245,13 @@ def load_pipeline(precision, device, folder="", base=""):
 
 def save_pipeline(model, weights):
     """Write weights {name: tensor} to out_dir as diffusers does: the adapter's, or all of the denoiser."""
-    weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
-    if not adapter:
-        return write_file(f"{model.name}/diffusion_pytorch_model.safetensors", weights)
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
+    from safetensors.torch import save
 
+    weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
+    if not adapter:
+        return write_file(f"{model.name}/diffusion_pytorch_model.safetensors", save(weights))
     weights = get_peft_model_state_dict(model.denoiser, weights)
     config = model.denoiser.peft_config["default"].to_dict()  # with alpha
     kwargs = {f"{model.name}_lora_layers": weights, f"{model.name}_lora_adapter_metadata": config}
@@ -1374,7 +1260,7 @@ def save_pipeline(model, weights):
     if model.name == "unet":  # for ComfyUI and the like
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
-        write_file("kohya_lora.safetensors", kohya | alphas)  # where diffusers has the rank
+        write_file("kohya_lora.safetensors", save(kohya | alphas))  # where diffusers has the rank
 
 
 if __name__ == "__main__":

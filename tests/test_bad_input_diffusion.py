@@ -13,7 +13,7 @@ from PIL import Image
 
 SD = "--image_size=16"
 REFUSED = [
-    (["--n_embd=100", "--n_head=3"], "must be a multiple of 4 x n_head=3"),
+    (["--n_embd=100", "--n_head=3"], "must be a multiple of n_head=3"),
     (["--objective=noise"], "flow, eps or v"),
     (["--guidence=3"], "did you mean guidance"),
     (["config/cifar10.py"], "config='config/cifar10.py' cannot be used"),
@@ -35,9 +35,9 @@ REFUSED = [
     (["--dataset={data}/rows.parquet", "--image_column=price"], "image_column='price' cannot be used"),
     (["--dataset={data}/one", "--test_fraction=0.5"], "dataset='{data}/one' cannot be used"),
     (["--out_dir={data}/foreign"], "holds thesis.doc"),
-    (["--adapter=lora"], "a pretrained pipeline, --init_from="),
-    (["--adapter=dora", "--init_from={data}/sd"], "lora with"),
-    (["--init_from={data}/sd", "--vae=x"], "are for models from scratch"),
+    (["--adapter=lora"], "lora, with --init_from="),
+    (["--adapter=dora", "--init_from={data}/sd"], "lora, with"),
+    (["--init_from={data}/sd", "--vae=x"], "scratch only"),
     (["--init_from={data}/none"], "init_from='{data}/none' cannot be used"),
     (["--init_from={data}/torn", SD], "init_from='{data}/torn' cannot be used"),
     (["--init_from={data}/sd", "--image_size=15", "--caption=x"], "cannot be used"),
