@@ -1070,7 +1070,8 @@ class Pipeline(nn.Module):
     def __init__(self, pipe, name, device):
         super().__init__()
         self.pipe, self.name, self.denoiser, kind = pipe, name, getattr(pipe, name), type(pipe)
-        self.dtype, self.device, self.compile = self.denoiser.dtype, device, self.denoiser.compile
+        self.dtype, self.device = self.denoiser.dtype, torch.device(device)
+        self.compile = self.denoiser.compile  # in place
         self.scheduler, self.still, self.is_batched = pipe.scheduler, StillScheduler(), False
         self.still.config = config = pipe.scheduler.config
         if "FlowMatch" in type(pipe.scheduler).__name__ or config.prediction_type == "flow_prediction":
@@ -1088,7 +1089,7 @@ class Pipeline(nn.Module):
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
-        pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": torch.device(device)})
+        pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
         # the autoencoder is in fp32, and several pipelines hand it latents in the precision of the denoiser
         decode = pipe.vae.to(device).decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
@@ -1133,7 +1134,7 @@ class Pipeline(nn.Module):
             file = f"captions/{Hasher.hash(f'{bound.args[1:]} {bound.kwargs} {self.dtype}')}.pt"
             if not Path(out_dir, file).exists():
                 write_file(file, own(*bound.args, **bound.kwargs))
-            parts.append(torch.load(Path(out_dir, file), map_location=self.device, mmap=True))
+            parts.append(torch.load(Path(out_dir, file), map_location=self.device.type, mmap=True))
         return join(parts)
 
     def prepare(self, captions, shape):
