@@ -492,12 +492,12 @@ def noise_batches(accelerator, process, micro_batches, none, step):
 # ---- Optimizers and learning rate ----
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon). It is torch.optim.Muon, but
-    on all matrices of a shape at once, which is faster, and in any dtype."""
+class Muon(torch.optim.Muon):
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's own, but on all
+    matrices of a shape at once, which is faster, and in any dtype."""
 
-    def __init__(self, matrices, dtype, **defaults):
-        super().__init__(matrices, defaults)
+    def __init__(self, matrices, dtype, **kwargs):
+        super().__init__(matrices, adjust_lr_fn="original", **kwargs)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -1016,9 +1016,9 @@ def measure_fd(accelerator, dit, splits, micro):
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def draw_glyphs(size):
+def draw_glyphs(size, seed=0):
     """Yield 256 pictures of every character, white on black, at a random size, boldness, place and angle."""
-    rng, big = np.random.default_rng(0), 4 * size  # drawn larger, then reduced: smooth edges
+    rng, big = np.random.default_rng(seed), 4 * size  # drawn larger, then reduced: smooth edges
     for character in 256 * CHARACTERS:
         image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
         place = tuple((0.5 + rng.uniform(-0.07, 0.07, 2)) * big)

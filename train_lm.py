@@ -410,12 +410,12 @@ def batch_rows(lengths, first_step, last_step, micro, world, rank):
 # ---- Optimizers and learning rate ----
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon). It is torch.optim.Muon, but
-    on all matrices of a shape at once, which is faster, and in any dtype."""
+class Muon(torch.optim.Muon):
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's own, but on all
+    matrices of a shape at once, which is faster, and in any dtype."""
 
-    def __init__(self, matrices, dtype, **defaults):
-        super().__init__(matrices, defaults)
+    def __init__(self, matrices, dtype, **kwargs):
+        super().__init__(matrices, adjust_lr_fn="original", **kwargs)
         self.dtype = dtype
 
     @torch.no_grad()

@@ -2,9 +2,10 @@
 Ours and others', in turn on the same machine, on the same data; prints medians and ratios as Markdown tables.
 
     python tests/benchmark.py --parts=lm,equal --text=input.txt --nanogpt=PATH [--pairs=3]
-    python tests/benchmark.py --parts=pictures --cifar10=FOLDER --diffusers=PATH --smalldiffusion=PATH [--minutes=5]
+    python tests/benchmark.py --parts=pictures --cifar10=FOLDER --diffusers=PATH --smalldiffusion=PATH
 
-A peer is a checkout that lies anywhere; what it needs must be installed. Without --parts, all whose paths are given:
+A peer is a checkout that lies anywhere; what it needs must be installed. Without --parts, all whose paths are
+given:
 
   start     seconds from `accelerate launch`, without any cache, to the first step
   lm        nanoGPT's own command for laptops, and configs/shakespeare_char_cpu.py as it is and with few steps
@@ -14,8 +15,8 @@ A peer is a checkout that lies anywhere; what it needs must be installed. Withou
   old       another checkout of this project and this one: seconds to the first step, tokens/s, images/s
   bpb       bits per byte of runs on the Python files of an installed package, by transformers
   lora      LoRA at the true shape of Stable Diffusion 1.5 in our loop and in that of diffusers' script
-  pictures  Fréchet distances on CIFAR-10 after as many minutes: of our DiT, with classes and without, of diffusers'
-            example, of smalldiffusion's DiT; all have about 1.9 M parameters
+  pictures  Fréchet distances on CIFAR-10 after as many minutes: of our DiT, with classes and without, of
+            diffusers' example, of smalldiffusion's DiT; all have about 1.9 M parameters
 """
 
 import importlib.util
@@ -39,6 +40,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configurator import configure
+
 parts = ""  # with commas between them; "": all whose paths are given
 pairs = 3  # how often each side is run
 minutes = 5.0  # of training on CIFAR-10
@@ -56,14 +59,15 @@ package = "numpy"  # whose source is read for bits per byte
 def run(*command, cwd=ROOT, until=None, **env):
     """-> (seconds, what it printed); `until`: the pattern in a line that ends the clock."""
     began, output, seconds = time.monotonic(), "", None
-    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | env}
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, **kwargs)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | env, **pipe)
     for line in process.stdout:
         output += line
         if until and not seconds and re.search(until, line):
             seconds = time.monotonic() - began
     if process.wait():
-        raise SystemExit(f"{' '.join(map(str, command))}\n{output[-4000:]}")
+        raise SystemExit(f"{' '.join(command)}\n{output[-4000:]}")
     return seconds or time.monotonic() - began, output
 
 
@@ -77,36 +81,30 @@ def ours(out, arguments, root=ROOT, **options):
     return run(*command, cwd=root, **options)[0], read_metrics(out)
 
 
-def speed(rows, name):
-    """The median of a column, after the first steps."""
-    values = [row[name] for row in rows if name in row]
-    return statistics.median(values[len(values) // 4 :])
+def speed(out, arguments, name):
+    """A trainer and its arguments -> [the median of a column of metrics.jsonl after the first steps]"""
+    values = [row[name] for row in ours(out, arguments)[1] if name in row]
+    return [statistics.median(values[len(values) // 4 :])]
 
 
 def compare(title, columns, sides):
-    """Run the sides {name: function} in turn; each returns a number for each column. Ratios are to the first side."""
-    found = {name: [] for name in sides}
-    for _ in range(pairs):
-        for name, side in sides.items():
-            found[name].append(side())
+    """Run the sides {name: function} in turn; each returns a number a column. Ratios are to the first."""
+    table = np.array([[side() for side in sides.values()] for _ in range(pairs)])  # (pairs, sides, columns)
+    medians, ratios = np.median(table, axis=0), np.median(table / table[:, :1], axis=0)
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-    base = list(zip(*next(iter(found.values()))))
-    for name, results in found.items():
-        cells = []
-        for values, others in zip(zip(*results), base):
-            ratio = statistics.median(value / other for value, other in zip(values, others))
-            cells.append(f"{statistics.median(values):,.4g}" + f" (x {ratio:.3g})" * (values != others))
+    for name, *row in zip(sides, medians, ratios):
+        cells = [f"{value:,.4g} (x {ratio:.3g})" for value, ratio in zip(*row)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 # ---- Language models ----
-NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
-    --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000
-    --dropout=0.0"""  # all of it from nanoGPT's README
+NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
+    --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
+    --lr_decay_iters=2000 --dropout=0.0"""  # all of it from nanoGPT's README
 OURS = "-m accelerate.commands.launch --quiet train_lm.py configs/shakespeare_char_cpu.py --dataset="
 # in these steps ours comes to nanoGPT's last loss: small batches and large steps are best for so few
-EARLY = """ --max_steps=180 --eval_interval=180 --eval_batches=40 --batch_size=8 --block_size=128 --warmup_steps=5
-    --learning_rate=0.05 --head_lr=0.01"""
+EARLY = " --max_steps=180 --eval_interval=180 --eval_batches=40 --batch_size=8 --block_size=128"
+EARLY += " --warmup_steps=5 --learning_rate=0.05 --head_lr=0.01"
 
 
 def run_nanogpt(folder, *more):
@@ -127,8 +125,8 @@ def start(folder):
             return run(*command.split(), "--log_interval=1", until="step 1/1 train", HF_HOME=cache)[0]
 
     names = ("train_lm.py", "train_diffusion.py")
-    title = "From the launch, without caches, to the first step, s"
-    compare(title, names, {"ours": lambda: [first_step(name) for name in names]})
+    sides = {"ours": lambda: [first_step(name) for name in names]}
+    compare("From the launch, without caches, to the first step, s", names, sides)
 
 
 def lm(folder):
@@ -136,28 +134,28 @@ def lm(folder):
         seconds, _, losses = run_nanogpt(folder)
         return seconds, list(losses.values())[-1]
 
-    def mine(more, until=None):  # early, until the loss is known: what follows is not counted
+    def mine(more, until=None):
         seconds, rows = ours(folder / "lm", OURS + text + more, until=until)
         return seconds, [row["val/loss"] for row in rows if "val/loss" in row][-1]
 
     mine(" --max_steps=1 --eval_batches=1")  # our tokens are ready as well
     sides = {"nanoGPT": theirs, "ours": partial(mine, "")}
+    # the early one until its loss is known: what follows is not counted
     sides["ours, early"] = partial(mine, EARLY, r"step (\d+)/\1 val/loss")
     compare("Shakespeare by characters, whole commands", ["s", "validation loss"], sides)
 
 
 def equal(folder):
-    shape = f"""train_lm.py --dataset={text} --tokenizer=char --block_size=64 --batch_size=12 --n_layer=4 --n_head=4
-        --n_kv_head=4 --n_embd=128 --optimizer=adamw --max_steps=400 --eval_interval=400 --test_fraction=0"""
+    shape = f"train_lm.py --dataset={text} --tokenizer=char --block_size=64 --batch_size=12 --n_layer=4"
+    shape += " --n_head=4 --n_kv_head=4 --n_embd=128 --optimizer=adamw --max_steps=400 --eval_interval=400"
 
     def theirs():
         _, times, _ = run_nanogpt(folder, "--max_iters=400", "--eval_interval=400")
         return [12 * 64 / statistics.median(times[20:]) * 1e3]
 
-    def mine(more=""):
-        return [speed(ours(folder / "equal", shape + more)[1], "tokens_per_s")]
-
-    sides = {"nanoGPT": theirs, "ours": mine, "ours, fp32": partial(mine, " --mixed_precision=no")}
+    mine = partial(speed, folder / "equal", name="tokens_per_s")
+    fp32 = partial(mine, f"{shape} --mixed_precision=no")
+    sides = {"nanoGPT": theirs, "ours": partial(mine, shape), "ours, fp32": fp32}
     compare("nanoGPT's shape for laptops, batch and AdamW in both", ["tokens/s"], sides)
 
 
@@ -172,15 +170,15 @@ def finetune(folder):
     tok.save_pretrained(llama)
 
     def theirs(precision):
-        how = f"""{transformers}/examples/pytorch/language-modeling/run_clm_no_trainer.py --max_train_steps={n}
-            --model_name_or_path={llama} --train_file={text} --block_size={T} --output_dir={folder}/theirs
-            --per_device_train_batch_size={batch}"""
+        how = f"{transformers}/examples/pytorch/language-modeling/run_clm_no_trainer.py --train_file={text}"
+        how += f" --model_name_or_path={llama} --output_dir={folder}/theirs --max_train_steps={n}"
+        how += f" --block_size={T} --per_device_train_batch_size={batch}"
         env = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
         return [n * batch * T / last_clock(f"{n}/{n}", run(*how.split(), **env)[1])]
 
     def mine(precision):
-        how = f"""train_lm.py --init_from={llama} --dataset={text} --batch_size={batch} --block_size={T}
-            --max_steps={n} --eval_interval=1000 --eval_batches=1 --test_fraction=0 --mixed_precision={precision}"""
+        how = f"train_lm.py --init_from={llama} --dataset={text} --batch_size={batch} --block_size={T}"
+        how += f" --max_steps={n} --eval_interval={n} --eval_batches=1 --mixed_precision={precision}"
         rows = [row for row in ours(folder / "finetune", how)[1] if "tokens_per_s" in row]
         return [statistics.harmonic_mean(row["tokens_per_s"] for row in rows)]  # of all steps, as theirs
 
@@ -206,13 +204,12 @@ def sampling(folder):
 
     import train_lm
 
-    shapes = {"1 M": ("", 100), "34 M": (" --n_layer=8 --n_embd=512 --n_head=8 --tokenizer=bpe:8192", 60)}
-    shapes["98 M"] = (" --n_layer=12 --n_embd=768 --n_head=12 --tokenizer=bpe:8192", 30)
-    for name, (shape, n) in shapes.items():
-        out = folder / "sampling"
-        ours(out, f"train_lm.py --max_steps=2 --eval_batches=1 --test_fraction=0 --optimizer=adamw{shape}")
-        model, _ = train_lm.load(out, json.loads((out / "run.json").read_text()))
-        other = AutoModelForCausalLM.from_pretrained(out)
+    middle = " --n_layer=8 --n_embd=512 --n_head=8 --tokenizer=bpe:8192"
+    large = " --n_layer=12 --n_embd=768 --n_head=12 --tokenizer=bpe:8192"
+    for size, shape, n in ("1 M", "", 100), ("34 M", middle, 60), ("98 M", large, 30):
+        ours(folder, f"train_lm.py --max_steps=2 --eval_batches=1 --test_fraction=0 --optimizer=adamw{shape}")
+        model, _ = train_lm.load(folder, json.loads((folder / "run.json").read_text()))
+        other = AutoModelForCausalLM.from_pretrained(folder)
         kwargs = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": True, "temperature": 0.8, "top_k": 0}
         for batch in (1, 8):
             ids = torch.randint(model.config.vocab_size, (1, 16)).repeat(batch, 1)
@@ -220,12 +217,12 @@ def sampling(folder):
             mine = partial(train_lm.generate, model, ids[0].tolist(), batch, n, 0.8)
             sides = {"transformers' generate()": theirs, "ours": mine}
             sides = {name: partial(per_second, batch * n, side) for name, side in sides.items()}
-            compare(f"Sampling, {name} parameters, {batch} at once", ["tokens/s"], sides)
+            compare(f"Sampling, {size} parameters, {batch} at once", ["tokens/s"], sides)
 
 
 @torch.inference_mode()
 def bpb(folder):
-    """In windows of the model's context, of which the first half is a lead-in and the second half is scored."""
+    """In windows of the model's context: the first half is a lead-in, the second half is scored."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
@@ -245,18 +242,16 @@ def bpb(folder):
 
 
 def old_and_new(folder):
-    def side(root, command, column):
-        how = f"""{command} --max_steps=100 --log_interval=1 --eval_interval=1000 --save_interval=1000
-            --eval_batches=1 --test_fraction=0"""
+    def side(root, command):
+        how = f"{command} --max_steps=100 --log_interval=1 --eval_interval=1000 --save_interval=1000"
         seconds, rows = ours(folder / "side", how, root, until="step 1/100 train")
-        return seconds, speed(rows, column)
+        column = "tokens_per_s" if "train_lm" in command else "images_per_s"
+        return seconds, statistics.median(row[column] for row in rows[25:] if column in row)
 
-    commands = {"train_lm.py": "tokens_per_s", "train_diffusion.py": "images_per_s"}
-    commands |= {OURS + text: "tokens_per_s"} if text else {}
-    commands |= {DIT + cifar10: "images_per_s"} if cifar10 else {}
-    for command, column in commands.items():
-        sides = {"old": partial(side, old, command, column), "new": partial(side, ROOT, command, column)}
-        compare(command, ["s to the first step", column], sides)
+    mine = [OURS + text] * bool(text) + [DIT + cifar10] * bool(cifar10)
+    for command in ("train_lm.py", "train_diffusion.py", *mine):
+        sides = {"old": partial(side, old, command), "new": partial(side, ROOT, command)}
+        compare(command, ["s to the first step", "tokens/s or images/s"], sides)
 
 
 # ---- Diffusion ----
@@ -270,16 +265,16 @@ def lora(folder):
     step = lora_loop(base, 256, 4, False)
     step()
     theirs = partial(per_second, 12, lambda: (step() for _ in range(3)))
-    mine = lambda: [speed(ours(folder / "lora", how)[1], "images_per_s")]
-    sides = {"the loop of diffusers' script": theirs, "ours": mine}
+    sides = {"the loop of diffusers' script": theirs}
+    sides["ours"] = partial(speed, folder / "lora", how, "images_per_s")
     compare("LoRA at the shape of SD 1.5, 256 x 256, bf16", ["images/s"], sides)
 
 
 def load_cifar(split):
     """-> a Dataset with the columns image and label"""
-    import datasets
+    from datasets import load_dataset
 
-    rows = datasets.load_dataset("parquet", data_files={split: f"{cifar10}/{split}*.parquet"})[split]
+    rows = load_dataset("parquet", data_files=f"{cifar10}/{split}*.parquet", split="train")
     return rows.rename_columns({"img": "image"} if "img" in rows.column_names else {})
 
 
@@ -290,27 +285,27 @@ def to_tensor(images):
 
 
 def train_classifier(x, y):
-    """-> a small convolutional network without its last layer: 128 features, in which pictures are compared"""
+    """-> the 128 features of a small convolutional network, in which pictures are compared, as a function"""
     torch.manual_seed(0)
     layers = []
-    for a, b in (3, 32), (32, 32), (0, 0), (32, 64), (64, 64), (0, 0), (64, 128), (128, 128):
-        conv = [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()] if a else []
-        layers += conv or [nn.MaxPool2d(2)]
-    features, head = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 10)
-    steps, weights = 3 * len(x) // 128, [*features.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(weights, 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    for a, b in (3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128):
+        layers += [nn.MaxPool2d(2)] * (3 < a < b)  # where it gets wider
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    steps = 3 * len(x) // 128
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.1 * min((step + 1) / 200, (steps - step) / steps)
         ids = torch.randint(len(x), (128,))
-        batch = x[ids].flip(-1) if step % 2 else x[ids]
-        F.cross_entropy(head(features(batch)), y[ids]).backward()
+        F.cross_entropy(net(x[ids].flip(-1) if step % 2 else x[ids]), y[ids]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return features.eval()
+    body = net[:-1].eval().requires_grad_(False)
+    return lambda x: torch.cat([body(part) for part in x.float().split(500)]).double().numpy()
 
 
 def diffusers_example(folder, n, epochs):
-    """A UNet of 1.9 M parameters learns n pictures -> (its pipeline, seconds of the last epoch, seconds of all)"""
+    """A UNet of 1.9 M parameters learns n pictures -> (its pipeline, seconds of the last epoch, of all)"""
     from diffusers import DDIMPipeline, UNet2DModel
 
     down, up = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
@@ -319,11 +314,11 @@ def diffusers_example(folder, n, epochs):
     UNet2DModel(**shape).save_pretrained(folder / "unet")
     (folder / f"{n}").mkdir(exist_ok=True)
     load_cifar("train").shuffle(seed=0).select(range(n)).to_parquet(folder / f"{n}/train.parquet")
-    how = f"""{diffusers}/examples/unconditional_image_generation/train_unconditional.py --dataset_name={folder}/{n}
-        --model_config_name_or_path={folder}/unet --resolution=32 --center_crop --random_flip --use_ema
-        --train_batch_size=64 --num_epochs={epochs} --lr_warmup_steps=50 --output_dir={folder}/theirs
-        --eval_batch_size=1 --ddpm_num_inference_steps=2 --save_images_epochs={epochs} --overwrite_output_dir
-        --checkpointing_steps=1000000 --save_model_epochs={epochs}"""
+    how = f"""{diffusers}/examples/unconditional_image_generation/train_unconditional.py
+        --dataset_name={folder}/{n} --model_config_name_or_path={folder}/unet --output_dir={folder}/theirs
+        --resolution=32 --center_crop --random_flip --use_ema --train_batch_size=64 --num_epochs={epochs}
+        --lr_warmup_steps=50 --eval_batch_size=1 --ddpm_num_inference_steps=2 --overwrite_output_dir
+        --save_images_epochs={epochs} --save_model_epochs={epochs} --checkpointing_steps=1000000"""
     seconds, output = run(*how.split())
     return DDIMPipeline.from_pretrained(folder / "theirs"), last_clock(r"Epoch \d+: 100%", output), seconds
 
@@ -335,17 +330,13 @@ def train_smalldiffusion(x, seconds):
     from smalldiffusion import DiT, ScheduleDDPM, samples, training_loop
     from torch_ema import ExponentialMovingAverage
 
-    def mirror(rows):
-        return torch.stack([x.flip(-1) if torch.rand(()) < 0.5 else x for x in rows])
-
     end, kwargs = time.monotonic() + seconds, {"accelerator": Accelerator(cpu=True)}
     schedule = ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000)
     model = DiT(in_dim=32, channels=3, patch_size=4, depth=6, head_dim=32, num_heads=4, mlp_ratio=4.0)
     ema = ExponentialMovingAverage(model.parameters(), decay=0.99)
-    loader = torch.utils.data.DataLoader(x, batch_size=64, shuffle=True, collate_fn=mirror)
-    for i, _ in enumerate(training_loop(loader, model, schedule, epochs=1000, lr=1e-3, **kwargs)):
-        if i:
-            ema.update()
+    loader = torch.utils.data.DataLoader(torch.cat((x, x.flip(-1))), batch_size=64, shuffle=True)
+    for _ in training_loop(loader, model, schedule, epochs=1000, lr=1e-3, **kwargs):
+        ema.update()
         if time.monotonic() > end:
             break
     sigmas, kwargs = schedule.sample_sigmas(20), kwargs | {"gam": 1.6, "batchsize": 100}
@@ -356,22 +347,17 @@ def train_smalldiffusion(x, seconds):
 def pictures(folder):
     import train_diffusion
 
-    n, budget = 500, 60 * minutes
-    train, test = load_cifar("train"), load_cifar("test")
+    n, budget, train = 500, 60 * minutes, load_cifar("train")
     x = to_tensor(train["image"])
-    classifier = train_classifier(x, torch.tensor(train["label"]))
-
-    @torch.no_grad()
-    def features(x):
-        return torch.cat([classifier(part) for part in x.split(500)]).double().numpy()
-
-    def judge(name, x, seconds=0.0):
-        distance = train_diffusion.frechet_distance(real, features(x.float()))
-        print(f"| {name} | {distance:.2f} | {seconds / 60:.1f} |", flush=True)
-
-    real = features(to_tensor(test["image"]))
+    features = train_classifier(x, torch.tensor(train["label"]))
+    real = features(to_tensor(load_cifar("test")["image"]))
     print(f"\nCIFAR-10, {n} pictures against the test split\n\n| | Fréchet distance | minutes |")
     print("| --- | ---: | ---: |")
+
+    def judge(name, x, seconds=0.0):
+        distance = train_diffusion.frechet_distance(real, features(x))
+        print(f"| {name} | {distance:.2f} | {seconds / 60:.1f} |", flush=True)
+
     judge("pictures of the train split", to_tensor(train.shuffle(seed=0)[:n]["image"]))
     if diffusers:  # an epoch of as many pictures as it gets through in the given time
         _, epoch, whole = diffusers_example(folder, 1024, 2)
@@ -381,18 +367,17 @@ def pictures(folder):
         judge(f"diffusers' example, {many:,} pictures, 50 DDIM steps", to_tensor(drawn), seconds)
     if smalldiffusion:
         judge("smalldiffusion's DiT, its 20 steps", train_smalldiffusion(x, budget), budget)
-    # ours: a short run tells its speed, the next takes the given time
-    how = f"{DIT}{cifar10} --test_fraction=0"
-    seconds, rows = ours(folder / "ours", f"{how} --max_steps=60 --eval_interval=60")
-    per_step = 64 / speed(rows, "images_per_s")
+    # a short run tells our speed, the next take the given time
+    out, how = folder / "ours", f"{DIT}{cifar10} --test_fraction=0"
+    seconds, rows = ours(out, f"{how} --max_steps=60 --eval_interval=60")
+    per_step = 64 / statistics.median(row["images_per_s"] for row in rows if "images_per_s" in row)
     steps = max(60, int(0.95 * (budget - (seconds - 60 * per_step)) / per_step))
-    for name, more in ("with classes", ""), ("without classes", " --label_column="):
-        more += f" --max_steps={steps} --eval_interval={steps} --save_interval={steps}"
-        seconds, _ = ours(folder / "ours", how + more)
-        model = train_diffusion.load(folder / "ours", json.loads((folder / "ours/run.json").read_text()))
-        names = model.class_names or [""]
-        kwargs = {"steps": 25, "guidance": 2.0 if model.class_names else 1.0}
-        drawn = train_diffusion.draw(model, [names[i % len(names)] for i in range(n)], range(n), **kwargs)
+    how += f" --max_steps={steps} --eval_interval={steps} --save_interval={steps}"
+    for name, more, guidance in ("with classes", "", 2.0), ("without classes", " --label_column=", 1.0):
+        seconds, _ = ours(out, how + more)
+        model = train_diffusion.load(out, json.loads((out / "run.json").read_text()))
+        chosen = [*(model.class_names or [""])] * n
+        drawn = train_diffusion.draw(model, chosen[:n], range(n), steps=25, guidance=guidance)
         judge(f"ours {name}, {steps * 64:,} pictures, 25 steps", to_tensor(drawn), seconds)
 
 
@@ -410,7 +395,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from configurator import configure
-
     configure(globals())
     main()

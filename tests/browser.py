@@ -1,18 +1,17 @@
 """
 The page in a real browser, by hand (it needs Debian's chromium and `pip install playwright`):
 
-    python tests/browser.py out/lm out/diffusion --chat=out/lora-chat --screenshots=/tmp
+    python tests/browser.py out/lm out/diffusion out/lora-chat /tmp
 
-opens the page of each, types, clicks, sees text stream in and stop, pictures, answers in a chat, an error as a toast,
-a curve that grows, and no request to another machine. Look at the screenshots.
+opens the page of each run, types, clicks, sees text stream in and stop, pictures, answers in a chat, an error
+as a toast, a curve that grows, and no request to another machine. Look at the screenshots, which are in the
+last folder.
 """
 
-import argparse
 import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-ROOT = Path(__file__).parent.parent
+LM, DIFFUSION, CHAT, SCREENSHOTS = (Path(name).resolve() for name in sys.argv[1:])
+SAMPLE, PORT = Path(__file__).parent.parent / "sample.py", 7861
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
@@ -31,13 +31,9 @@ def check(what, fact):
 @contextlib.contextmanager
 def demo(browser, folder, *arguments):
     """-> a page for the run; in the end it must have asked no other machine for anything."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "sample.py", f"--out_dir=out/{folder.name}", "--demo=True"]
-    command += [f"--port={port}", *arguments]
-    server = subprocess.Popen(command, cwd=folder.parent.parent, stderr=subprocess.PIPE, text=True)
-    asked, url = [], f"http://127.0.0.1:{port}/"
+    command = [sys.executable, SAMPLE, f"--out_dir={folder}", "--demo=True", f"--port={PORT}", *arguments]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    asked, url = [], f"http://127.0.0.1:{PORT}/"
     try:
         found = any("Running on local URL" in line for line in iter(server.stderr.readline, ""))
         check(f"the page of {folder.name} is at {url}", found)
@@ -54,13 +50,15 @@ def demo(browser, folder, *arguments):
         server.wait()
 
 
-def text(browser, folder, screenshots):
-    with demo(browser, folder, "--compare=out/*", "--max_new_tokens=2000") as page:
+def show_text(browser, runs):
+    for name in ("this", "other"):
+        shutil.copytree(LM, runs / name)  # its curve is written on
+    with demo(browser, runs / "this", f"--compare={runs}/*", "--max_new_tokens=2000") as page:
         prompt, shown = page.locator("textarea").first, page.locator("textarea").nth(1)
         prompt.fill("x = 1\n" * 1000)
         page.get_by_role("button", name="Generate").click()
         expect(page.get_by_test_id("toast-body")).to_contain_text("the prompt has", timeout=20000)
-        page.screenshot(path=screenshots / "toast.png")
+        page.screenshot(path=SCREENSHOTS / "toast.png")
         prompt.fill("def read(path):\n")
         for wait in range(300, 2000, 300):
             page.get_by_role("button", name="Generate").click()
@@ -74,47 +72,34 @@ def text(browser, folder, screenshots):
         check("without an error", page.get_by_text("Error", exact=True).count() == 0)
         plot = page.locator("canvas, svg.marks").first
         before = plot.screenshot()
-        with (folder / "metrics.jsonl").open("a") as metrics:
+        with (runs / "this" / "metrics.jsonl").open("a") as metrics:
             for step in range(10000, 11000, 10):
                 metrics.write(json.dumps({"step": step, "val/loss": 3.0}) + "\n")
-        page.screenshot(path=screenshots / "text.png")
+        page.screenshot(path=SCREENSHOTS / "text.png")
         page.wait_for_timeout(15000)
         check("the loss curve goes on with the run", before != plot.screenshot())
 
 
-def chat(browser, folder, screenshots):
-    with demo(browser, folder, "--chat=True", "--max_new_tokens=20") as page:
+def show_chat(browser):
+    with demo(browser, CHAT, "--chat=True", "--max_new_tokens=20") as page:
         for message in ("Hello?", "And you?"):
             page.locator("textarea").first.fill(message)
             page.keyboard.press("Enter")
             page.wait_for_timeout(5000)
         check("two answers", page.locator(".bot.message").count() == 2)
-        page.screenshot(path=screenshots / "chat.png")
+        page.screenshot(path=SCREENSHOTS / "chat.png")
 
 
-def pictures(browser, folder, screenshots):
-    with demo(browser, folder, "--num_samples=8") as page:
+def show_pictures(browser):
+    with demo(browser, DIFFUSION, "--num_samples=8") as page:
         page.get_by_role("button", name="Generate").click()
         expect(page.locator(".grid-container img")).to_have_count(8, timeout=60000)
-        page.screenshot(path=screenshots / "pictures.png")
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("lm", type=Path)
-    parser.add_argument("diffusion", type=Path)
-    parser.add_argument("--chat", type=Path)
-    parser.add_argument("--screenshots", type=Path, default=Path())
-    args = parser.parse_args()
-    with sync_playwright() as p, tempfile.TemporaryDirectory() as folder:
-        browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
-        for scene, run in ((text, args.lm), (pictures, args.diffusion), (chat, args.chat)):
-            if run:
-                copy = Path(folder, "out", run.name)  # its curve is written on
-                shutil.copytree(run, copy)
-                shutil.copytree(run, copy.with_name("other"), dirs_exist_ok=True)
-                scene(browser, copy, args.screenshots)
+        page.screenshot(path=SCREENSHOTS / "pictures.png")
 
 
 if __name__ == "__main__":
-    main()
+    with sync_playwright() as p, tempfile.TemporaryDirectory() as folder:
+        browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
+        show_text(browser, Path(folder))
+        show_pictures(browser)
+        show_chat(browser)

@@ -1,4 +1,4 @@
-"""What the tests share: they run the real commands, on a CPU, offline, on tiny data that they make themselves."""
+"""What the tests share: they run the real commands, on a CPU, offline, on tiny data that they make."""
 
 import argparse
 import contextlib
@@ -23,35 +23,35 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", CUDA_VISIBLE_DEVICES="")
 
-# Models and runs so small that a step takes some milliseconds.
-TINY_MODEL = {
-    "train_lm.py": """
-tokenizer = "bytes"
-block_size = 32
-n_head = 4
-n_kv_head = 2
-eval_batches = 4
-""",
-    "train_diffusion.py": """
-image_size = 8
-n_head = 2
-sample_steps = 2
-sampler = "euler"
-eval_batches = 2
-""",
-}
-TINY = """
-n_layer = 2
-n_embd = 32
-batch_size = 8
-max_steps = 40
-warmup_steps = 5
-weight_decay = 0.1
-eval_interval = 10
-log_interval = 5
-save_interval = 10
+# Config files of models and runs so small that a step takes some milliseconds.
+COMMON = """
+n_layer, n_embd, batch_size = 2, 32, 8
+max_steps, warmup_steps, weight_decay = 40, 5, 0.1
+eval_interval, save_interval, log_interval = 10, 10, 5
 mixed_precision = "no"
 """
+LM = """
+tokenizer = "bytes"
+block_size, n_head, n_kv_head, eval_batches = 32, 4, 2, 4
+"""
+DIFFUSION = """
+image_size, n_head, sample_steps, eval_batches = 8, 2, 2, 2
+sampler = "euler"
+"""
+TINY = {"train_lm.py": COMMON + LM, "train_diffusion.py": COMMON + DIFFUSION}
+
+# A config file is Python: this one puts something in the place of the loss, by the step and the process.
+PLANT = """
+import os, time
+from accelerate import Accelerator as _Accelerator
+_backward, _steps, _rank = _Accelerator.backward, iter(range(1, 10**6)), os.environ.get("RANK", "0")
+def _planted(self, loss, **kwargs):
+    step = next(_steps)
+    _backward(self, %s, **kwargs)
+_Accelerator.backward = _planted
+"""
+SLOW = PLANT % "time.sleep(1) or loss"
+BAD = PLANT % "loss * float('nan') if (_rank, step) in %s else loss"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,20 +89,17 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, text_file):
-    """pretrained(kind, tied, *added tokens) -> the folder of a tiny model of transformers with random weights."""
+    """pretrained(kind, tied, *added tokens) -> a new folder with a tiny random model of transformers"""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
     def pretrained(kind, tied=True, *added, **changes):
         folder = tmp_path_factory.mktemp("pretrained") / kind
-        core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], **options)
-        core.train_from_iterator([text_file.read_text()], trainer)
-        tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+        core = ByteLevelBPETokenizer()
+        core.train(str(text_file), 300, special_tokens=["<|endoftext|>"], show_progress=False)
+        kwargs = {"tokenizer_object": core._tokenizer, "eos_token": "<|endoftext|>"}
+        tok = transformers.PreTrainedTokenizerFast(**kwargs)
         torch.manual_seed(0)
         shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         shape |= {"max_position_embeddings": 64, "tie_word_embeddings": tied, "bos_token_id": None}
@@ -158,30 +155,22 @@ def trainer():
 def tiny(tmp_path, trainer, text_file, picture_folder):
     """A config file for a tiny run of the trainer in tmp_path / "run"."""
     path, data = tmp_path / "tiny.py", text_file if trainer == "train_lm.py" else picture_folder
-    where = f"out_dir = {str(tmp_path / 'run')!r}\ndataset = {str(data)!r}\n"
-    path.write_text(TINY_MODEL[trainer] + TINY + where)
+    path.write_text(f"{TINY[trainer]}out_dir = {str(tmp_path / 'run')!r}\ndataset = {str(data)!r}\n")
     return path
 
 
-def command(*arguments, processes=1):
-    if processes == 1:
-        return [sys.executable, *map(str, arguments)]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [sys.executable, *launch, *map(str, arguments)]
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, text_file):
+    """The run of a tiny language model of characters, at its end."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    config = out.with_name("config.py")
+    config.write_text(TINY["train_lm.py"] + "tokenizer = 'char'\nlearning_rate = 0.05\n")
+    within("train_lm.py", config, f"--dataset={text_file}", f"--out_dir={out}")
+    return out
 
 
 def one_core():
-    """Each test worker has a core of its own: threads that wait for each other on a shared one take minutes."""
+    """Each test worker has a core of its own: threads that share one wait for each other for minutes."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
@@ -194,12 +183,14 @@ def prepare_child():
 
 
 def start(*arguments, processes=1, cwd=ROOT, stderr=subprocess.PIPE, process_group=None, **env):
-    """A real command, running; process_group=0: in a group of its own."""
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}) | env
-    env = {name: value for name, value in env.items() if value is not None}
+    """A real command, running; processes: by `accelerate launch`; process_group=0: in one of its own."""
+    launch = "-m accelerate.commands.launch --quiet --multi_gpu --num_machines=1 --mixed_precision=no"
+    launch += f" --dynamo_backend=no --main_process_port=0 --num_processes={processes}"
+    if processes > 1:
+        arguments, env = [*launch.split(), *arguments], env | {"ACCELERATE_USE_CPU": "true"}
     pipe = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "preexec_fn": prepare_child}
-    pipe["process_group"] = process_group
-    return subprocess.Popen(command(*arguments, processes=processes), cwd=cwd, env=env, **pipe)
+    command, env = [sys.executable, *map(str, arguments)], os.environ | env
+    return subprocess.Popen(command, cwd=cwd, env=env, process_group=process_group, **pipe)
 
 
 def run(*arguments, code=0, seconds=300, **options):
@@ -210,82 +201,76 @@ def run(*arguments, code=0, seconds=300, **options):
     return out, err
 
 
-def within(script, *arguments, code=0, stdin=""):
-    """As run(), in this process: it saves the seconds that the imports of a new one take."""
-    out, err, argv = io.StringIO(), io.StringIO(), [str(script), *map(str, arguments)]
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    where, ended = os.getcwd(), 0
-    trainers = {name: module for name, module in sys.modules.items() if name.startswith("train_")}
+def execute(script, arguments, out, err):
+    """What a new process would do, in this one, which has made its imports already; -> the exit code."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)  # a process has one, a new one none
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    os.chdir(ROOT)
+    argv = mock.patch.object(sys, "argv", [str(script), *map(str, arguments)])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
         try:
-            os.chdir(ROOT)
-            with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
-            ended = 1 if isinstance(end.code, str) else end.code or 0
-            err.write(f"{end.code}\n" if ended == 1 else "")
-        finally:
-            os.chdir(where)
-            sys.modules.update(trainers)  # sample.py imports its own
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+            return 1 if isinstance(end.code, str) else end.code or 0
+    return 0
+
+
+def within(script, *arguments, code=0, stdin=""):
+    """As run(), in this process: it saves the seconds that the imports of a new one take."""
+    out, err, where = io.StringIO(), io.StringIO(), os.getcwd()
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    trainers = {name: module for name, module in sys.modules.items() if name.startswith("train_")}
+    try:
+        with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+            ended = execute(script, arguments, out, err)
+    finally:
+        os.chdir(where)
+        sys.modules.update(trainers)  # sample.py imports its own
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()
 
 
+def refusal(script, *arguments):
+    """-> the one line by which a command refuses its arguments"""
+    out, err = within(script, *arguments, code=2)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in out + err, err
+    return lines[0]
+
+
 def forked(script, *arguments, code=0, **env):
-    """As run() with two processes, forked from this one, which has imported all they need; -> what rank 0 printed."""
-    from accelerate.state import AcceleratorState
+    """As run() with two processes, forked from this one; -> what the first of them printed."""
     from torch.distributed import TCPStore
 
     # as under the launcher, the meeting place outlives whichever process ends first
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    env["TORCHELASTIC_RESTART_COUNT"] = "0"
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "ACCELERATE_USE_CPU": "true"}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     children = []
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as other:
-        for rank, file in enumerate((output, other)):
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        for rank, file in enumerate((first, second)):
             children.append(os.fork())
             if children[-1]:
                 continue
             ended = 99
             try:
-                AcceleratorState._reset_state(True)
                 os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-                sys.stdout = sys.stderr = file
-                sys.argv = [str(script), *map(str, arguments)]
-                os.chdir(ROOT)
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            except SystemExit as end:
-                ended = 1 if isinstance(end.code, str) else end.code or 0
-                print(end.code if ended == 1 else "", file=file)
+                ended = execute(script, arguments, file, file)
             except BaseException:
-                traceback.print_exc()
+                traceback.print_exc(file=file)
             finally:
                 file.flush()
                 os._exit(ended)
         ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        texts = [file.seek(0) or file.read() for file in (output, other)]
+        texts = [file.seek(0) or file.read() for file in (first, second)]
     assert ended == [code, code], f"exit codes {ended}\n{texts[0]}\n{texts[1]}"
     return texts[0]
-
-
-def wait_for_step(out, step, process, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        with_step = (out / "metrics.jsonl").exists() and rows(out)
-        if with_step and with_step[-1]["step"] >= step:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} did not come: {process.communicate()}")
 
 
 def in_parts(trainer, *arguments):
@@ -295,10 +280,30 @@ def in_parts(trainer, *arguments):
     return forked(ROOT / "tests/fsdp2.py", ROOT / trainer, *arguments, **env)
 
 
+class Hostile:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def wait_for_step(out, step, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        found = (out / "metrics.jsonl").exists() and rows(out)
+        if found and found[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} did not come: {process.communicate()}")
+
+
 def rows(run_dir, *names):
     """metrics.jsonl without what depends on the clock; with names, only the rows that have them."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "tokens_per_s", "images_per_s", "memory", "memory_gb")
+    timing = ("time", "tokens_per_s", "images_per_s", "memory_gb")
     rows = [{k: v for k, v in row.items() if k not in timing} for row in rows]
     return [row for row in rows if not names or set(names) & row.keys()]
 
@@ -314,12 +319,26 @@ def differences(a, b, path=""):
     import torch
 
     if isinstance(a, dict):
-        keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes", "tracker_id"}
+        keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes"}
         return [d for k in sorted(keys) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if same else [path]
+
+
+def lost(unbroken, out):
+    """-> what of an unbroken run is not, bit for bit, in another: state, metrics, weights, samples"""
+    from safetensors.torch import load_file
+
+    found = differences(last_state(unbroken), last_state(out))
+    found += ["metrics.jsonl"] * (rows(unbroken) != rows(out))
+    load = {".safetensors": load_file, ".png": Path.read_bytes, ".txt": Path.read_bytes}
+    for path in unbroken.rglob("*"):
+        other, read = out / path.relative_to(unbroken), load.get(path.suffix, lambda path: None)
+        if not other.exists() or differences(read(path), read(other)):
+            found.append(path.name)
+    return found
 
 
 def read_grid(path, size, n):

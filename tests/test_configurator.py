@@ -1,13 +1,14 @@
 """
-Settings: precedence, types; every mistake is one line and exit code 2; whatever is passed, there is no traceback and
-nothing is accepted silently (hypothesis); --help lists every setting with its comment.
+Settings: precedence, types; every mistake is one line and exit code 2; whatever is passed, there is no
+traceback and nothing is accepted silently (hypothesis); --help lists every setting with its comment.
 """
 
+import importlib
 import re
 import types
 
 import pytest
-from conftest import run
+from conftest import within
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -34,13 +35,14 @@ def test_later_wins_and_types_follow_the_default(script, tmp_path):
     assert type(script["rate"]) is float
 
 
+FILES = {"bad_name": "lerning = 1", "bad_type": "count = '3'", "bad_bool": "count = True"}
+FILES |= {"raises": "_a = 1\ncount = 1 / 0", "syntax": "count = = 3"}
 MISTAKES = {
     "--cuont=3": "did you mean count",
     "--count": "write --name=value",
     "-count=3": "write --name=value",
     "count=3": "write --name=value",
     "--count=3.5": "of type int, like 3",
-    "--count=1e3": "of type int",
     "--rate=fast": "of type float, like 0.5",
     "--rate=nan": "of type float",
     "--rate=1e999": "of type float",
@@ -56,11 +58,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_is_one_line(script, tmp_path, capsys, argument):
-    (tmp_path / "bad_name.py").write_text("lerning = 1")
-    (tmp_path / "bad_type.py").write_text("count = '3'")
-    (tmp_path / "bad_bool.py").write_text("count = True")
-    (tmp_path / "raises.py").write_text("_a = 1\ncount = 1 / 0")
-    (tmp_path / "syntax.py").write_text("count = = 3")
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(SystemExit) as stop:
         configure(script, [argument])
     err = capsys.readouterr().err
@@ -70,22 +69,18 @@ def test_a_mistake_is_one_line(script, tmp_path, capsys, argument):
 
 @pytest.mark.parametrize("name", ["train_lm.py", "train_diffusion.py", "sample.py"])
 def test_help_lists_every_setting_with_its_default_and_comment(name):
-    import importlib
-
-    out, _ = run(name, "--help")
+    out, _ = within(name, "--help")
     for key, value in settings(vars(importlib.import_module(name[:-3]))).items():
         line = re.search(rf"^  --{key}=(.*)$", out, re.MULTILINE)
         assert line and line[1].startswith(repr(value)) and len(line[1].split()) > 2, key
 
 
 names = st.sampled_from([*DEFAULTS, "counts", "Rate", "fl ag", "_count", ""])
-values = st.sampled_from(
-    ["true", "FALSE", "1", "0.5", "1e9", "-1", "nan", "inf", "1_0", "0x1", " 3 ", "\x00", "[1]"]
-)
+values = st.sampled_from(["true", "FALSE", "1", "0.5", "1e9", "-1", "nan", "inf", "1_0", "0x1", " 3 ", "[1]"])
 values |= st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
 
 
-@hypothesis_settings(max_examples=2000, deadline=None)
+@hypothesis_settings(max_examples=1000, deadline=None)
 @given(st.lists(st.builds("--{}={}".format, names, values) | st.text(max_size=8), max_size=3))
 def test_any_arguments_are_applied_or_refused(arguments):
     namespace = types.SimpleNamespace(**DEFAULTS, __file__=__file__, __doc__="").__dict__

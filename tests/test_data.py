@@ -1,23 +1,23 @@
 """
-Data: tokenizers give back the text they were given; each split has its share of the bytes, of one text, three books or
-many unlike files; folds are disjoint and complete; odd files and folders are understood; the order of the rows is a
-function of (seed, step).
+Data: tokenizers give back the text they were given; each split has its share of the bytes, of one text, three
+books or many unlike files; folds are disjoint and complete; odd files and folders are understood; the order
+of the rows is a function of (seed, step).
 """
 
-import json
 import string
 
 import numpy as np
 import pytest
 import torch
-from conftest import within
 
 import train_lm
+
+WHOLE = {"val_fraction": 0.0, "test_fraction": 0.0}
 
 
 @pytest.fixture
 def prepare(monkeypatch):
-    """prepare(name=value ...) -> (tokenizer, {split: text}, {split: rows}) of train_lm.prepare_data under these settings."""
+    """prepare(name=value ...) -> (tokenizer, {split: text}, {split: rows}) of train_lm.prepare_data"""
 
     def prepare(**values):
         for name, value in {"block_size": 64, "tokenizer": "bytes", **values}.items():
@@ -36,76 +36,50 @@ def prepare(monkeypatch):
 def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
     text = "the cat sat\n héllo wörld\r\n\tindented  twice  数学 🙂 <|endoftext|> end\n" * 9
     (tmp_path / "t.txt").write_text(text, newline="")
-    tok, texts, _sizes = prepare(
-        dataset=tmp_path / "t.txt", tokenizer=tokenizer, val_fraction=0.0, test_fraction=0.0
-    )
+    tok, texts, _ = prepare(dataset=tmp_path / "t.txt", tokenizer=tokenizer, **WHOLE)
     assert texts["train"] == text.replace("\r\n", "\n") + tok.eos_token  # as Python reads lines
 
 
-def test_one_text_is_cut_by_position(prepare, tmp_path):
-    text = "".join(np.random.default_rng(0).choice(list(string.ascii_letters), 10007))
-    (tmp_path / "t.txt").write_text(text)
-    tok, texts, _ = prepare(dataset=tmp_path / "t.txt", tokenizer="char", val_fraction=0.1, test_fraction=0.0)
-    assert text == texts["train"] + texts["validation"][1:].removesuffix(tok.eos_token)
-    assert len(texts["train"]) == pytest.approx(0.9 * len(text), abs=64)
-
-
-@pytest.mark.parametrize(
-    "sizes", [[30000] * 3, [int(50 * 1.012**i) for i in range(450)]], ids=["books", "files"]
-)
+@pytest.mark.parametrize("sizes", [[30000] * 3, [int(50 * 1.012**i) for i in range(450)]], ids=len)
 def test_each_split_has_its_share_of_the_bytes(prepare, tmp_path, sizes):
     """A byte is a token here."""
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_text((f"<{i}>" * size)[:size])
-    for how, shares in (
-        ({}, {"train": 0.9, "validation": 0.05, "test": 0.05}),
-        ({"fold": "2/4"}, {"validation": 0.2375}),
-    ):
-        _, _, found = prepare(dataset=tmp_path, **how)
-        rows = sum(found.values())
-        for split, share in shares.items():
-            assert found[split] / rows == pytest.approx(share, abs=0.01)
-        assert rows == pytest.approx(sum(sizes) / 64, rel=0.02)
+    for fold, validation in ("", 0.05), ("2/4", 0.2375):
+        expected = {"train": 0.95 - validation, "validation": validation, "test": 0.05}
+        _, _, found = prepare(dataset=tmp_path, fold=fold)
+        total = sum(found.values())
+        assert total == pytest.approx(sum(sizes) / 64, rel=0.02)
+        assert {split: n / total for split, n in found.items()} == pytest.approx(expected, abs=0.01)
 
 
-def test_folds_are_disjoint_and_cover_everything(prepare, tmp_path):
+def test_one_text_is_cut_by_position_and_folds_cover_everything(prepare, tmp_path):
     text = "".join(np.random.default_rng(0).choice(list(string.ascii_letters), 5000))
     (tmp_path / "t.txt").write_text(text)
-    parts = [
-        prepare(dataset=tmp_path, tokenizer="char", fold=f"{k}/4", test_fraction=0.1)[1] for k in range(1, 5)
-    ]
-    pieces = [*(part["validation"] for part in parts), parts[0]["test"]]
-    assert pieces[0] + "".join(piece[1:] for piece in pieces[1:]) == text + "<|endoftext|>"
+    how = {"dataset": tmp_path, "tokenizer": "char", "test_fraction": 0.1}
+    _, whole, _ = prepare(**how, val_fraction=0.2)
+    cut = [whole["train"], whole["validation"], whole["test"]]
+    parts = [prepare(**how, fold=f"{k}/4")[1] for k in range(1, 5)]
+    folds = [*(part["validation"] for part in parts), whole["test"]]
+    for pieces in (cut, folds):  # each begins with the last token of the one before
+        assert pieces[0] + "".join(piece[1:] for piece in pieces[1:]) == text + "<|endoftext|>"
     for part in parts:
-        assert part["validation"][1:-1] not in part["train"] and part["test"] == parts[0]["test"]
+        assert part["validation"][1:-1] not in part["train"] and part["test"] == whole["test"]
 
 
 def test_odd_folders(prepare, tmp_path, capfd):
-    """What is hidden, a directory called notes.md, test_results.txt, a file that is not UTF-8; splits by name."""
-    for name in (
-        "a.txt",
-        "b.md",
-        "test_results.txt",
-        ".hidden.txt",
-        "._a.txt",
-        ".git/c.txt",
-        "val/d.txt",
-        "e/f.txt",
-    ):
+    """What is hidden, a directory called notes.md, test_results.txt, a file not in UTF-8; splits by name."""
+    names = ["a.txt", "b.md", "test_results.txt", "e/f.txt"]
+    for name in (*names, ".hidden.txt", ".git/c.txt", "val/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"<{name}>" * 50)
     (tmp_path / "notes.md").mkdir()
     (tmp_path / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
     _, texts, sizes = prepare(dataset=tmp_path, test_fraction=0.0)
-    assert sizes.keys() == {"train", "validation"}
-    assert all(f"<{name}>" in texts["train"] for name in ("a.txt", "b.md", "test_results.txt", "e/f.txt"))
-    assert texts["validation"].startswith("<val/d.txt>") and ".hidden" not in texts["train"]
-    out = "".join(capfd.readouterr())
-    assert "skipped, as it is not UTF-8 text" in out and "latin.txt" in out
-    _, err = within(
-        "train_lm.py", f"--dataset={tmp_path / 'latin.txt'}", f"--out_dir={tmp_path / 'run'}", code=2
-    )
-    assert "can't decode byte" in err and err.count("\n") == 1
+    assert sizes.keys() == {"train", "validation"} and texts["validation"].startswith("<val/d.txt>")
+    assert all(f"<{name}>" in texts["train"] for name in names)
+    assert ".hidden" not in texts["train"] and ".git" not in texts["train"]
+    assert f"not UTF-8 text: {tmp_path / 'latin.txt'}" in capfd.readouterr().out
 
 
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
@@ -116,50 +90,43 @@ def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / "folder" / f"{i:02}.md").write_text(text)
     data = Dataset.from_dict({"body": texts, "other": range(12)})
-    (
-        data.to_json(tmp_path / "data.jsonl"),
-        data.to_parquet(tmp_path / "data.parquet"),
-        data.to_csv(tmp_path / "data.csv"),
-    )
-    how = {"val_fraction": 0.0, "test_fraction": 0.0}
+    data.to_json(tmp_path / "data.jsonl")
+    data.to_parquet(tmp_path / "data.parquet")
+    data.to_csv(tmp_path / "data.csv")
     for name in ("folder", "folder/*.md", "data.jsonl", "data.parquet", "data.csv"):
-        how["text_column"] = "body" if name[:4] == "data" else "text"
-        tok, found, _ = prepare(dataset=tmp_path / name, **how)
+        column = "body" if name[:4] == "data" else "text"
+        tok, found, _ = prepare(dataset=tmp_path / name, text_column=column, **WHOLE)
         assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(texts), name
-    _, err = within(
-        "train_lm.py", f"--dataset={tmp_path / 'data.csv'}", f"--out_dir={tmp_path / 'run'}", code=2
-    )
-    assert "--text_column= takes one of body" in err and err.count("\n") == 1
 
 
 def test_changed_files_are_read_again(prepare, tmp_path):
-    (tmp_path / "t.txt").write_text("abcdefgh" * 500)
-    first = prepare(dataset=tmp_path / "t.txt")[1]
-    (tmp_path / "t.txt").write_text("abcdefgi" * 500)
-    assert prepare(dataset=tmp_path / "t.txt")[1] != first
+    found = []
+    for text in ("abcdefgh", "abcdefgi"):
+        (tmp_path / "t.txt").write_text(text * 500)
+        found.append(prepare(dataset=tmp_path / "t.txt")[1])
+    assert found[0] != found[1]
 
 
 def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
+    def batches(lengths, first, last, *cut):
+        return list(train_lm.batch_rows(lengths, first, last, *cut))
+
     monkeypatch.setattr(train_lm, "batch_size", 8)
     lengths = np.random.default_rng(0).integers(5, 60, 83)
-    whole = list(train_lm.batch_rows(lengths, 0, 30, 8, 1, 0))
+    whole = batches(lengths, 0, 30, 8, 1, 0)
     assert all(len(set(sum(whole[i : i + 10], []))) == 80 for i in (0, 10, 20)) and whole[:10] != whole[10:20]
-    assert list(train_lm.batch_rows(lengths, 13, 30, 8, 1, 0)) == whole[13:]
+    assert batches(lengths, 13, 30, 8, 1, 0) == whole[13:]
     for micro, processes in ((2, 1), (2, 2), (1, 8)):
-        parts = [
-            list(train_lm.batch_rows(lengths, 0, 30, micro, processes, rank)) for rank in range(processes)
-        ]
+        parts = [batches(lengths, 0, 30, micro, processes, rank) for rank in range(processes)]
         n = 8 // micro // processes
         for step in range(30):
-            rows = sum((sum(part[step * n : (step + 1) * n], []) for part in parts), [])
-            assert sorted(rows) == sorted(whole[step])
+            found = sum((sum(part[step * n : (step + 1) * n], []) for part in parts), [])
+            assert sorted(found) == sorted(whole[step])
     padded = sum(lengths[batch].max() * 8 for batch in whole)
     assert sum(lengths[batch].sum() for batch in whole) > 0.8 * padded
-    assert set(next(train_lm.batch_rows(lengths[:3], 0, 2, 8, 1, 0))) == {0, 1, 2}  # few are repeated
+    assert set(batches(lengths[:3], 0, 2, 8, 1, 0)[0]) == {0, 1, 2}  # few are repeated
 
 
 def test_collate():
-    rows = [{"ids": torch.tensor([1, 2, 3])}, {"ids": torch.tensor([4, 5])}]
-    x, y = train_lm.collate(rows)
+    x, y = train_lm.collate([{"ids": torch.tensor([1, 2, 3])}, {"ids": torch.tensor([4, 5])}])
     assert x.tolist() == [[1, 2], [4, 5]] and y.tolist() == [[2, 3], [5, -100]]
-    assert json.dumps(y.tolist())

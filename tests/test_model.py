@@ -1,7 +1,7 @@
 """
-The model, against transformers' own NanoChatForCausalLM and against itself without a cache: logits, gradients,
-generation, the sampling of tokens against closed forms; attention on a CPU in bf16 and Muon against torch's own; no
-tensor left on the CPU and no graph break, which a GPU would meet first.
+The model, against transformers' own NanoChatForCausalLM, against itself without a cache and, in bf16, against
+itself in fp32; the sampling of tokens against closed forms; Muon against torch's own; no tensor left on the
+CPU and no graph break, which a GPU would meet first.
 """
 
 import pytest
@@ -30,18 +30,26 @@ def make(shape, vocab=50, end=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape):
+    """In fp32 closely, in bf16 as far as its 8 bits go."""
     from transformers import NanoChatForCausalLM
 
     gpt = make(shape)
     theirs = NanoChatForCausalLM(gpt.config)
     theirs.load_state_dict(gpt.state_dict())
-    x, y = torch.randint(50, (2, 3, shape[0]))
+    x, y = torch.randint(50, (2, 8, shape[0]))
     y[0, :5] = -100
     assert (gpt(x) - theirs(x).logits).abs().max() < 1e-4
-    gpt(x, y).backward()
-    F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten(), reduction="sum").backward()
-    for (name, ours), (_, other) in zip(gpt.named_parameters(), theirs.named_parameters()):
-        assert torch.allclose(ours.grad, other.grad, atol=1e-3, rtol=1e-3), name
+    expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten(), reduction="sum")
+    expected.backward()
+    for bf16, tolerance in (False, 1e-4), (True, 0.05):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = gpt(x, y)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+        for (name, ours), (_, other) in zip(gpt.named_parameters(), theirs.named_parameters(), strict=True):
+            assert ours.grad.dtype == torch.float32
+            assert (ours.grad - other.grad).norm() < tolerance * other.grad.norm(), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -61,10 +69,8 @@ def test_several_texts_and_the_end_of_text():
     free = [int(t) for t in generate(gpt, [1], 1, 30, temperature=0)]
     first = free.index(free[4])
     assert [int(t) for t in generate(gpt, [1], 1, 30, temperature=0, eos=[free[4]])] == free[: first + 1]
-    rows = torch.stack(list(generate(gpt, [1], 3, 30, seed=1, eos=[7])), dim=1)
-    assert rows.shape[0] == 3 and len({tuple(row) for row in rows.tolist()}) == 3
-    again = torch.stack(list(generate(gpt, [1], 3, 30, seed=1, eos=[7])), dim=1)
-    assert torch.equal(rows, again)
+    rows, again = (torch.stack(list(generate(gpt, [1], 3, 30, seed=1, eos=[7])), dim=1) for _ in "ab")
+    assert torch.equal(rows, again) and len({tuple(row) for row in rows.tolist()}) == 3
 
 
 def test_sampling_follows_the_cut_distribution():
@@ -87,46 +93,20 @@ def test_sampling_follows_the_cut_distribution():
     assert close([1.0, 0, 0, 0], temperature=0)
 
 
-def test_attention_on_a_cpu_in_bf16_is_that_of_torch():
-    """Values and gradients, with fewer heads of keys, next to torch's kernel in fp32, within bf16's 8 bits."""
+def test_attention_of_pictures_in_bf16_is_that_of_torch():
     torch.manual_seed(0)
-    shapes = ((2, 4, 48, 16), (2, 2, 48, 16), (2, 2, 48, 16))
-    q, k, v, g = (torch.randn(shape).bfloat16() for shape in (*shapes, shapes[0]))
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
-        y = train_lm.attend(*inputs, 0.0)
-        y.backward(g.to(dtype))
-        results.append([y, *(t.grad for t in inputs)])
-    for ours, torchs in zip(*results):
-        assert (ours.float() - torchs).abs().max() < 0.02 * torchs.abs().max()
-    plain = train_diffusion.attend(q[:, :2], k, v)
-    theirs = F.scaled_dot_product_attention(*(t.float() for t in (q[:, :2], k, v)))
-    assert (plain.float() - theirs).abs().max() < 0.02 * theirs.abs().max()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_in_bf16_on_a_cpu_loss_and_gradients_are_those_of_fp32(shape):
-    gpt, results = make(shape), []
-    x, y = torch.randint(50, (2, 8, shape[0]))
-    for bf16 in (False, True):
-        gpt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = gpt(x, y)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in gpt.parameters())])
-    for exact, rough in zip(*results):
-        assert rough.dtype == torch.float32 and (exact - rough).norm() < 0.05 * exact.norm()
+    q, k, v = torch.randn(3, 2, 2, 48, 16).bfloat16()
+    theirs = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert (train_diffusion.attend(q, k, v).float() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_is_that_of_torch(dtype):
-    """In bf16, which torch's always is, bit for bit; in fp32 as close as bf16 is. Momentum and rate change."""
+    """In bf16, which torch's always is, bit for bit; in fp32 as close as bf16 is. Momentum, rate change."""
     torch.manual_seed(0)
     shapes = [(24, 24), (24, 96), (96, 24), (24, 24), (12, 24), (24, 96)]
-    ours, theirs = (
-        [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in shapes] for _ in "ab"
-    )
+    ours = [torch.randn(shape) for shape in shapes]
+    theirs = [x.clone() for x in ours]
     a = train_lm.Muon(ours, dtype, lr=0.02, weight_decay=0.1, momentum=0.95)
     b = torch.optim.Muon(theirs, 0.02, weight_decay=0.1, momentum=0.95)
     for step in range(5):
@@ -153,12 +133,6 @@ def test_gradient_checkpointing_and_dropout(monkeypatch):
         grads.append([p.grad.clone() for p in gpt.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
     assert not torch.equal(gpt(x), gpt(x)) and torch.equal(gpt.eval()(x), gpt(x))
-
-
-def test_the_first_loss_is_that_of_a_uniform_guess():
-    gpt = train_lm.GPT(make(SHAPES[0]).config)
-    x, y = torch.randint(50, (2, 3, 32))
-    assert gpt(x, y).item() == pytest.approx(96 * torch.tensor(50.0).log().item(), rel=1e-6)
 
 
 def test_no_tensor_is_left_on_the_cpu():

@@ -3,12 +3,12 @@ Attacks real runs of both trainers, and shows that nothing is lost:
 
     python tests/torture.py [--kills=100] [--modes="LoRA,DiT"] [--seed=0]
 
-Each way to train runs once undisturbed, then under attack: kill -9 at random moments and in the middle of saves;
-Ctrl-C, SIGTERM and the launcher's death within a step of several seconds; one process, two, one again; NaN losses; a run
-directory that is read-only; another run's checkpoint, or half of one. The same command goes on with --resume=True, and
-what comes out has to equal the undisturbed run bit for bit: weights, optimizer, averages, metrics, samples; with another
-number of processes the losses within 1e-5. Prints a Markdown table of how often each attack was tried; exits with 1 if
-anything was lost.
+Each way to train runs once undisturbed, then under attack: kill -9 at random moments and in saves; Ctrl-C,
+SIGTERM and the launcher's death within a step of seconds; one process, two, one again; NaN losses; a run
+directory that is read-only; another run's checkpoint, or half of one. The same command goes on with
+--resume=True, and what comes out has to equal the undisturbed run bit for bit: weights, optimizer, averages,
+metrics, samples; with another number of processes the losses within 1e-5. Prints a table of how often each
+attack was tried; exits with 1 if anything was lost.
 """
 
 import contextlib
@@ -19,14 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import psutil
-from conftest import ROOT, differences, last_state, rows
+from conftest import BAD, ROOT, last_state, lost, rows
 from PIL import Image
 from pipelines import make_pipeline
-from safetensors.torch import load_file
+
+from configurator import configure
 
 kills = 100  # kill -9 in all
 modes = ""  # the ways to train, with commas between them; "": all
@@ -46,44 +48,32 @@ MODES = {  # the ways to train, the longest first
     "fine-tuning": TEXT + " --init_from=llama",
     "another run": TEXT + " --tokenizer=bytes --n_layer=1 --n_embd=32",
 }
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 SIGNALS = {  # who is sent what, one after another, in the middle of a step
-    "Ctrl-C under accelerate launch": [("group", signal.SIGINT)],
-    "Ctrl-C three times": [("group", signal.SIGINT)] * 3,
-    "Ctrl-C, then SIGTERM to the launcher": [("group", signal.SIGINT), ("launcher", signal.SIGTERM)],
-    "SIGTERM to the launcher": [("launcher", signal.SIGTERM)],
-    "SIGTERM to the trainer, twice": [("trainer", signal.SIGTERM)] * 2,
-    "kill -9 to the launcher": [("launcher", signal.SIGKILL)],
+    "Ctrl-C under accelerate launch": [("group", INT)],
+    "Ctrl-C three times": [("group", INT)] * 3,
+    "Ctrl-C, then SIGTERM to the launcher": [("group", INT), ("launcher", TERM)],
+    "SIGTERM to the launcher": [("launcher", TERM)],
+    "SIGTERM to the trainer, twice": [("trainer", TERM)] * 2,
+    "kill -9 to the launcher": [("launcher", KILL)],
 }
 SLOW = ["--max_steps=3", "--batch_size=600", "--micro_batch_size=1"]  # steps of several seconds
 PATIENCE = 180  # seconds until a process that does not end counts as hanging
 GOES_ON = "--resume=True goes on"  # the last line of a run that was stopped
 # root may write anywhere, unless it gives that up
 PLAIN_USER = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] * (os.geteuid() == 0)
-TABLE = {}  # {(attack, way to train): [how often it was tried, how often something was lost]}
-
-# a config file is Python: this one makes the losses of some steps NaN, in one process
-PLANT_NAN = """
-import os
-from accelerate import Accelerator as _Accelerator
-_backward, _step = _Accelerator.backward, iter(range(1, 1000))
-def _bad_backward(self, loss, **kwargs):
-    nan = next(_step) in %s and os.environ.get("RANK", "0") == "%s"
-    _backward(self, loss * float("nan") if nan else loss, **kwargs)
-_Accelerator.backward = _bad_backward
-"""
+TRIED, LOST = Counter(), Counter()  # {(attack, way to train): how often}
 
 
 def attempt(mode, what, attack, *arguments):
-    """Note in the table that an attack was tried, and whether something was lost, as it asserts; -> nothing was"""
-    cell = TABLE.setdefault((what, mode.name), [0, 0])
-    cell[0] += 1
+    """Try an attack, which asserts that nothing was lost; -> nothing was"""
+    TRIED[what, mode.name] += 1
     try:
         attack(mode, *arguments)
     except AssertionError as error:
-        cell[1] += 1
+        LOST[what, mode.name] += 1
         print(f"LOST: {mode.name}, {what}: {str(error)[-1500:]}", flush=True)
-        return False
-    return True
+    return not LOST[what, mode.name]
 
 
 class Mode:
@@ -94,23 +84,23 @@ class Mode:
         self.rng, self.folder = random.Random(f"{seed} {name}"), work / name.replace(" ", "_")
         self.folder.mkdir()
 
+    def new_run(self):
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
     def run_undisturbed(self):
         began = time.monotonic()
         self.unbroken = self.finish()
         self.seconds, self.slow = time.monotonic() - began, self.finish(*SLOW)
 
-    def new_run(self):
-        return Path(tempfile.mkdtemp(dir=self.folder))
-
     def start(self, out, *more, processes=0, before=()):
-        """Start the real command in a process group of its own; processes: under `accelerate launch` with so many."""
-        launch = f"-m accelerate.commands.launch --num_processes={processes} --num_machines=1 --main_process_port=0"
-        launch += f" --mixed_precision=no --dynamo_backend=no {'--multi_gpu' if processes > 1 else '--cpu'}"
+        """Start the real command in a group of its own; with processes by `accelerate launch`."""
+        launch = f"-m accelerate.commands.launch --num_processes={processes} --num_machines=1"
+        launch += " --main_process_port=0 --mixed_precision=no --dynamo_backend=no"
+        launch += " --multi_gpu" if processes > 1 else " --cpu"
         how = f"{launch if processes else ''} {ROOT}/{MODES[self.name]} {COMMON} --out_dir={out}".split()
         command = [*before, sys.executable, *how, *more]
-        env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {})
         with open(f"{out}.txt", "w") as f:
-            options = {"stdout": f, "stderr": f, "start_new_session": True, "cwd": self.work, "env": env}
+            options = {"stdout": f, "stderr": f, "start_new_session": True, "cwd": self.work}
             return subprocess.Popen(list(map(str, command)), **options)
 
     def processes(self, out):
@@ -118,9 +108,9 @@ class Mode:
         option = f"--out_dir={out}"
         return [p for p in psutil.process_iter(["cmdline"]) if option in (p.info["cmdline"] or ())]
 
-    def wait(self, process, out, moment, times, seconds=PATIENCE):
-        """Until metrics.jsonl has grown, or a file is being written, so many times; or the end; or the time is over."""
-        end, before = time.monotonic() + seconds, None
+    def wait(self, process, out, moment, times):
+        """Until metrics.jsonl has grown, or a file is being written, so many times; or the end."""
+        end, before = time.monotonic() + PATIENCE, None
         while process.poll() is None and time.monotonic() < end and times:
             now = 0
             with contextlib.suppress(OSError):
@@ -132,9 +122,8 @@ class Mode:
 
     def send(self, process, out, target, signum):
         trainer = max((p.pid for p in self.processes(out)), default=process.pid)  # the last one started
-        pid = {"group": -process.pid, "launcher": process.pid, "trainer": trainer}[target]
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
+            os.kill({"group": -process.pid, "launcher": process.pid, "trainer": trainer}[target], signum)
 
     def end(self, process, out):
         """Wait until nothing is left of a run -> (exit code, output)"""
@@ -157,13 +146,8 @@ class Mode:
     def resume(self, out, unbroken, *more):
         """Go on to the end, and compare everything with the undisturbed run."""
         self.finish(*more, out=out)
-        lost = differences(last_state(unbroken), last_state(out))
-        lost += ["metrics.jsonl"] if rows(unbroken) != rows(out) else []
-        for path in (p for p in unbroken.rglob("*") if p.suffix in (".safetensors", ".png", ".txt")):
-            other, load = out / path.relative_to(unbroken), Path.read_bytes
-            load = load_file if path.suffix == ".safetensors" else load
-            lost += [path.name] * (not other.exists() or bool(differences(load(path), load(other))))
-        assert not lost, f"differs: {lost[:5]}"
+        found = lost(unbroken, out)
+        assert not found, f"differs: {found[:5]}"
 
 
 def assert_same_losses(*runs):
@@ -176,15 +160,17 @@ def kill_and_resume(mode):
     out = mode.new_run()
     while mode.kills:
         process, moment = mode.start(out), mode.rng.choice(("at any time", "in training", "in a save"))
-        seconds = mode.rng.uniform(0, mode.seconds) if moment == "at any time" else PATIENCE
-        mode.wait(process, out, moment, mode.rng.randint(1, 9), seconds)
-        time.sleep(mode.rng.uniform(0, 0.03) if moment == "in training" else 0)
+        if moment == "at any time":
+            time.sleep(mode.rng.uniform(0, mode.seconds))
+        else:
+            mode.wait(process, out, moment, mode.rng.randint(1, 9))
+            time.sleep(mode.rng.uniform(0, 0.03) * (moment == "in training"))
         if process.poll() is not None:
             break
         process.kill()
         process.wait()
         mode.kills -= 1
-        TABLE.setdefault((f"kill -9 {moment}", mode.name), [0, 0])[0] += 1
+        TRIED[f"kill -9 {moment}", mode.name] += 1
     mode.resume(out, mode.unbroken)
 
 
@@ -205,8 +191,7 @@ def stop_by_signal(mode, signals):
 def change_processes(mode):
     """One process, then two (stopped by Ctrl-C), two (of which one is killed), one."""
     one, out = mode.finish(), mode.new_run()
-    attacks = (1, "launcher", signal.SIGTERM), (2, "group", signal.SIGINT), (2, "trainer", signal.SIGKILL)
-    for n, target, signum in attacks:
+    for n, target, signum in (1, "launcher", TERM), (2, "group", INT), (2, "trainer", KILL):
         process = mode.start(out, processes=n)
         mode.wait(process, out, "in training", mode.rng.randint(2, 5))
         mode.send(process, out, target, signum)
@@ -218,8 +203,8 @@ def change_processes(mode):
 
 def plant_nan(mode):
     """Some are skipped and counted, by both of two processes alike; after ten in a row the run ends."""
-    for name, steps, rank in ("one", (5, 6, 11), 0), ("two", (5, 6, 11), 1), ("ten", range(14, 24), 0):
-        (mode.folder / f"{name}.py").write_text(PLANT_NAN % (steps, rank))
+    for name, steps, rank in ("one", (5, 6, 11), "0"), ("two", (5, 6, 11), "1"), ("ten", range(14, 24), "0"):
+        (mode.folder / f"{name}.py").write_text(BAD % [(rank, step) for step in steps])
     one = mode.finish(mode.folder / "one.py")
     assert Path(f"{one}.txt").read_text().count("skipped") == 3
     assert all(weight.isfinite().all() for weight in last_state(one)["model"].values())
@@ -231,35 +216,31 @@ def plant_nan(mode):
 
 
 def forbid_writing(mode):
-    """The place of the run, and in the middle of another the run directory, cannot be written to."""
-    place = mode.new_run()
-    place.chmod(0o500)
-    log = mode.folder / "log"
-    code, output = mode.end(mode.start(log, f"--out_dir={place}/run", before=PLAIN_USER), log)
-    assert code == 2 and "Traceback" not in output, f"{code}: {output}"
+    """In the middle of a run its directory cannot be written to any more."""
     out = mode.new_run()
     process = mode.start(out, before=PLAIN_USER)
     mode.wait(process, out, "in training", mode.rng.randint(6, 12))
     out.chmod(0o500)
-    code, _ = mode.end(process, out)
+    code, output = mode.end(process, out)
     out.chmod(0o700)
-    assert code, "it came to its end"
+    assert code, f"it came to its end: {output}"
     mode.resume(out, mode.unbroken)
 
 
-def change_checkpoint(mode, change):
-    """It is refused in one line, and left alone; with the right one the run goes on."""
+def spoil_checkpoint(mode, another):
+    """Another run's, or half of one, is refused and left alone; with the right one the run goes on."""
     path = mode.finish() / "checkpoint.pt"
     whole = path.read_bytes()
-    path.write_bytes(change(whole))
-    code, output = mode.end(mode.start(path.parent), path.parent)
-    assert code == 2 and "Traceback" not in output and path.read_bytes() == change(whole), f"{code}: {output}"
+    for spoiled in another, whole[: len(whole) // 2]:
+        path.write_bytes(spoiled)
+        code, output = mode.end(mode.start(path.parent), path.parent)
+        assert code == 2 and "Traceback" not in output and path.read_bytes() == spoiled, f"{code}: {output}"
     path.write_bytes(whole)
     mode.resume(path.parent, mode.unbroken)
 
 
 def make_data(work):
-    """Write a text, pictures, tiny models and another run to the folder `work`; -> the other run's checkpoint"""
+    """Write a text, pictures, tiny models and another run to the folder `work`; -> that run's checkpoint"""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     (work / "text.txt").write_text(Path(subprocess.__file__).read_text()[:60000])
@@ -281,7 +262,7 @@ def make_data(work):
 def main():
     began, names = time.monotonic(), modes.split(",") if modes else list(MODES)[:-1]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a job in the background ignore it
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory() as work:
         os.environ["HF_HOME"] = str(Path(work, "home"))
         another = make_data(Path(work))
@@ -296,20 +277,16 @@ def main():
             attempt(mode, "1, 2, 1 processes: losses within 1e-5", change_processes)
             attempt(mode, "NaN: skipped by all processes, ten end the run", plant_nan)
             attempt(mode, "read-only run directory", forbid_writing)
-            attempt(mode, "checkpoint of another run", change_checkpoint, lambda whole: another)
-            attempt(mode, "checkpoint cut", change_checkpoint, lambda whole: whole[: len(whole) // 2])
+            attempt(mode, "checkpoint of another run, checkpoint cut", spoil_checkpoint, another)
             print(f"{name}: done", flush=True)
     print(f"\n| | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}")
-    for what in dict.fromkeys(what for what, _ in TABLE):
-        cells = [TABLE.get((what, name), ("", 0)) for name in names]
-        print(f"| {what} | {' | '.join(f'{n}' + f', {lost} LOST' * (lost > 0) for n, lost in cells)} |")
-    lost = sum(lost for _, lost in TABLE.values())
-    print(f"\n{lost} lost, {(time.monotonic() - began) / 60:.0f} minutes")
-    raise SystemExit(1 if lost else 0)
+    for what in dict.fromkeys(what for what, _ in TRIED):
+        pairs = [(TRIED[what, name], LOST[what, name]) for name in names]
+        print(f"| {what} | {' | '.join(f'{n}' + f', {bad} LOST' * (bad > 0) for n, bad in pairs)} |")
+    print(f"\n{LOST.total()} lost, {(time.monotonic() - began) / 60:.0f} minutes")
+    raise SystemExit(LOST.total() > 0)
 
 
 if __name__ == "__main__":
-    from configurator import configure
-
     configure(globals())
     main()

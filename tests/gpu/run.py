@@ -2,9 +2,9 @@
 Everything that needs a GPU, in one command of some twenty minutes, with one table at the end:
 
     python tests/gpu/run.py --shakespeare=input.txt [--cifar10=FOLDER] [--nanogpt=PATH] [--parts=lm,fsdp2]
-    python tests/gpu/run.py --dry=True          # every part of it on a CPU, at tiny sizes: the figures mean nothing
+    python tests/gpu/run.py --dry=True          # all of it on a CPU, at tiny sizes: the figures mean nothing
 
-  lm          the shape of GPT-2 (124 M) in bf16, and in fp16 with AdamW; 0.94 B: tokens/s, MFU, memory, recompilations
+  lm          the shape of GPT-2 (124 M) in bf16, and in fp16 with AdamW; 0.94 B: tokens/s, MFU, memory
   waits       how often ten steps of each trainer wait for the GPU
   characters  configs/shakespeare_char.py to its end; nanoGPT's loop at the shape of GPT-2
   resume      each trainer, stopped and resumed under deterministic=True, against an unbroken run
@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -36,14 +37,16 @@ sys.path.insert(0, str(TESTS))
 from benchmark import ROOT, read_metrics, run
 from pipelines import make_clip, make_pipeline, make_vae
 
+from configurator import configure
+
 shakespeare = ""  # tinyshakespeare's input.txt
 cifar10 = ""  # a folder with the parquet files of CIFAR-10
 nanogpt = ""  # a checkout
 parts = ""  # with commas between them; "": all
 dry = False  # on a CPU, at tiny sizes
 
-GPT2 = " --block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768 --tokenizer=bpe:32768"
-BILLION = " --block_size=1024 --n_layer=16 --n_head=16 --n_kv_head=16 --n_embd=2048 --tokenizer=bpe:32768"
+GPT2 = " --block_size=1024 --tokenizer=bpe:32768 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768"
+BILLION = " --block_size=1024 --tokenizer=bpe:32768 --n_layer=16 --n_head=16 --n_kv_head=16 --n_embd=2048"
 TINY = " --n_layer=2 --n_head=2 --n_embd=32 --batch_size=4 --micro_batch_size=2"
 TINY_LM = TINY + " --n_kv_head=2 --block_size=32 --tokenizer=bytes"
 TINY_DIT = TINY + " --image_size=16 --sample_steps=1"
@@ -102,59 +105,41 @@ def lm(folder):
     train(folder / "GPT_0.94B", f"{how}{pick(30, 12)} --micro_batch_size=16{BILLION}")
 
 
-# argv: a trainer and its arguments; prints how often it waited for the GPU from Accelerator.prepare on, and where
-WAITS = """
-import runpy, sys, warnings, torch
-from accelerate import Accelerator
-sys.argv, prepare, seen = sys.argv[1:], Accelerator.prepare, []
-def prepare_and_watch(self, *parts, **options):
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("warn")
-    return prepare(self, *parts, **options)
-def show(message, category, filename, line, *more):
-    if "synchroniz" in str(message):
-        seen.append(f"{filename.rpartition('/')[2]}:{line}")
-Accelerator.prepare, warnings.showwarning = prepare_and_watch, show
-warnings.simplefilter("always")
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("WAITS", len(seen), sorted({(seen.count(place), place) for place in seen})[-4:])
-"""
-
-
 def waits(folder):
     """Of ten steps more between two logs, all else equal."""
-    how = "--eval_interval=1000 --save_interval=1000 --test_fraction=0 --val_fraction=0 --compile=False --log_interval=1000"
+    watch = "import torch\nif torch.cuda.is_available():\n    torch.cuda.set_sync_debug_mode('warn')\n"
+    (folder / "watch.py").write_text(watch)
+    how = f"{folder}/watch.py --eval_interval=1000 --save_interval=1000 --log_interval=1000"
+    how += " --test_fraction=0 --val_fraction=0 --compile=False"
     for trainer, tiny in ("train_lm.py", TINY_LM), ("train_diffusion.py", TINY_DIT):
         found = []
         for n in (10, 20):
-            more = f"{how}{pick('', tiny)} --max_steps={n} --out_dir={folder}/{trainer}{n}"
-            found.append(re.search(r"WAITS (\d+) (.*)", run("-c", WAITS, trainer, *more.split())[1]))
-        note(f"{trainer}: waits for the GPU in ten steps", int(found[1][1]) - int(found[0][1]), found[1][2])
+            command = f"{trainer} {how}{pick('', tiny)} --max_steps={n} --out_dir={folder}/{trainer}{n}"
+            _, output = run(*command.split(), PYTHONWARNINGS="always")
+            found.append(Counter(re.findall(r"(\S+:\d+): UserWarning: called a synchroniz", output)))
+        more = found[1] - found[0]
+        note(f"{trainer}: waits for the GPU in ten steps", more.total(), more.most_common(4))
 
 
 def characters(folder):
     text, n = shakespeare or argparse.__file__, pick(2000, 12)
-    how = f"train_lm.py configs/shakespeare_char.py --dataset={text} --max_steps={n} --eval_interval={pick(250, 6)}"
-    rows = train(folder / "shakespeare_char", how)
+    how = f"train_lm.py configs/shakespeare_char.py --dataset={text} --max_steps={n}"
+    rows = train(folder / "shakespeare_char", f"{how} --eval_interval={pick(250, 6)}")
     losses = [(row["val/loss"], row["time"]) for row in rows if "val/loss" in row]
     seconds = next((seconds for loss, seconds in losses if loss <= 1.4697), "never")  # nanoGPT documents it
-    note("shakespeare_char: best validation loss, seconds of training to 1.4697", min(losses)[0], seconds)
+    note("shakespeare_char: best validation loss, seconds to 1.4697", min(losses)[0], seconds)
     if not nanogpt:
         return
     sys.path.insert(0, nanogpt)
     from model import GPT, GPTConfig
 
     torch.set_float32_matmul_precision("high")
-    device = "cuda" if CUDA else "cpu"
-    B, T = pick((32, 1024), (2, 32))
+    device, (B, T) = "cuda" if CUDA else "cpu", pick((32, 1024), (2, 32))
     shape = pick({}, {"n_layer": 2, "n_head": 2, "n_embd": 32}) | {"block_size": T, "vocab_size": 32768}
-    model = GPT(GPTConfig(bias=False, dropout=0.0, **shape)).to(device)
+    model, x = GPT(GPTConfig(bias=False, dropout=0.0, **shape)).to(device), torch.randint(32768, (B, T))
     if CUDA:
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
-    x = torch.randint(32768, (B, T), device=device)
+    optimizer, x = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True), x.to(device)
 
     def step():
         for _ in range(2):
@@ -170,11 +155,10 @@ def characters(folder):
 def stop_and_resume(folder, name, how, n, launch="", **env):
     """-> the folder of an unbroken run, which one that was stopped and resumed has to equal"""
     whole, broken = folder / name, folder / f"{name}_resumed"
-    how += " --lr_schedule=constant --deterministic=True"
+    how += " --lr_schedule=constant --deterministic=True --resume=True"
     how += f" --eval_interval={n // 2} --save_interval={n // 2} --max_steps="
-    train(whole, f"{how}{n}", launch, **env)
-    train(broken, f"{how}{n // 2}", launch, **env)
-    train(broken, f"{how}{n} --resume=True", launch, **env)
+    for out, steps in (whole, n), (broken, n // 2), (broken, n):
+        train(out, f"{how}{steps}", launch, **env)
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in (whole, broken))
     note(f"{name}: resumed bitwise equal, deterministic", all(torch.equal(a[name], b[name]) for name in a))
     return whole
@@ -187,8 +171,8 @@ def resume(folder):
 
 def fsdp2(folder):
     world, n = pick(max(1, torch.cuda.device_count()), 2), pick(60, 12)
-    launch = f"-m accelerate.commands.launch --config_file={ROOT}/configs/accelerate/fsdp2.yaml --main_process_port=0"
-    launch += f" --num_processes={world}" + pick("", f" {TESTS}/fsdp2.py")
+    launch = f"-m accelerate.commands.launch --config_file={ROOT}/configs/accelerate/fsdp2.yaml"
+    launch += f" --main_process_port=0 --num_processes={world}" + pick("", f" {TESTS}/fsdp2.py")
     env = pick({}, {"ACCELERATE_USE_CPU": "true"})
     how = f"train_lm.py{GPT2} --batch_size={16 * world} --eval_batches=2 --log_interval=1"
     train(folder / "GPT-2_in_one_piece", f"{how} --max_steps={n} --lr_schedule=constant")
@@ -218,27 +202,25 @@ def lora_command(folder, kind, size, batch, checkpointing, steps):
     images.mkdir()
     for i in range(8):
         Image.effect_noise((size, size), 50).convert("RGB").save(images / f"{i}.png")
-    how = f"""train_diffusion.py --init_from={base} --adapter=lora --lora_targets=to_k,to_q,to_v,to_out.0
+    return (
+        base,
+        f"""train_diffusion.py --init_from={base} --adapter=lora --lora_targets=to_k,to_q,to_v,to_out.0
         --dataset={images} --caption=square --image_size={size} --batch_size={batch} --max_steps={steps}
         --log_interval=1 --val_fraction=0 --test_fraction=0 --eval_interval=1000 --save_interval=1000
-        --sample_steps=1 --mixed_precision=bf16 --gradient_checkpointing={checkpointing}"""
-    return base, how
+        --sample_steps=1 --mixed_precision=bf16 --gradient_checkpointing={checkpointing}""",
+    )
 
 
 def lora_loop(base, size, batch, checkpointing):
-    """-> a step of train_text_to_image_lora(_sdxl).py or train_dreambooth_lora_sd3.py, which encode pictures and
-    captions each time"""
+    """-> a step of train_text_to_image_lora(_sdxl).py or train_dreambooth_lora_sd3.py, without a cache"""
     accelerator, scheduler = Accelerator(mixed_precision="bf16"), diffusers.DDPMScheduler()
     device = accelerator.device
     pipe = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.bfloat16).to(device)
     flow, xl, vae = hasattr(pipe, "transformer"), "XL" in type(pipe).__name__, pipe.vae
-    model = pipe.transformer if flow else pipe.unet
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
+    model = (pipe.transformer if flow else pipe.unet).requires_grad_(False)
     vae.to(torch.float32 if xl or flow else torch.bfloat16)
-    kwargs = {"r": 16, "lora_alpha": 16, "init_lora_weights": "gaussian"}
-    model.add_adapter(LoraConfig(target_modules=["to_k", "to_q", "to_v", "to_out.0"], **kwargs))
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(16, targets, lora_alpha=16, init_lora_weights="gaussian"))
     cast_training_params(model, torch.float32)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -279,9 +261,9 @@ def lora(folder):
 
 
 def images(folder):
-    how = f"train_diffusion.py configs/cifar10.py --dataset={cifar10 or 'glyphs'} --image_column=image --fd_samples=0"
-    how += f" --max_steps={pick(2000, 12)}"
-    train(folder / "CIFAR-10", f"{how} --eval_interval={pick(1000, 6)}")
+    how = f"train_diffusion.py configs/cifar10.py --dataset={cifar10 or 'glyphs'} --image_column=image"
+    how += f" --fd_samples=0 --max_steps={pick(2000, 12)} --eval_interval={pick(1000, 6)}"
+    train(folder / "CIFAR-10", how)
     # the loop of train_unconditional.py, its batches ready, at the shape of DDPM's model for CIFAR-10
     accelerator, scheduler, C = Accelerator(mixed_precision="bf16"), diffusers.DDPMScheduler(), pick(128, 32)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
@@ -313,7 +295,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from configurator import configure
-
     configure(globals())
     main()
