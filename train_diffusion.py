@@ -73,7 +73,7 @@ vae = ""  # train in the latents of this AutoencoderKL (hub name or folder); "":
 patch_size = 2  # pixels, or latents, of a token in height and width: smaller is better and slower
 n_layer = 6  # transformer blocks
 n_head = 2  # attention heads; size 64 is fastest
-n_embd = 128  # width, a multiple of n_head
+n_embd = 128  # width; n_embd / n_head, the size of a head, must be a multiple of 4
 # adapter
 lora_rank = 16  # of the product added to a frozen matrix
 lora_alpha = 16.0  # the product is scaled by lora_alpha / lora_rank
@@ -142,7 +142,7 @@ def check_settings():
         f"{vae=}, {fd_samples=}, {zero_snr=}: scratch only": not scratch and (vae or fd_samples or zero_snr),
         f"{guidance=} needs label_dropout above 0": scratch and not label_dropout and guidance not in (-1, 1),
         f"{image_size=} must be a multiple of {patch_size=}": scratch and image_size % patch_size,
-        f"{n_embd=} must be a multiple of {n_head=}": n_embd % n_head,
+        f"{n_embd=} must be a multiple of 4 x {n_head=}": n_embd % (4 * n_head),
         f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
         f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
         f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
@@ -154,11 +154,17 @@ def check_settings():
         fail(message)
 
 
-# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----
+# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748); RoPE ----
 
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Block(nn.Module):
@@ -175,10 +181,10 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * n_embd, n_embd, bias=False)
         self.modulation = nn.Linear(n_embd, 6 * n_embd)
 
-    def attention(self, x):
+    def attention(self, x, cos, sin):
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, C): every token attends to all
         q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
-        q, k = norm(q), norm(k)  # which bounds the attention logits
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # norms bound the attention logits
         if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # torch's kernel takes three times as long
             y = (q / math.sqrt(q.size(-1)) @ k.mT).softmax(dim=-1, dtype=v.dtype) @ v
         else:
@@ -188,9 +194,9 @@ class Block(nn.Module):
     def mlp(self, x):
         return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
 
-    def forward(self, x, c):
+    def forward(self, x, c, cos, sin):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1)  # (B, T, C)
+        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1, cos, sin)  # (B, T, C)
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
 
@@ -201,14 +207,19 @@ class DiT(nn.Module):
 
     def __init__(self, channels, size, patch_size, n_layer, n_head, n_embd, n_classes):
         super().__init__()
-        self.patch_size, C = patch_size, n_embd
+        self.patch_size, C, D, side = patch_size, n_embd, n_embd // n_head, size // patch_size
         self.patch_in = nn.Linear(channels * patch_size**2, C)
-        self.place = nn.Parameter(0.02 * torch.randn((size // patch_size) ** 2, C))  # where a token is
+        self.place = nn.Parameter(0.02 * torch.randn(side * side, C))  # where in the picture a token is
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.classes = nn.Embedding(n_classes + 1, C)  # the last stands for "no class"
         self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
         self.modulation = nn.Linear(C, 2 * C)
         self.patch_out = nn.Linear(C, channels * patch_size**2)
+        frequency = 1.0 / 100.0 ** (torch.arange(0, D, 4).float() / D)  # (D / 4,)
+        angle = torch.outer(torch.arange(side).float(), frequency)  # (side, D / 4)
+        angle = torch.cat((angle.repeat_interleave(side, 0), angle.repeat(side, 1)), dim=-1)  # (T, D / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
         self.register_buffer("time_frequency", 1e-4 ** (torch.arange(128) / 128), persistent=False)
         # matrices in the blocks are initialised here, all else by its torch module
         for weight in self.blocks.parameters():
@@ -227,9 +238,9 @@ class DiT(nn.Module):
         c = F.silu(self.time(torch.cat((wave.cos(), wave.sin()), dim=-1)) + self.classes(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, c, self.cos, self.sin, use_reentrant=False)
             else:
-                x = block(x, c)
+                x = block(x, c, self.cos, self.sin)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
         return F.pixel_shuffle(x.mT.reshape(patches.shape), self.patch_size)
@@ -341,8 +352,8 @@ def load_pictures():
     kind = KINDS[max(files, key=os.path.getsize).suffix.lower()] if files else "hub"
     for file in sorted(file for file in files if KINDS[file.suffix.lower()] == kind):
         stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # of a part, as train-00000-of-00002.parquet
-        top = file.relative_to(root).parts[:1]
-        split = next((SPLITS[name] for name in (*top, stem) if name in SPLITS), "train")
+        names = *file.relative_to(root).parts[:1], stem
+        split = next((SPLITS[name] for name in names if name in SPLITS), "train")
         paths.setdefault(split, []).append(str(file))
     with named("dataset", dataset):
         if dataset == "glyphs":
@@ -418,8 +429,7 @@ def encode_pictures(batch, column, ids, to_latents):
 
 
 def prepare_data(to_latents, autoencoder):
-    """-> ({split: rows}, what run.json says of them, names of the classes or captions). Splits that the data does not
-    have are cut from the end of train."""
+    """-> ({split: rows}, what run.json says of them, names of classes or captions); missing splits are cut from train"""
     splits, shape, weights = load_pictures(), [3, image_size, image_size], 0.0
     column, names = choose_conditions(splits)
     if to_latents:
@@ -476,8 +486,7 @@ def batch_rows(n_rows, first_step, last_step, micro, world, rank):
 
 
 def noise_batches(accelerator, process, micro_batches, none, step):
-    """[(x, cond)] of this process -> [(x_t, t, cond, target, weight)]; none: the number of no class. What is random is
-    drawn for the global batch and cut up as that is: it depends on (seed, step, place in the batch) alone."""
+    """[(x, cond)] of this process -> [(x_t, t, cond, target, weight)]; random by seed, step, place in the global batch"""
     rng, noisy = torch.Generator(accelerator.device).manual_seed(hash((seed, step)) % 2**63), []
     noise = torch.randn(batch_size, *micro_batches[0][0].shape[1:], generator=rng, device=rng.device)
     times = process.draw_times(batch_size, rng)
@@ -641,8 +650,8 @@ def open_run_dir():
 
 def write_run(model, data):
     """-> the content of run.json, written beside the script as it is"""
-    run = {"kind": "diffusion", "model": type(model).__name__, "settings": settings(globals())}
-    run |= {"command": sys.argv, "data": data}
+    run = {"kind": "diffusion", "model": type(model).__name__, "command": sys.argv, "data": data}
+    run["settings"] = settings(globals())
     run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
     run["parameters"] = sum(p.numel() for p in model.parameters())
     run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -708,8 +717,8 @@ def start_accelerator():
 
 @torch.no_grad()
 def evaluate(accelerator, model, split, rows, micro, batches):
-    """-> the loss of a split, in total and by quarter of the times, at noise and times that belong to a picture. batches:
-    how many, spread evenly; 0: all. The processes share them, each in as many forward passes as the others."""
+    """-> the loss of a split, in total and by quarter of the times; a picture has its own noise and times. The processes
+    share `batches` (0: all), spread evenly, each in as many forward passes as the others."""
     n, device, losses = min(len(rows), batches * batch_size or len(rows)), accelerator.device, np.zeros(4)
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
     module = accelerator.unwrap_model(model).eval()
