@@ -1,27 +1,24 @@
 """
-Validates the whole command on tiny pipelines: LoRA on SDXL, Flux.1 and Z-Image, killed and gone on with, is the unbroken
-run bit for bit, and diffusers' own pipeline draws from the run directory the run's last grid; two processes train as one.
+Validates the whole command on tiny pipelines: LoRA on SDXL, Flux.1 and Z-Image, and all weights of SD 1, killed and
+gone on with, are the unbroken run bit for bit, and diffusers' own pipeline draws from the run directory the run's last
+grid; two processes, and a model in parts (FSDP2), train as one.
 """
 
 import json
+import multiprocessing
+import time
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import differences, forked, last_state, read_grid, rows, run, start, wait_for_step, within
+from conftest import differences, forked, in_parts, lost, read_grid, rows, within
 from safetensors.torch import load_file
 
-LORA = [
-    "--adapter=lora",
-    "--lora_rank=4",
-    "--lora_alpha=8",
-    "--learning_rate=0.01",
-    "--sampler=",
-    "--flip=True",
-]
-LORA += ["--val_fraction=0", "--test_fraction=0", "--image_size=16", "--batch_size=4", "--micro_batch_size=2"]
-LORA += ["--guidance=3", "--sample_prompts=a red square|a blue square"]
+PROMPTS = ["a red square", "a blue square"]
+HOW = ["--lora_rank=4", "--lora_alpha=8", "--sampler=", "--flip=True", "--guidance=3", "--image_size=16"]
+HOW += ["--val_fraction=0", "--test_fraction=0", "--batch_size=4", "--micro_batch_size=2"]
+HOW += [f"--sample_prompts={'|'.join(PROMPTS)}", "--resume=True"]
 
 
 @pytest.fixture
@@ -30,69 +27,76 @@ def trainer():
 
 
 @pytest.fixture
-def lora(tiny, pipeline, captioned):
-    """lora(kind, *arguments) -> the arguments of a LoRA run of a tiny pipeline"""
-    return lambda kind, *more: [tiny, *LORA, f"--init_from={pipeline(kind)}", f"--dataset={captioned}", *more]
+def command(tiny, trainer, pipeline, captioned):
+    """command(kind, adapter) -> that of a fine-tune of a tiny pipeline"""
+
+    def command(kind, adapter="lora"):
+        rate = f"--learning_rate={0.01 if adapter else 0.001}"
+        how = (f"--init_from={pipeline(kind)}", f"--adapter={adapter}", f"--dataset={captioned}", rate)
+        return [trainer, tiny, *HOW, *how]
+
+    return command
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux", "z_image"])
-def test_killed_and_drawn_by_diffusers(lora, pipeline, kind, tmp_path):
-    arguments = lora(kind, "--max_steps=30")
-    within("train_diffusion.py", *arguments, f"--out_dir={tmp_path / 'unbroken'}")
-    process = start("train_diffusion.py", *arguments)
-    wait_for_step(tmp_path / "run", 15, process)
+def kill_at(step, out, *command):
+    """kill -9 to the command at this step: to a fork of this process, which saves it the imports"""
+    process = multiprocessing.get_context("fork").Process(target=within, args=command)
+    process.start()
+    metrics = out / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        time.sleep(0.01)
+    assert process.is_alive()
     process.kill()
-    process.communicate()
-    run("train_diffusion.py", *arguments, "--resume=True")
-    a, b = tmp_path / "unbroken", tmp_path / "run"
-    assert not differences(last_state(a), last_state(b)) and rows(a) == rows(b)
-    for path in a.glob("samples/*.png"):
-        assert path.read_bytes() == (b / path.relative_to(a)).read_bytes(), path
-    for path in a.rglob("*.safetensors"):  # the order of the metadata in them is not fixed
-        assert not differences(load_file(path), load_file(b / path.relative_to(a))), path
-    adapters = [load_file(b / f"samples/step_{step:08d}.safetensors") for step in (10, 20, 30)]
-    assert differences(adapters[0], adapters[1]) and not differences(
-        adapters[2], load_file(b / "pytorch_lora_weights.safetensors")
-    )
+    process.join()
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline(kind))
-    pipe.set_progress_bar_config(disable=True)
-    plain = pipe(
-        "a red square", height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np"
-    )
-    pipe.load_lora_weights(b)
-    for i, tile in enumerate(read_grid(b / "samples/step_00000030.png", 16, 4)):
-        drawn = pipe(
-            ["a red square", "a blue square"][i % 2],
-            height=16,
-            width=16,
-            num_inference_steps=2,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(1337 + i),
-        ).images[0]
-        assert abs(np.asarray(drawn).astype(int) - tile).max() <= 1
-    assert abs(plain.images[0] * 255 - read_grid(b / "samples/step_00000030.png", 16, 4)[0]).max() > 3
+
+@pytest.mark.parametrize(
+    "kind, adapter", [("sdxl", "lora"), ("flux", "lora"), ("z_image", "lora"), ("sd", "")]
+)
+def test_killed_and_drawn_by_diffusers(command, pipeline, kind, adapter, tmp_path):
+    how, out = [*command(kind, adapter), "--max_steps=30"], tmp_path / "run"
+    within(*how, f"--out_dir={tmp_path / 'unbroken'}")
+    kill_at(15, out, *how)
+    assert "resumed from" in within(*how)[0]
+    assert not lost(tmp_path / "unbroken", out)
+
+    old = diffusers.DiffusionPipeline.from_pretrained(pipeline(kind))
+    new = diffusers.DiffusionPipeline.from_pretrained(pipeline(kind) if adapter else out)
+    if adapter:
+        new.load_lora_weights(out)
+        adapters = [load_file(out / f"samples/step_{step:08}.safetensors") for step in (10, 20, 30)]
+        assert differences(adapters[0], adapters[1])
+        assert not differences(adapters[2], load_file(out / "pytorch_lora_weights.safetensors"))
+    else:
+        made = json.loads((out / "run.json").read_text())
+        assert made["model"] == "Pipeline" and made["trained_parameters"] == made["parameters"]
+        assert not differences(new.vae.state_dict(), old.vae.state_dict())
+
+    kwargs = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+
+    def distance(pipe, i, tile):
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(1337 + i)
+        drawn = pipe(PROMPTS[i % 2], generator=rng, **kwargs).images[0]
+        return abs(np.asarray(drawn).astype(int) - tile).max()
+
+    tiles = read_grid(out / "samples/step_00000030.png", 16, 4)
+    assert all(distance(new, i, tile) <= 1 for i, tile in enumerate(tiles))
+    assert distance(old, 0, tiles[0]) > 3
     if kind == "sdxl":
-        kohya = load_file(b / "kohya_lora.safetensors")
+        kohya = load_file(out / "kohya_lora.safetensors")
         assert {float(v) for k, v in kohya.items() if k.endswith(".alpha")} == {8.0}
 
 
-@pytest.mark.parametrize("kind", ["sd", "z_image"])
-def test_two_processes_train_as_one(lora, kind, tmp_path):
-    arguments = lora(kind, "--max_steps=10", "--lr_schedule=constant")
-    within("train_diffusion.py", *arguments, f"--out_dir={tmp_path / 'one'}")
-    forked("train_diffusion.py", *arguments)
-    one, two = (rows(tmp_path / out, "train/loss") for out in ("one", "run"))
-    assert [row["train/loss"] for row in two] == pytest.approx([row["train/loss"] for row in one], rel=1e-4)
-
-
-def test_all_weights_are_a_pipeline_of_diffusers(lora, pipeline, tmp_path):
-    arguments = lora("sd", "--adapter=", "--max_steps=20", "--learning_rate=0.001", "--val_fraction=0.2")
-    within("train_diffusion.py", *arguments)
-    made = json.loads((tmp_path / "run/run.json").read_text())
-    assert made["model"] == "Pipeline" and made["trained_parameters"] == made["parameters"]
-    assert len(rows(tmp_path / "run", "val/loss")) == 3
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run")
-    old = diffusers.DiffusionPipeline.from_pretrained(pipeline("sd"))
-    assert differences(pipe.unet.state_dict(), old.unet.state_dict())
-    assert not differences(pipe.vae.state_dict(), old.vae.state_dict())
+@pytest.mark.parametrize("kind", ["sd", "flux", "z_image"])
+def test_two_processes_train_as_one(command, kind, tmp_path):
+    """In parts, too, for a UNet and a transformer."""
+    ways = {"one": within, "two": forked} | ({"parts": in_parts} if kind != "z_image" else {})
+    for name, way in ways.items():
+        way(*command(kind), "--max_steps=10", "--lr_schedule=constant", f"--out_dir={tmp_path / name}")
+    one, *others = ([row["train/loss"] for row in rows(tmp_path / name, "train/loss")] for name in ways)
+    assert all(losses == pytest.approx(one, rel=1e-4) for losses in others)
+    one, *others = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ways)
+    for weights in others:
+        assert weights.keys() == one.keys()
+        assert all((weights[k] - one[k]).abs().max() < 1e-3 for k in one)
