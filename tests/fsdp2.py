@@ -1,7 +1,6 @@
 """
-python tests/fsdp2.py TRAINER ARGUMENTS, under `accelerate launch` with configs/accelerate/fsdp2.yaml's environment: a
-trainer whose model Accelerate wraps by fully_shard. Of itself it does so on accelerators alone; on CPUs it takes DDP
-without a word. Here it is told that this is FSDP all the same, and everything else is its own code and the trainer's.
+python tests/fsdp2.py TRAINER ARGUMENTS, in configs/accelerate/fsdp2.yaml's environment: of itself Accelerate uses FSDP
+on accelerators alone, and takes DDP on CPUs without a word. Here it is told that this is FSDP all the same.
 """
 
 import runpy

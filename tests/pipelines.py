@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -111,13 +112,8 @@ def make_transformer_pipeline(kind):
         video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "temperal_downsample": [False]}
         video |= {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.3, 0.4, 0.3, 0.2]}
         parts["vae"] = diffusers.AutoencoderKLQwenImage(num_res_blocks=1, **video)
-        vision = {
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        }
+        vision = dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 16)
+        vision |= {"depth": 1, "num_heads": 2}
         text = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
         text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 256}
         text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}}
@@ -148,34 +144,34 @@ def make_unet_pipeline(kind):
         parts[f"tokenizer{name}"], parts[f"text_encoder{name}"] = make_clip(*shape, model)
     if len(encoders) == 2:
         return diffusers.StableDiffusionXLPipeline, parts
-    return diffusers.StableDiffusionPipeline, parts | {
-        "safety_checker": None,
-        "requires_safety_checker": False,
-    }
+    unsafe = {"safety_checker": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline, parts | unsafe
 
 
-def make_pipeline(folder, kind, **scheduler):
-    """Write one to `folder`: of FAMILIES, or "sd15", "sdxl10". scheduler: changes of its config; -> the folder"""
-    folder = Path(folder)
+def make_scheduler(kind):
+    if kind == "sana":
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        return diffusers.DPMSolverMultistepScheduler(**flow)
+    if kind not in (*UNETS, "pixart"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    noise |= {"prediction_type": "v_prediction" if kind == "sd2" else "epsilon"}
+    if kind in ("sd", "sd15"):
+        return diffusers.PNDMScheduler(skip_prk_steps=True, **noise)
+    return diffusers.DDIMScheduler(clip_sample=False, **noise)
+
+
+def make_pipeline(folder, kind):
+    """Write one to `folder`: of FAMILIES, or "sd15", "sdxl10"; -> the folder"""
     torch.manual_seed(0)
     model, parts = make_unet_pipeline(kind) if kind in UNETS else make_transformer_pipeline(kind)
-    if kind in UNETS or kind == "pixart":
-        noise = {
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "steps_offset": 1,
-        }
-        noise |= {"prediction_type": "v_prediction"} if kind == "sd2" else {}
-        noise |= {"timestep_spacing": "leading", "clip_sample": False} | scheduler
-        parts["scheduler"] = diffusers.DDIMScheduler(**noise)
-        if kind in ("sd", "sd15") and not scheduler:  # as the published SD 1.5
-            config = parts["scheduler"].config
-            parts["scheduler"] = diffusers.PNDMScheduler.from_config(config, skip_prk_steps=True)
-    elif kind == "sana":
-        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-        parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(**flow | scheduler)
-    else:
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler)
-    model(**parts).save_pretrained(folder)
-    return folder
+    model(scheduler=make_scheduler(kind), **parts).save_pretrained(folder)
+    return Path(folder)
+
+
+def draw(pipe, prompts, seeds, **kwargs):
+    """-> what a pipeline of diffusers draws by itself, one after another, as a tensor"""
+    pipe.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = [pipe(prompt=p, generator=rng, **kwargs).images[0] for p, rng in zip(prompts, rngs)]
+    return torch.tensor(np.stack(drawn)).float()

@@ -132,20 +132,15 @@ def test_guidance_of_1_is_the_conditional_model_and_more_goes_on_in_its_directio
         asked.append(y.tolist())
         return x * (y.view(-1, 1, 1, 1) + 2) * 0.1
 
-    def by_hand(x, t, y):
-        without = model(x, t, 0 * y + 5)
-        return without + 3 * (model(x, t, y) - without)
+    def by_hand(x, t, y):  # without the class the factor is 0.7
+        return 0.7 * x + 3 * (model(x, t, y) - 0.7 * x)
 
     def drawn(guidance, model=model):
         return td.sample(model, td.Process("flow"), (1, 2, 2), y, 5, range(3), 4, guidance, "heun")
 
-    conditional = drawn(1.0)
-    assert asked == 8 * [[0, 1, 1]]
-    asked.clear()
-    guided = drawn(3.0)
-    assert asked == 8 * [[5, 5, 5, 0, 1, 1]]
-    assert torch.allclose(guided, drawn(1.0, by_hand), atol=1e-6)
-    assert not torch.allclose(guided, conditional, atol=1e-2)
+    assert not torch.allclose(drawn(1.0), drawn(3.0), atol=1e-2)
+    assert asked == 8 * [[0, 1, 1]] + 8 * [[5, 5, 5, 0, 1, 1]]
+    assert torch.allclose(drawn(3.0), drawn(1.0, by_hand), atol=1e-6)
 
 
 def awake(dit):
@@ -179,6 +174,14 @@ def test_the_model_starts_at_zero_and_sees_place_time_and_class():
     assert not any(torch.allclose(out, other, atol=1e-3) for other in others)
     td.gradient_checkpointing = True
     assert torch.equal(dit.train()(x, t, y), out)
+
+
+def test_rotary_attention_depends_on_distances_in_both_directions():
+    dit = td.DiT(**SHAPE)  # of 4 x 4 tokens
+    q, k = (td.rotate(v.expand(16, 16), dit.cos, dit.sin) for v in torch.randn(2, 16))
+    scores = (q @ k.T).view(4, 4, 4, 4)  # (row, column) of the query, (row, column) of the key
+    assert torch.allclose(scores[0, 0, 1, 2], scores[2, 1, 3, 3], atol=1e-5)
+    assert not torch.allclose(scores[0, 0, 1, 2], scores[0, 0, 2, 1], atol=1e-3)
 
 
 def test_it_runs_on_any_device_without_graph_breaks():
@@ -236,21 +239,11 @@ def test_edits_of_the_model_train(edit):
 
 
 def test_the_frechet_distance_is_that_of_two_gaussians():
+    """A symmetric map x -> R x with positive eigenvalues is the shortest way from one Gaussian to another."""
     rng = np.random.default_rng(0)
-
-    def exactly(mean, covariance, n=500):
-        """Points with exactly this mean and covariance."""
-        z = rng.standard_normal((n, len(mean)))
-        z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
-        return mean + z @ np.linalg.cholesky(covariance).T
-
-    def root(matrix):
-        values, vectors = np.linalg.eigh(matrix)
-        return vectors * np.sqrt(values) @ vectors.T
-
-    a, b = rng.standard_normal((2, 6, 6))
-    c1, c2, m1, m2 = a @ a.T + np.eye(6), b @ b.T + np.eye(6), np.zeros(6), np.arange(6) / 6
-    cross = root(root(c1) @ c2 @ root(c1))
-    closed, same = np.square(m1 - m2).sum() + np.trace(c1 + c2 - 2 * cross), exactly(m1, c1)
-    assert td.frechet_distance(same, exactly(m2, c2)) == pytest.approx(closed, rel=1e-9)
-    assert td.frechet_distance(same, same) == pytest.approx(0, abs=1e-6)
+    root, a = rng.standard_normal((6, 6)), rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6))
+    R = root @ root.T / 6
+    b, away = a @ R + np.arange(6), np.eye(6) - R
+    closed = np.square(b.mean(0) - a.mean(0)).sum() + np.trace(away @ np.cov(a, rowvar=False) @ away)
+    assert td.frechet_distance(a, b) == pytest.approx(closed, rel=1e-9)
+    assert td.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
