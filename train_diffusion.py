@@ -806,7 +806,6 @@ def main():
     if accumulation * micro * WORLD != batch_size:
         fail(f"{batch_size=} is no multiple of {micro} pictures x {WORLD} processes")
     open_run_dir()
-
     model, splits, data, names = make_model(accelerator)
     optimizers = make_optimizers(model, accelerator)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
@@ -816,6 +815,7 @@ def main():
     module = accelerator.unwrap_model(model)
     if accelerator.is_fsdp2:
         model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
+        model._get_fsdp_state()._lazy_init()  # as a grid may be drawn, by an inner part, before the first step
 
     # the state of the run
     ema = EMA(module)
