@@ -10,7 +10,6 @@ given:
   start     seconds from `accelerate launch`, without any cache, to the first step
   lm        nanoGPT's own command for laptops, and configs/shakespeare_char_cpu.py as it is and with few steps
   equal     nanoGPT's shape, batch and AdamW in both: tokens/s
-  finetune  the same Llama, whole, in our loop and in transformers' example without a Trainer
   sampling  our generate() and that of transformers, from the same weights
   old       another checkout of this project and this one: seconds to the first step, tokens/s, images/s
   bpb       bits per byte of runs on the Python files of an installed package, by transformers
@@ -47,8 +46,7 @@ pairs = 3  # how often each side is run
 minutes = 5.0  # of training on CIFAR-10
 text = ""  # tinyshakespeare's input.txt
 cifar10 = ""  # a folder with the parquet files of its train and test splits
-nanogpt = ""  # a checkout, as are the next three
-transformers = ""
+nanogpt = ""  # a checkout, as are the next two
 diffusers = ""
 smalldiffusion = ""
 old = ""  # a checkout of this project
@@ -157,34 +155,6 @@ def equal(folder):
     fp32 = partial(mine, f"{shape} --mixed_precision=no")
     sides = {"nanoGPT": theirs, "ours": partial(mine, shape), "ours, fp32": fp32}
     compare("nanoGPT's shape for laptops, batch and AdamW in both", ["tokens/s"], sides)
-
-
-def finetune(folder):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    n, batch, T, llama = 200, 16, 128, folder / "llama"  # less than an epoch, after which theirs evaluates
-    ours(folder / "base", f"train_lm.py --dataset={text} --max_steps=1 --eval_batches=1")  # for its tokenizer
-    tok = AutoTokenizer.from_pretrained(folder / "base")
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape)).save_pretrained(llama)
-    tok.save_pretrained(llama)
-
-    def theirs(precision):
-        how = f"{transformers}/examples/pytorch/language-modeling/run_clm_no_trainer.py --train_file={text}"
-        how += f" --model_name_or_path={llama} --output_dir={folder}/theirs --max_train_steps={n}"
-        how += f" --block_size={T} --per_device_train_batch_size={batch}"
-        env = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
-        return [n * batch * T / last_clock(f"{n}/{n}", run(*how.split(), **env)[1])]
-
-    def mine(precision):
-        how = f"train_lm.py --init_from={llama} --dataset={text} --batch_size={batch} --block_size={T}"
-        how += f" --max_steps={n} --eval_interval={n} --eval_batches=1 --mixed_precision={precision}"
-        rows = [row for row in ours(folder / "finetune", how)[1] if "tokens_per_s" in row]
-        return [statistics.harmonic_mean(row["tokens_per_s"] for row in rows)]  # of all steps, as theirs
-
-    for precision in ("no", "bf16"):
-        sides = {"transformers' example": partial(theirs, precision), "ours": partial(mine, precision)}
-        compare(f"A Llama of 3 M parameters, mixed_precision={precision}", ["tokens/s"], sides)
 
 
 def last_clock(bar, output):
@@ -381,9 +351,9 @@ def pictures(folder):
         judge(f"ours {name}, {steps * 64:,} pictures, 25 steps", to_tensor(drawn), seconds)
 
 
-PARTS = {"start": start, "lm": lm, "equal": equal, "finetune": finetune, "sampling": sampling, "bpb": bpb}
+PARTS = {"start": start, "lm": lm, "equal": equal, "sampling": sampling, "bpb": bpb}
 PARTS |= {"old": old_and_new, "lora": lora, "pictures": pictures}
-NEEDS = {"lm": "text nanogpt", "equal": "text nanogpt", "finetune": "text transformers", "bpb": "runs"}
+NEEDS = {"lm": "text nanogpt", "equal": "text nanogpt", "bpb": "runs"}
 NEEDS |= {"old": "old", "pictures": "cifar10"}
 
 

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -120,12 +121,12 @@ def pretrained(tmp_path_factory, text_file):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """pipeline(kind, **the scheduler's config) -> the folder of a tiny pipeline of diffusers, made once."""
+    """pipeline(kind) -> the folder of a tiny pipeline of diffusers, made once"""
     from pipelines import make_pipeline
 
     @functools.cache
-    def pipeline(kind="sd", **scheduler):
-        return make_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind, **scheduler)
+    def pipeline(kind="sd"):
+        return make_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind)
 
     return pipeline
 
@@ -147,8 +148,18 @@ def captioned(tmp_path_factory):
 
 
 @pytest.fixture
-def trainer():
-    return "train_lm.py"
+def trainer(request):
+    return "train_diffusion.py" if re.search("diffusion|pipe", request.module.__name__) else "train_lm.py"
+
+
+@pytest.fixture
+def defaults():
+    """The settings of train_diffusion.py, which are these again after each test."""
+    import train_diffusion as td
+
+    before = td.settings(vars(td))
+    yield before
+    vars(td).update(before)
 
 
 @pytest.fixture

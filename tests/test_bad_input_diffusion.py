@@ -42,11 +42,6 @@ REFUSED = [
 ]
 
 
-@pytest.fixture
-def trainer():
-    return "train_diffusion.py"
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, pipeline):
     import datasets

@@ -125,8 +125,3 @@ def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
     padded = sum(lengths[batch].max() * 8 for batch in whole)
     assert sum(lengths[batch].sum() for batch in whole) > 0.8 * padded
     assert set(batches(lengths[:3], 0, 2, 8, 1, 0)[0]) == {0, 1, 2}  # few are repeated
-
-
-def test_collate():
-    x, y = train_lm.collate([{"ids": torch.tensor([1, 2, 3])}, {"ids": torch.tensor([4, 5])}])
-    assert x.tolist() == [[1, 2], [4, 5]] and y.tolist() == [[2, 3], [5, -100]]

@@ -23,11 +23,6 @@ HOW += [f"--sample_prompts={'|'.join(PROMPTS)}", "--resume=True"]
 
 
 @pytest.fixture
-def trainer():
-    return "train_diffusion.py"
-
-
-@pytest.fixture
 def command(tiny, trainer, pipeline, captioned):
     """command(kind, adapter) -> that of a fine-tune of a tiny pipeline"""
 

@@ -23,20 +23,18 @@ def size(kind):
 
 
 @pytest.fixture
-def load(pipeline, tmp_path):
+def load(pipeline, defaults, tmp_path):
     """load(kind, **settings) -> a Pipeline that is ready to be trained"""
-    before = td.settings(vars(td))
 
     def load(kind, **settings):
-        defaults = {"init_from": str(pipeline(kind)), "out_dir": str(tmp_path), "image_size": size(kind)}
-        vars(td).update(before | defaults | {"lora_rank": 4, "sample_steps": 2} | settings)
+        here = {"init_from": str(pipeline(kind)), "out_dir": str(tmp_path), "image_size": size(kind)}
+        vars(td).update(defaults | here | {"lora_rank": 4, "sample_steps": 2} | settings)
         model = td.load_pipeline("no", "cpu")
         model.prepare(CAPTIONS, None)
         model.latents = model.encode(pictures(size(kind)))
         return model
 
-    yield load
-    vars(td).update(before)
+    return load
 
 
 def pictures(S):

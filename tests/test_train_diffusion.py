@@ -23,19 +23,7 @@ from safetensors.torch import load_file
 import train_diffusion as td
 
 ALL = {"val_fraction": 0.0, "test_fraction": 0.0}
-
-
-@pytest.fixture
-def trainer():
-    return "train_diffusion.py"
-
-
-@pytest.fixture(autouse=True)
-def defaults():
-    """The settings, which are these again after each test: load() changes them."""
-    before = td.settings(vars(td))
-    yield before
-    vars(td).update(before)
+pytestmark = pytest.mark.usefixtures("defaults")
 
 
 @pytest.fixture
