@@ -220,7 +220,7 @@ def lora_loop(base, size, batch, checkpointing):
     model = (pipe.transformer if flow else pipe.unet).requires_grad_(False)
     vae.to(torch.float32 if xl or flow else torch.bfloat16)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    model.add_adapter(LoraConfig(16, targets, lora_alpha=16, init_lora_weights="gaussian"))
+    model.add_adapter(LoraConfig(r=16, target_modules=targets, init_lora_weights="gaussian", lora_alpha=16))
     cast_training_params(model, torch.float32)
     if checkpointing:
         model.enable_gradient_checkpointing()
