@@ -502,8 +502,8 @@ def noise_batches(accelerator, process, micro_batches, none, step):
 
 
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's own, but on all
-    matrices of a shape at once, which is faster, and in any dtype."""
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's, but on all
+    matrices of a shape at once, so faster, and in any dtype."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, adjust_lr_fn="original", **kwargs)

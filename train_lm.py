@@ -411,8 +411,8 @@ def batch_rows(lengths, first_step, last_step, micro, world, rank):
 
 
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's own, but on all
-    matrices of a shape at once, which is faster, and in any dtype."""
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's, but on all
+    matrices of a shape at once, so faster, and in any dtype."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, adjust_lr_fn="original", **kwargs)
