@@ -247,7 +247,7 @@ def serve(fn, values):
             progress = "hidden" if tok else "full"  # else text that was stopped may be covered by "Error"
             click = start.click(generate, controls, out, api_name="generate", show_progress=progress)
             stop.click(None, cancels=click)
-        plot = gr.LinePlot(losses(), "step", "loss", color="run", visible=not losses().empty)
+        plot = gr.LinePlot(points := losses(), "step", "loss", color="run", visible=not points.empty)
         gr.Timer(10).tick(losses, None, plot, queue=False, show_progress="hidden", api_visibility="private")
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from Google
     where = {"server_name": "127.0.0.1", "server_port": port, "share": share, "show_error": True}

@@ -123,7 +123,6 @@ deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WO
 detect_anomaly = False  # stop at the first NaN in a gradient and show where it came from; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
-
 # What a resume may not change; a setting of yours that shapes the model belongs here.
 FIXED = "dataset fold image_size vae init_from adapter objective optimizer patch_size n_layer n_head n_embd"
 SAMPLERS = {"flow": ("heun", "euler")}  # the default first
@@ -385,7 +384,8 @@ def choose_conditions(splits):
     if init_from != "scratch" and caption:
         return "", {caption: caption}
     if init_from == "scratch" and column not in columns:
-        return log(f"training without classes: no column {column!r} in {', '.join(columns)}") or "", {}
+        log(f"training without classes: no column {column!r} in {', '.join(columns)}")
+        return "", {}
     if column not in columns:  # a .txt file beside a picture is its caption
         for split, rows in splits.items():
             texts = [Path(source["path"] or "").with_suffix(".txt") for source in rows[image_column]]
@@ -419,7 +419,7 @@ def encode_pictures(batch, column, ids, to_latents):
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(read_picture, batch[image_column]))
     values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "colour": []}
-    for pixels, value in ((pixels, value) for pixels, value in zip(pictures, values) if pixels is not None):
+    for pixels, value in [(p, value) for p, value in zip(pictures, values) if p is not None]:
         x = torch.from_numpy(np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip]))  # (1 or 2, 3, S, S)
         x = to_latents(x / 127.5 - 1).half().cpu() if to_latents else x
         rows["x"] += [view.tobytes() for view in x.numpy()]
@@ -1200,10 +1200,10 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
-        """-> a PIL image for each prompt and seed, by the pipeline and its own scheduler; one a call, so that
-        none depends on the others"""
-        if lora_scale != 1.0:
-            self.denoiser.set_adapters("default", lora_scale)
+        """-> a PIL image for each prompt and seed, by the pipeline itself; one a call: none depends on the others"""
+        for part in self.denoiser.modules():
+            for name in getattr(part, "lora_A", ()):
+                part.set_scale(name, lora_scale)
         kwargs, pictures = self.drawing_kwargs(steps, scale, negative_prompt), []
         for prompt, number in zip(prompts, seeds):
             rng = torch.Generator().manual_seed(number)  # on the CPU: the same noise on any device
@@ -1255,13 +1255,13 @@ def load_pipeline(precision, device, folder="", base=""):
 
 def save_pipeline(model, weights):
     """Write weights {name: tensor} to out_dir as diffusers does: the adapter's, or all of the denoiser."""
-    from diffusers.utils import convert_state_dict_to_kohya
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save
-
     weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
     if not adapter:
-        return write_file(f"{model.name}/diffusion_pytorch_model.safetensors", save(weights))
+        content = safetensors.torch.save(weights)
+        return write_file(f"{model.name}/diffusion_pytorch_model.safetensors", content)
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
     weights = get_peft_model_state_dict(model.denoiser, weights)
     config = model.denoiser.peft_config["default"].to_dict()  # with alpha
     kwargs = {f"{model.name}_lora_layers": weights, f"{model.name}_lora_adapter_metadata": config}
@@ -1270,7 +1270,9 @@ def save_pipeline(model, weights):
     if model.name == "unet":  # for ComfyUI and the like
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
-        write_file("kohya_lora.safetensors", save(kohya | alphas))  # where diffusers has the rank
+        write_file(
+            "kohya_lora.safetensors", safetensors.torch.save(kohya | alphas)
+        )  # where diffusers has the rank
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def test_adapter(load, pipeline, kind, tmp_path):
     td.save_pipeline(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     expected = drawn(model)
     assert (drawn(model, lora_scale=0.0) - expected).abs().max() > 2
+    assert torch.equal(drawn(model), expected)  # the strength of one picture is not that of the next
+    assert (drawn(td.load_pipeline("no", "cpu", tmp_path)) - expected).abs().max() <= 1  # as in sample.py
     names = ["pytorch_lora_weights.safetensors"] + ["kohya_lora.safetensors"] * hasattr(model.pipe, "unet")
     for name in names:
         pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline(kind))

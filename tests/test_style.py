@@ -14,9 +14,8 @@ from conftest import ROOT, run, within
 
 @pytest.mark.parametrize("how", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(how):
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", *how, "."], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "ruff", *how, "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -69,5 +68,4 @@ def test_what_both_trainers_do_alike_stands_in_both_in_the_same_words():
     twins = "rotate Muon lr_at gather open_run_dir catch_signals finish start_accelerator"
     for name in twins.split():
         assert lm[name] == diffusion[name], name
-    order = [name for name in lm if name in diffusion]
-    assert len(order) > 20
+    assert len(lm.keys() & diffusion.keys()) > 20
