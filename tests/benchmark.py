@@ -10,7 +10,7 @@ given:
   start     seconds from `accelerate launch`, without any cache, to the first step
   lm        nanoGPT's own command for laptops, and configs/shakespeare_char_cpu.py as it is and with few steps
   equal     nanoGPT's shape, batch and AdamW in both: tokens/s
-  sampling  our generate() and that of transformers, from the same weights
+  sampling  our generate(), as sample.py runs it, and that of transformers, from the same run directory
   old       another checkout of this project and this one: seconds to the first step, tokens/s, images/s
   bpb       bits per byte of runs on the Python files of an installed package, by transformers
   lora      LoRA at the true shape of Stable Diffusion 1.5 in our loop and in that of diffusers' script
@@ -172,19 +172,19 @@ def per_second(n_tokens, generate):
 def sampling(folder):
     from transformers import AutoModelForCausalLM
 
-    import train_lm
+    import sample
 
     middle = " --n_layer=8 --n_embd=512 --n_head=8 --tokenizer=bpe:8192"
     large = " --n_layer=12 --n_embd=768 --n_head=12 --tokenizer=bpe:8192"
     for size, shape, n in ("1 M", "", 100), ("34 M", middle, 60), ("98 M", large, 30):
         ours(folder, f"train_lm.py --max_steps=2 --eval_batches=1 --test_fraction=0 --optimizer=adamw{shape}")
-        model, _ = train_lm.load(folder, json.loads((folder / "run.json").read_text()))
+        trainer, model, _ = sample.load_run(folder)
         other = AutoModelForCausalLM.from_pretrained(folder)
         kwargs = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": True, "temperature": 0.8, "top_k": 0}
         for batch in (1, 8):
             ids = torch.randint(model.config.vocab_size, (1, 16)).repeat(batch, 1)
             theirs = partial(other.generate, ids, attention_mask=torch.ones_like(ids), **kwargs)
-            mine = partial(train_lm.generate, model, ids[0].tolist(), batch, n, 0.8)
+            mine = partial(trainer.generate, model, ids[0].tolist(), batch, n, 0.8)
             sides = {"transformers' generate()": theirs, "ours": mine}
             sides = {name: partial(per_second, batch * n, side) for name, side in sides.items()}
             compare(f"Sampling, {size} parameters, {batch} at once", ["tokens/s"], sides)
