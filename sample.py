@@ -44,7 +44,6 @@ negative_prompt = ""  # what the pictures should not look like
 lora_scale = 1.0  # strength of the LoRA; 0: the base alone
 steps = 0  # from noise to picture; 0: as the run has it
 guidance = -1.0  # towards the class or prompt; below 0: as the run has it
-sampler = ""  # "": as the run has it
 output = "sample.png"  # a grid of all pictures
 demo = False  # serve a page on this machine instead
 compare = ""  # runs whose losses the page shows, as 'out/*'; "": those of this one
@@ -69,7 +68,7 @@ def model_code(path, run):
                 statements.append(({part.asname or part.name}, set(), code))
         used = {part.id for part in parts if isinstance(part, ast.Name)} - {"fail", "log", *run["settings"]}
         statements.append(({node.name} if hasattr(node, "name") else used, used, ast.dump(node)))
-    reached = {run["model"], "Process"}  # of diffusion, what the model predicts belongs to it
+    reached = {run["model"]}
     for _ in statements:  # as often as one may lead to another
         found = [statement for statement in statements if statement[0] & reached]
         reached = reached.union(*(used for _, used, _ in found))
@@ -267,7 +266,7 @@ def main():
     trainer, model, tok = load_run(Path(out_dir).expanduser())
     if chat and not getattr(tok, "chat_template", None):
         fail(f"{out_dir} has no chat template")
-    fn, names = draw, "prompt negative_prompt class_label num_samples lora_scale steps guidance sampler seed"
+    fn, names = draw, "prompt negative_prompt class_label num_samples lora_scale steps guidance seed"
     if tok:
         fn, names = speak, "prompt num_samples max_new_tokens temperature top_k top_p seed"
     values = {name: globals()[name] for name in names.split()}

@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, tqdm
 from datasets.fingerprint import Hasher
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -58,39 +58,32 @@ seed = 1337  # of weights, order of the data, noise and times
 dataset = "glyphs"  # letters and digits; or a folder of pictures, a .parquet, or hub name:config@revision
 image_column = "image"  # with the pictures, where data has columns
 label_column = "label"  # with their classes, in a folder the subfolders; "": no classes
-caption_column = "text"  # with init_from: with captions; for a folder of .txt files or metadata.jsonl
-caption = ""  # or one caption for all pictures
+caption_column = "text"  # with the captions for init_from, in a folder .txt files or metadata.jsonl
+caption = ""  # or one for all pictures
 val_fraction = 0.05  # of the data, where it has no validation split of its own; 0: no validation
 test_fraction = 0.05  # likewise, for the test split, which is evaluated once, at the end
-fold = ""  # "2/5": validate on the second of five parts
 image_size = 16  # pixels, in height and width; pictures are scaled and cropped to it
 flip = False  # learn every picture mirrored as well
 num_workers = 0  # DataLoader processes: 2 or more where a GPU would wait for data
-# model; with init_from, all of it and the objective are the pipeline's
+# model; with init_from, all of it is the pipeline's
 init_from = "scratch"  # or a text-to-image pipeline of diffusers to go on from: hub name or folder
 adapter = ""  # "lora": train a few new weights instead of those of init_from
 vae = ""  # train in the latents of this AutoencoderKL (hub name or folder); "": in pixels
-patch_size = 2  # pixels, or latents, of a token in height and width: smaller is better and slower
+patch_size = 2  # height and width of a token in pixels or latents: fewer is better and slower
 n_layer = 6  # transformer blocks
 n_head = 2  # attention heads; size 64 is fastest
-n_embd = 128  # width; n_embd / n_head, the size of a head, must be a multiple of 4
+n_embd = 128  # width, a multiple of n_head
 # adapter
 lora_rank = 16  # of the product added to a frozen matrix
 lora_alpha = 16.0  # the product is scaled by lora_alpha / lora_rank
 lora_targets = ""  # names of layers, as to_q,to_v; "": all linear ones of the blocks, UNet: attention
 # diffusion
-objective = "flow"  # what is predicted: "flow" (velocity), "eps" (noise) or "v" (a mix of both)
-zero_snr = False  # v: the last time is noise alone
-min_snr = 0.0  # eps and v: weigh times by min(signal to noise, this); 5 is usual; 0: all alike
-label_dropout = 0.1  # how often class or caption is hidden, which guidance needs
-ema_decay = 0.999  # keep an average of the weights over 1 / (1 - this) steps; 0: the weights
+label_dropout = 0.1  # how often class or caption is hidden, for guidance; 0: without
+ema_decay = 0.999  # average the weights over 1 / (1 - this) steps; 0: do not
 # drawing
-sampler = ""  # from scratch: "heun", "euler" for flow; "dpm++", "unipc", "ddim" for eps and v
-sample_steps = 0  # from noise to picture, in heun twice as many calls; 0: 25, or the pipeline's own
+sample_steps = 0  # from noise to picture; 0: 25, or the pipeline's own
 guidance = -1.0  # exaggerate class or caption; 1: do not; -1: 2, or the pipeline's own
-fd_samples = 0  # from scratch: pictures for the Fréchet distance at the end; 0: none
-fd_model = "facebook/dinov2-base"  # the vision model of transformers in whose features it is measured
-sample_prompts = ""  # with captions: what to draw, with | between; "": the first captions of the data
+sample_prompts = ""  # with init_from, to draw, with | between; "": the first captions
 # batch and length
 batch_size = 64  # pictures per optimizer step, over all processes
 micro_batch_size = 0  # pictures per process and forward pass, if memory is short; 0: all at once
@@ -110,7 +103,7 @@ min_lr = 0.02  # at the end, as a fraction of the peak
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 # evaluation, saving, reports
 eval_interval = 350  # steps between evaluations
-eval_batches = 4  # of batch_size pictures, spread evenly over the validation split; 0: all of it
+eval_batches = 4  # of batch_size pictures, spread over the validation split; 0: all of it
 log_interval = 10  # steps between reports
 save_interval = 350  # steps between checkpoints
 patience = 0  # stop after so many evaluations without a better loss; 0: never
@@ -120,58 +113,43 @@ mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", 
 compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
 gradient_checkpointing = False  # less memory, but slower: activations are computed twice
 deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8
-detect_anomaly = False  # stop at the first NaN in a gradient and show where it came from; slow
+detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
 # What a resume may not change; a setting of yours that shapes the model belongs here.
-FIXED = "dataset fold image_size vae init_from adapter objective optimizer patch_size n_layer n_head n_embd"
-SAMPLERS = {"flow": ("heun", "euler")}  # the default first
-SAMPLERS |= dict.fromkeys(("eps", "v"), ("dpm++", "unipc", "ddim"))
+FIXED = "dataset image_size vae init_from adapter optimizer patch_size n_layer n_head n_embd"
 
 
 def check_settings():
     """End the program, before any data is touched, for values that cannot work."""
-    scratch, part = init_from == "scratch", re.fullmatch(r"(\d+)/(\d+)", fold or "1/2")
-    samplers = ("", *SAMPLERS.get(objective, ())) if scratch else (sampler,)
+    scratch = init_from == "scratch"
     wrong = {
-        f"{objective=}: flow, eps or v": objective not in SAMPLERS,
-        f"{sampler=}: {objective} is reversed by {' or '.join(samplers[1:])}": sampler not in samplers,
-        f"{zero_snr=} needs objective='v' and min_snr=0": zero_snr and (min_snr or objective != "v"),
         f"{adapter=}: lora, with --init_from=, or empty": adapter not in (("",) if scratch else ("", "lora")),
-        f"{vae=}, {fd_samples=}, {zero_snr=}: scratch only": not scratch and (vae or fd_samples or zero_snr),
-        f"{guidance=} needs label_dropout above 0": scratch and not label_dropout and guidance not in (-1, 1),
+        f"{vae=}: the latents of init_from are the pipeline's": vae and not scratch,
         f"{image_size=} must be a multiple of {patch_size=}": scratch and image_size % patch_size,
-        f"{n_embd=} must be a multiple of 4 x {n_head=}": n_embd % (4 * n_head),
+        f"{n_embd=} must be a multiple of {n_head=}": n_embd % n_head,
         f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
         f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
         f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
         "fp16 needs --optimizer=adamw": scratch and (mixed_precision, optimizer) == ("fp16", "muon"),
-        f"{fold=}: 2/5 is the second of five parts": not part or not 1 <= int(part[1]) <= int(part[2]) > 1,
         "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
     }
     for message in (message for message, is_wrong in wrong.items() if is_wrong):
         fail(message)
 
 
-# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748); RoPE ----
+# ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----
 
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
 class Block(nn.Module):
-    """Attention and an MLP; a time and a class scale, shift and gate both (adaLN-Zero: the gates are 0 at first)."""
+    """Attention and an MLP; time and class scale, shift and gate both (adaLN-Zero: the gates are 0 at first)."""
 
-    def __init__(self, n_embd, n_head):
+    def __init__(self):
         super().__init__()
-        self.n_head = n_head
         self.q_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.k_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.v_proj = nn.Linear(n_embd, n_embd, bias=False)
@@ -180,11 +158,11 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * n_embd, n_embd, bias=False)
         self.modulation = nn.Linear(n_embd, 6 * n_embd)
 
-    def attention(self, x, cos, sin):
+    def attention(self, x):
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, C): every token attends to all
-        q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # norms bound the attention logits
-        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # torch's kernel takes three times as long
+        q, k, v = (y.unflatten(2, (n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
+        q, k = norm(q), norm(k)  # this bounds the attention logits
+        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # torch's kernel is three times as slow
             y = (q / math.sqrt(q.size(-1)) @ k.mT).softmax(dim=-1, dtype=v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -193,34 +171,30 @@ class Block(nn.Module):
     def mlp(self, x):
         return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
 
-    def forward(self, x, c, cos, sin):
+    def forward(self, x, c):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1, cos, sin)  # (B, T, C)
+        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1)  # (B, T, C)
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
 
 class DiT(nn.Module):
-    """A diffusion transformer for pictures, or latents, of (channels, size, size)."""
+    """A diffusion transformer for pictures, or latents, of shape (channels, size, size); it knows its classes."""
 
-    _no_split_modules = ("Block",)  # the parts in which FSDP2 gathers weights
+    _no_split_modules = ("Block",)  # for FSDP2
 
-    def __init__(self, channels, size, patch_size, n_layer, n_head, n_embd, n_classes):
+    def __init__(self, shape, classes):
         super().__init__()
-        self.patch_size, C, D, side = patch_size, n_embd, n_embd // n_head, size // patch_size
+        (channels, size, _), C = shape, n_embd
+        self.shape, self.class_names, self.none = shape, classes, len(classes)  # none: of no class
+        self.prompts = [classes[i * len(classes) // 36] for i in range(36)] if classes else [""] * 36
         self.patch_in = nn.Linear(channels * patch_size**2, C)
-        self.place = nn.Parameter(0.02 * torch.randn(side * side, C))  # where in the picture a token is
+        self.place = nn.Parameter(0.5 * torch.randn((size // patch_size) ** 2, C))  # where a token is
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
-        self.classes = nn.Embedding(n_classes + 1, C)  # the last stands for "no class"
-        self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
+        self.classes = nn.Embedding(len(classes) + 1, C)
+        self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.modulation = nn.Linear(C, 2 * C)
         self.patch_out = nn.Linear(C, channels * patch_size**2)
-        frequency = 1.0 / 100.0 ** (torch.arange(0, D, 4).float() / D)  # (D / 4,)
-        angle = torch.outer(torch.arange(side).float(), frequency)  # (side, D / 4)
-        angle = torch.cat((angle.repeat_interleave(side, 0), angle.repeat(side, 1)), dim=-1)  # (T, D / 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
         self.register_buffer("time_frequency", 1e-4 ** (torch.arange(128) / 128), persistent=False)
-        # matrices in the blocks are initialised here, all else by its torch module
         for weight in self.blocks.parameters():
             if weight.ndim == 2:
                 nn.init.xavier_uniform_(weight)
@@ -230,120 +204,64 @@ class DiT(nn.Module):
         nn.init.normal_(self.classes.weight, std=0.02)
 
     def forward(self, x, t, cond):
-        """x (B, channels, size, size), times t (B,), 0..1 for flow, else 0..999, classes cond (B,) -> like x, fp32"""
-        patches = F.pixel_unshuffle(x, self.patch_size)  # (B, channels p p, H / p, W / p)
+        """x (B, channels, size, size), times t (B,) in 0..1, classes cond (B,) -> the velocity, like x, in fp32"""
+        patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, H / p, W / p)
         x = self.patch_in(patches.flatten(2).mT) + self.place  # (B, T, C)
-        wave = (1000 * t if objective == "flow" else t)[:, None] * self.time_frequency  # (B, 128)
+        wave = 1000 * t[:, None] * self.time_frequency  # (B, 128)
         c = F.silu(self.time(torch.cat((wave.cos(), wave.sin()), dim=-1)) + self.classes(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, c, self.cos, self.sin, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
             else:
-                x = block(x, c, self.cos, self.sin)
+                x = block(x, c)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
-        return F.pixel_shuffle(x.mT.reshape(patches.shape), self.patch_size)
-
-
-def make_dit(data, autoencoder=None):
-    """-> DiT of the shape that the settings say, for data as run.json describes it, with what draw() needs"""
-    torch.manual_seed(seed)
-    names = data["classes"]
-    dit = DiT(*data["shape"][:2], patch_size, n_layer, n_head, n_embd, len(names))
-    dit.shape, dit.class_names, dit.vae = data["shape"], names, [autoencoder]  # a list: none of its weights
-    dit.prompts = [names[i * len(names) // 36] for i in range(36)] if len(names) > 36 else names or [""]
-    dit.process = Process(objective, objective != "flow" and make_scheduler("ddim").alphas_cumprod)
-    return dit
-
-
-# ---- Diffusion: at time t a picture x_0 has become x_t = alpha x_0 + sigma eps, with noise eps ~ N(0, I) ----
-#   flow  alpha = 1 - t, sigma = t, target eps - x_0: straight lines (Liu et al. 2022, arXiv:2209.03003),
-#         times from a logit-normal distribution (Esser et al. 2024, arXiv:2403.03206)
-#   eps   alpha^2 + sigma^2 = 1 at times 0..999, target eps (Ho et al. 2020, arXiv:2006.11239)
-#   v     as eps, but target alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)
-N_TIMES = 1000
-
-
-class Process:
-    """How pictures become noise. kind: the objective; alpha_bar: alpha^2 at the times of eps and v; shift: times of flow
-    become shift t / (1 + (shift - 1) t), later for many pixels; dtype: that of a pipeline."""
-
-    def __init__(self, kind, alpha_bar=None, shift=1.0, dtype=torch.float32):
-        self.kind, self.alpha_bar, self.shift, self.dtype = kind, alpha_bar, shift, dtype
+        return F.pixel_shuffle(x.mT.reshape(patches.shape), patch_size)
 
     def draw_times(self, n, rng):
-        """-> n random times (n,) to train on"""
-        if self.kind != "flow":
-            return torch.randint(N_TIMES, (n,), generator=rng, device=rng.device)
-        t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
-        t = self.shift * t / (1 + (self.shift - 1) * t)
-        return (1000 * t).to(self.dtype).float() / 1000  # rounded as a pipeline in bf16 rounds it
+        """-> random times (n,) to train on, few of them near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
+        return torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
 
     def add_noise(self, x0, noise, t):
-        """pictures, noise (B, ...), times (B,) -> x_t, what the model is to predict of it, and how much each time
-        counts (B,), which is by min-SNR: Hang et al. 2023, arXiv:2303.09556"""
+        """Flow matching (Liu et al. 2022, arXiv:2209.03003): with the time t a picture moves on a straight line, and with
+        one velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, velocity, which the model is to predict."""
         t = t.view(-1, *[1] * (x0.ndim - 1))
-        if self.kind == "flow":
-            return (1 - t) * x0 + t * noise, noise - x0, torch.ones_like(t).flatten()
-        alpha_bar = self.alpha_bar.to(t.device)[t]
-        alpha, sigma, snr = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), (alpha_bar / (1 - alpha_bar)).flatten()
-        target = noise if self.kind == "eps" else alpha * noise - sigma * x0
-        weight = snr.clamp(max=min_snr) / (snr if self.kind == "eps" else snr + 1) if min_snr else snr**0
-        return alpha * x0 + sigma * noise, target, weight
+        return (1 - t) * x0 + t * noise, noise - x0
 
 
-def make_scheduler(name):
-    """-> the scheduler of diffusers that draws from eps and v"""
-    import diffusers
-
-    kinds = {"ddim": diffusers.DDIMScheduler, "unipc": diffusers.UniPCMultistepScheduler}
-    kwargs = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr, "beta_schedule": "linear"}
-    kwargs |= {"clip_sample": False} if name == "ddim" else {}  # latents are not in [-1, 1]
-    kwargs |= {"prediction_type": "v_prediction" if objective == "v" else "epsilon"}
-    return kinds.get(name, diffusers.DPMSolverMultistepScheduler)(N_TIMES, **kwargs)
-
-
-@torch.no_grad()
-def sample(model, process, shape, cond, none, seeds, steps, guidance, sampler):
-    """Start from noise and follow the model's output back to time 0. cond (B,): classes, of which `none` is no class;
-    a seed for each picture; guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, *shape)"""
+def sample(dit, cond, seeds, steps, guidance):
+    """Follow the velocities from noise to pictures, by Heun's method. cond (B,): classes; a seed for each picture;
+    guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, *dit.shape)"""
 
     def predict(x, t):
         t = torch.full((len(cond),), t, device=cond.device)
         if guidance == 1:
-            return model(x, t, cond)
-        conds = torch.cat((torch.full_like(cond, none), cond))  # without and with the class, in one batch
-        without, out = model(torch.cat((x, x)), torch.cat((t, t)), conds).chunk(2)
+            return dit(x, t, cond)
+        conds = torch.cat((torch.full_like(cond, dit.none), cond))  # without and with the class
+        without, out = dit(torch.cat((x, x)), torch.cat((t, t)), conds).chunk(2)
         return without + guidance * (out - without)
 
-    x = noise_of(seeds, shape).to(cond.device)
-    if process.kind == "flow":
-        for t, s in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-            velocity = predict(x, t)
-            if sampler == "heun":  # the mean of the velocities at both ends of the step
-                velocity = (velocity + predict(x + (s - t) * velocity, s)) / 2
-            x = x + (s - t) * velocity
-        return x
-    scheduler = make_scheduler(sampler)
-    scheduler.set_timesteps(steps, device=cond.device)
-    for t in scheduler.timesteps:
-        x = scheduler.step(predict(x, float(t)), t, x).prev_sample
+    x = noise_of(seeds, dit.shape).to(cond.device)
+    for t, s in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        velocity = predict(x, t)
+        velocity = (velocity + predict(x + (s - t) * velocity, s)) / 2  # the mean of both ends of the step
+        x = x + (s - t) * velocity
     return x
 
 
 def noise_of(seeds, shape):
-    """-> noise (B, *shape), the same for a seed on any device and beside any other"""
+    """-> noise (B, *shape), by the seeds alone, on any device"""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
 
 
-# ---- Data: pictures -> squares -> pixels or latents -> splits, in the cache of `datasets` ----
+# ---- Data: pictures -> pixels or latents -> splits, in the cache of `datasets` ----
 KINDS = {".parquet": "parquet", ".jsonl": "imagefolder"}  # metadata.jsonl, with captions
 KINDS |= dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "imagefolder")
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 
 
 def load_pictures():
-    """-> DatasetDict with the splits that the data has and the settings want; train is shuffled"""
+    """-> DatasetDict of the splits that the data has and the settings want; train is shuffled"""
     datasets.disable_progress_bars()
     root, paths = Path(dataset).expanduser(), {}  # paths: of the files of each split
     files = [path for path in (root, *root.rglob("*")) if path.suffix.lower() in KINDS and path.is_file()]
@@ -356,22 +274,21 @@ def load_pictures():
         paths.setdefault(split, []).append(str(file))
     with named("dataset", dataset):
         if dataset == "glyphs":
-            kwargs = {"gen_kwargs": {"size": image_size}, "split": "train"}
-            found = {"train": datasets.Dataset.from_generator(draw_glyphs, **kwargs)}
+            kwargs = {"size": image_size}
+            found = {"train": datasets.Dataset.from_generator(draw_glyphs, gen_kwargs=kwargs)}
         elif kind == "hub":
             name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
             found = datasets.load_dataset(name, config or None, revision=revision or None)
         else:
-            classes = {file.parent.name for file in files} - SPLITS.keys()  # the names of splits are none
+            classes = {file.parent.name for file in files} - SPLITS.keys()
             kwargs = {"drop_labels": len(classes) < 2} if kind == "imagefolder" else {}
             found = datasets.load_dataset(kind, data_files=paths, **kwargs)
     if "train" not in found:
         fail(f"{dataset=} has no train split, but {', '.join(found)}")
     columns = found["train"].features
     if image_column not in columns:
-        pictures = [name for name in columns if isinstance(columns[name], datasets.Image)]
-        fail(f"{dataset=} has no column {image_column!r}: --image_column= takes one of {pictures}")
-    wanted = {"validation": val_fraction and not fold, "test": test_fraction}
+        fail(f"{dataset=} has no {image_column=}: choose from {', '.join(columns)}")
+    wanted = {"validation": val_fraction, "test": test_fraction}
     splits = {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
     splits = datasets.DatasetDict(splits, train=found["train"].shuffle(seed=0))
     with named("image_column", image_column):
@@ -379,7 +296,7 @@ def load_pictures():
 
 
 def choose_conditions(splits):
-    """-> the column to learn from, "" for none, and {its values: names of classes, or captions}, over all splits"""
+    """-> the column to learn from, "" for none, and {its values in all splits: names of classes, or captions}"""
     columns, column = splits["train"].features, label_column if init_from == "scratch" else caption_column
     if init_from != "scratch" and caption:
         return "", {caption: caption}
@@ -395,87 +312,74 @@ def choose_conditions(splits):
         return column, dict(enumerate(columns[column].names))
     values = set(itertools.chain(*(rows[column][:] for rows in splits.values())))
     if init_from != "scratch" and not all(values):
-        fail(f"{dataset=}: pictures without a caption: write .txt files beside them, or --caption= for all")
+        fail(f"{dataset=} has pictures without captions: write .txt files beside them, or --caption= for all")
     return column, {value: str(value) for value in sorted(values - {None})}
 
 
 def read_picture(source):
-    """-> pixels (3, S, S), scaled and cropped to a square; None for what is no picture"""
+    """-> pixels (3, S, S), scaled and cropped; None for what is no picture"""
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note which side is up
-        if image.mode.startswith("I"):  # grey of 16 bits, which PIL would cut off at 255
-            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
         image = image.convert("RGBA")  # what is behind a transparent pixel may be any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, (image_size, image_size))
         return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # PIL raises many kinds for broken files
+    except Exception as error:  # of many kinds
         return log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
 
 
 def encode_pictures(batch, column, ids, to_latents):
-    """Files -> bytes of pixels or latents, with flip mirrored as well, and numbers of classes or captions"""
+    """Files -> bytes of pixels or latents in fp16, with flip mirrored as well; numbers of classes or captions"""
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(read_picture, batch[image_column]))
-    values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "colour": []}
+    values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "grey": []}
     for pixels, value in [(p, value) for p, value in zip(pictures, values) if p is not None]:
         x = torch.from_numpy(np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip]))  # (1 or 2, 3, S, S)
-        x = to_latents(x / 127.5 - 1).half().cpu() if to_latents else x
-        rows["x"] += [view.tobytes() for view in x.numpy()]
+        x = to_latents(x / 127.5 - 1).half()
+        rows["x"] += [view.tobytes() for view in x.cpu().numpy()]
         rows["cond"] += [ids.get(value, len(ids))] * len(x)
-        rows["colour"] += [bool((pixels != pixels[:1]).any())] * len(x)
+        rows["grey"] += [bool((x == x[:, :1]).all())] * len(x)
     return rows
 
 
-def prepare_data(to_latents, autoencoder):
-    """-> ({split: rows}, what run.json says of them, names of classes or captions); missing splits are cut from train"""
-    splits, shape, weights = load_pictures(), [3, image_size, image_size], 0.0
+def prepare_data(to_latents):
+    """-> ({split: rows}, what run.json says of them, classes or captions); missing splits are cut from train"""
+    splits = load_pictures()
     column, names = choose_conditions(splits)
-    if to_latents:
-        weights = sum(p.double().sum().item() for p in autoencoder.parameters())  # tell one from another
-        with named("image_size", image_size):
-            shape = list(to_latents(torch.zeros(1, *shape)).shape[1:])
-    made_of = [image_column, column, caption, names, image_size, flip, shape, weights, init_from]
+    with named("image_size", image_size):
+        z = to_latents(torch.zeros(1, 3, image_size, image_size))  # tells one autoencoder from another
+    made_of = [column, names, f"{z.norm():.4g}", init_from, image_column, caption, image_size, flip]
     made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
     kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
     size = {"batch_size": 128, "writer_batch_size": 128, "remove_columns": splits["train"].column_names}
     for split, rows in splits.items():
-        key = Hasher.hash([rows._fingerprint, *made_of])  # `datasets` would hash all weights of a model
+        key = Hasher.hash([rows._fingerprint, *made_of])  # else `datasets` hashes all weights
         splits[split] = rows.map(encode_pictures, batched=True, new_fingerprint=key, fn_kwargs=kwargs, **size)
-    if not to_latents and not any(len(rows) and any(rows["colour"][:]) for rows in splits.values()):
-        shape[0] = 1  # all are grey: two more channels would only be the same again
     with named("dataset", dataset):
-        if test_fraction and "test" not in splits:
-            splits |= splits["train"].train_test_split(test_fraction, shuffle=False)
-        if fold:
-            k, n = map(int, fold.split("/"))
-            parts = [splits["train"].shard(n, i, contiguous=True) for i in range(n)]
-            splits |= {"validation": parts.pop(k - 1), "train": datasets.concatenate_datasets(parts)}
-        elif val_fraction and "validation" not in splits:
-            parts = splits["train"].train_test_split(val_fraction, shuffle=False)
-            splits |= {"validation": parts["test"], "train": parts["train"]}
+        for split, fraction in ("test", test_fraction), ("validation", val_fraction):
+            if fraction and split not in splits:
+                parts = splits["train"].train_test_split(fraction, shuffle=False)
+                splits |= {"train": parts["train"], split: parts["test"]}
     for split, rows in splits.items():
         if not len(rows):
             fail(f"{dataset=}: no picture of its {split} split can be read")
+    shape = [1 if all(all(rows["grey"][:]) for rows in splits.values()) else z.shape[1], *z.shape[2:]]
     data = {"shape": shape, "classes": list(names.values()) if init_from == "scratch" else []}
     data["rows"] = {split: len(rows) for split, rows in splits.items()}
-    log(f"data: {data['rows']}, {len(names)} classes or captions, each {shape}")
+    log(f"data: {data['rows']}, {len(names)} classes or captions, each {data['shape']}")
     return splits, data, list(names.values())
 
 
-def collate(rows, shape):
-    """Rows -> x (B, *shape), pixels in [-1, 1] or latents, and cond (B,), numbers of classes or captions"""
-    latents, cond = vae or init_from != "scratch", torch.tensor([row["cond"] for row in rows])
-    x = bytearray(b"".join(row["x"] for row in rows))
-    x = torch.frombuffer(x, dtype=torch.float16 if latents else torch.uint8).float()
-    x = x.view(len(rows), -1, *shape[1:])[:, : shape[0]]
-    return x if latents else x / 127.5 - 1, cond
+def collate(rows):
+    """-> x (B, channels * size * size), pixels in [-1, 1] or latents; cond (B,), numbers of classes or captions"""
+    x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16)
+    return x.float().view(len(rows), -1), torch.tensor([row["cond"] for row in rows])
 
 
 def batch_rows(n_rows, first_step, last_step, micro, world, rank):
-    """Yield the rows of each micro-batch of this process. An epoch is a shuffle. It depends on (seed, step) alone,
-    whatever the number of processes or the size of micro-batches."""
+    """Yield the rows of each micro-batch of this process. An epoch is a shuffle. All depends on (seed, step), not on
+    the number of processes or the size of micro-batches."""
     n_batches = max(1, n_rows // batch_size)
     for step in range(first_step, last_step):
         epoch, i = divmod(step, n_batches)
@@ -485,16 +389,16 @@ def batch_rows(n_rows, first_step, last_step, micro, world, rank):
         yield from batches[i].reshape(-1, world, micro)[:, rank].tolist()
 
 
-def noise_batches(accelerator, process, micro_batches, none, step):
-    """[(x, cond)] of this process -> [(x_t, t, cond, target, weight)]; random by seed, step, place in the global batch"""
+def noise_batches(accelerator, model, micro_batches, step):
+    """[(x, cond)] -> [(x_t, t, cond, target)]; random by seed, step and place in the global batch"""
     rng, noisy = torch.Generator(accelerator.device).manual_seed(hash((seed, step)) % 2**63), []
-    noise = torch.randn(batch_size, *micro_batches[0][0].shape[1:], generator=rng, device=rng.device)
-    times = process.draw_times(batch_size, rng)
+    noise = torch.randn(batch_size, *model.shape, generator=rng, device=rng.device)
+    times = model.draw_times(batch_size, rng)
     dropped = torch.rand(batch_size, generator=rng, device=rng.device) < label_dropout
     mine = [v.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK] for v in (noise, times, dropped)]
     for (x0, cond), eps, t, drop in zip(micro_batches, *mine):
-        x_t, target, weight = process.add_noise(x0.to(rng.device), eps, t)
-        noisy.append((x_t, t, cond.to(rng.device).masked_fill(drop, none), target, weight))
+        x_t, target = model.add_noise(x0.to(rng.device)[:, : eps[0].numel()].view_as(eps), eps, t)
+        noisy.append((x_t, t, cond.to(rng.device).masked_fill(drop, model.none), target))
     return noisy
 
 
@@ -502,8 +406,8 @@ def noise_batches(accelerator, process, micro_batches, none, step):
 
 
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's, but on all
-    matrices of a shape at once, so faster, and in any dtype."""
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon): torch's, but for all matrices
+    of a shape at once, so faster, and in any dtype."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, adjust_lr_fn="original", **kwargs)
@@ -552,7 +456,7 @@ def make_optimizers(model, accelerator):
 
 
 def lr_at(step, total_steps):
-    """The learning rate as a fraction of its peak: the least of warm-up and decay, so it never jumps."""
+    """The learning rate as a fraction of its peak: the least of warm-up and decay."""
     decay = 1.0
     if lr_schedule == "cosine":
         done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -563,7 +467,7 @@ def lr_at(step, total_steps):
 
 
 class EMA:
-    """An average of the trained weights over time: it is measured, drawn from and saved, as it draws much better."""
+    """An average of the weights over time, which is measured and saved, as it draws much better."""
 
     def __init__(self, module):
         self.weights = [p.detach() for p in module.parameters() if p.requires_grad]
@@ -695,14 +599,14 @@ def start_accelerator():
     on_cpu, cpu = not torch.accelerator.is_available(), torch.cpu.get_capabilities()
     bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
     precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    torch.set_float32_matmul_precision("high")  # TF32: much faster, with 10 bits of mantissa
+    torch.set_float32_matmul_precision("high")  # TF32: much faster
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each makes the model, and keeps a part
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one reads pictures
     kwargs = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
-    if accelerator.is_fsdp2:  # the weights remain in fp32; autocast computes in bf16, as elsewhere
+    if accelerator.is_fsdp2:  # weights stay in fp32, autocast computes in bf16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if on_cpu:  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -717,30 +621,29 @@ def start_accelerator():
 
 @torch.no_grad()
 def evaluate(accelerator, model, split, rows, micro, batches):
-    """-> the loss of a split, in total and by quarter of the times; a picture has its own noise and times. The processes
-    share `batches` (0: all), spread evenly, each in as many forward passes as the others."""
+    """-> the loss of a split, in all and by quarter of the times; a picture has its own noise and times. Processes share
+    `batches` (0: all), spread evenly, in as many forward passes each."""
     n, device, losses = min(len(rows), batches * batch_size or len(rows)), accelerator.device, np.zeros(4)
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
     module = accelerator.unwrap_model(model).eval()
-    for i in tqdm(range(0, math.ceil(n / WORLD), micro), desc=split, leave=False, disable=split != "test"):
+    for i in range(0, math.ceil(n / WORLD), micro):
         numbers = mine[i : i + micro].tolist() or [0]
-        x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers), module.shape))
-        noise = noise_of(numbers, x0.shape[1:]).to(device)
+        x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers)))
+        noise = noise_of(numbers, module.shape).to(device)
         within = torch.tensor(numbers, device=device) * 0.618034 % 1  # fills a quarter evenly
         for quarter in range(4):
-            t = ((quarter + within) / 4 * N_TIMES).long()
-            t = t / N_TIMES if module.process.kind == "flow" else t
-            x_t, target, _ = module.process.add_noise(x0, noise, t)
+            t = (quarter + within) / 4
+            x_t, target = module.add_noise(x0[:, : noise[0].numel()].view_as(noise), noise, t)
             with accelerator.autocast():
-                loss = (model(x_t, t, cond) - target).square().flatten(1).mean(dim=1).sum()
-            losses[quarter] += float(loss) * (i < len(mine))  # or it is a pass that only the others need
+                loss = F.mse_loss(model(x_t, t, cond), target)
+            losses[quarter] += float(loss) * len(mine[i : i + micro])  # 0 where only others need a pass
     losses = (np.sum(gather_object([losses]), axis=0) / n).tolist()
     by_time = {f"{split}/loss/{i / 4:g}-{(i + 1) / 4:g}": loss for i, loss in enumerate(losses)}
     return {f"{split}/loss": sum(losses) / 4, **by_time}
 
 
 def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
-    """Report the validation loss, keep the best weights (without validation the last), draw a grid of pictures."""
+    """Report the validation loss, keep the best weights (without it the last), draw pictures."""
     loss, module, step = -math.inf, accelerator.unwrap_model(model).eval(), progress["step"]
     ema.swap()
     if "validation" in splits:
@@ -756,68 +659,58 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
             save_pipeline(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    # all processes draw, as FSDP2 needs it; compiled, each new size of batch would take a minute
+    # all processes draw, for FSDP2; compiled, each new size of batch would take a minute
     autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
     with autocast(), torch.compiler.set_stance("force_eager"):
-        conditions = (module.prompts * 36)[: 36 if init_from == "scratch" else max(4, len(module.prompts))]
-        pictures = draw(module, conditions, range(seed, seed + len(conditions)))
+        pictures = draw(module, module.prompts, range(seed, seed + len(module.prompts)))
     ema.swap()
     module.train()
     if MAIN:
         path = Path(out_dir, f"samples/step_{step:08d}.png")
         path.parent.mkdir(exist_ok=True)
         make_grid(pictures).save(path)
-        if adapter and step and loss == -math.inf:  # nothing measures which is best: choose by eye
+        if adapter and step and loss == -math.inf:  # to choose the best by eye
             shutil.copy(Path(out_dir, "pytorch_lora_weights.safetensors"), path.with_suffix(".safetensors"))
 
 
-def speed(images_per_s):
-    on_gpu, memory = torch.cuda.is_available(), psutil.Process().memory_info().rss
-    memory = torch.cuda.max_memory_allocated() if on_gpu else memory
-    return {"images_per_s": images_per_s, "memory_gb": memory / 1e9}
-
-
 def make_model(accelerator):
-    """-> (model, {split: rows}, what run.json says of them, names of the classes or captions)"""
-    model = to_latents = autoencoder = None
+    """-> (model, {split: rows}, what run.json says of them)"""
+    model, to_latents = None, encode
     if init_from != "scratch":  # first, so that a wrong name costs no reading of pictures
         model = load_pipeline(accelerator.mixed_precision, accelerator.device)
-        to_latents, autoencoder = model.encode, model.pipe.vae
-    elif vae:
-        autoencoder = load_vae().to(accelerator.device)
-        to_latents = functools.partial(encode, autoencoder)
+        to_latents = model.encode
     with accelerator.local_main_process_first():  # the others read what the first one has cached
-        splits, data, names = prepare_data(to_latents, autoencoder)
+        splits, data, names = prepare_data(to_latents)
         if MAIN and overwrite:
             shutil.rmtree(out_dir)
             Path(out_dir).mkdir()
-        if MAIN and not Path(out_dir, "run.json").exists():  # what is written from here on is a run's
+        if MAIN and not Path(out_dir, "run.json").exists():  # from now on, it is a run
             write_file("run.json", {"kind": "diffusion"})
         if model:
             model.prepare(names, data["shape"])  # encodes the captions
-    return model or make_dit(data, autoencoder), splits, data, names
+    torch.manual_seed(seed)
+    return model or DiT(data["shape"], names), splits, data
 
 
 def main():
     check_settings()
     accelerator = start_accelerator()
-    micro = micro_batch_size or max(1, batch_size // WORLD)  # pictures of a forward pass
-    accumulation = batch_size // (micro * WORLD)  # forward passes of a step
+    gpu, micro = torch.cuda.is_available(), micro_batch_size or max(1, batch_size // WORLD)
+    accumulation = batch_size // (micro * WORLD)  # forward passes of a step, each of `micro` pictures
     if accumulation * micro * WORLD != batch_size:
         fail(f"{batch_size=} is no multiple of {micro} pictures x {WORLD} processes")
     open_run_dir()
-    model, splits, data, names = make_model(accelerator)
+    model, splits, data = make_model(accelerator)
     optimizers = make_optimizers(model, accelerator)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    if compile and accelerator.device.type == "cuda":
+    if compile and gpu:
         model.compile()
     model, *prepared = accelerator.prepare(model, *optimizers)
     module = accelerator.unwrap_model(model)
     if accelerator.is_fsdp2:
-        model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
-        model._get_fsdp_state()._lazy_init()  # as a grid may be drawn, by an inner part, before the first step
+        model.set_reshard_after_forward(True)  # gathered weights must not outlive a swap of EMA
+        model._get_fsdp_state()._lazy_init()  # an inner part may draw before the first step
 
-    # the state of the run
     ema = EMA(module)
     fixed = {name: globals()[name] for name in FIXED.split()} | {"rows": len(splits["train"])}
     progress = {"step": 0, "best": math.inf, "waited": 0, "seconds": 0.0, "metrics_bytes": 0, "fixed": fixed}
@@ -842,15 +735,14 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    catch_signals()  # before the workers of the DataLoader, which a Ctrl-C must not end either
+    catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
     order = batch_rows(len(splits["train"]), step, total_steps, micro, WORLD, RANK)
-    stack = functools.partial(collate, shape=data["shape"])
-    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=stack, num_workers=num_workers)
+    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=collate, num_workers=num_workers)
     batches, start = iter(loader), time.monotonic() - progress["seconds"]
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     since, step_since, skipped = time.monotonic(), step, 0
     while True:
-        # save, stop, evaluate, in this order: a run that goes on from here evaluates again
+        # in this order, so that a run that goes on from here evaluates again
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
@@ -864,29 +756,27 @@ def main():
         if stop or done or 0 < patience <= progress["waited"]:
             break
 
-        # one optimizer step by the mean loss over all pictures of the global batch
+        # one step by the mean loss over all pictures of the global batch
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * lr_at(step, total_steps)
             if "momentum" in group:  # of muon: shorter while gradients turn quickly
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
         micro_batches = [next(batches) for _ in range(accumulation)]
-        micro_batches = noise_batches(accelerator, module.process, micro_batches, len(names), step)
-        torch.manual_seed(hash((seed, step, RANK)))  # for dropout, which some pipelines have
+        micro_batches = noise_batches(accelerator, module, micro_batches, step)
+        torch.manual_seed(hash((seed, step, RANK)))  # for a pipeline's dropout
         loss = 0.0
-        for i, (x, t, cond, target, weight) in enumerate(micro_batches):
-            # gradients travel between processes once a step; FSDP2 has no room for them until then
-            last = i == accumulation - 1 or accelerator.is_fsdp2
+        for i, (x, t, cond, target) in enumerate(micro_batches):
+            last = i == accumulation - 1 or accelerator.is_fsdp2  # which has no room for whole gradients
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    errors = (model(x, t, cond) - target).square().flatten(1).mean(dim=1)  # (micro,)
-                    part = (weight * errors).sum() / batch_size  # of the mean
+                    part = F.mse_loss(model(x, t, cond), target) * micro / batch_size  # of the mean
                 accelerator.backward(part * WORLD)  # DDP and FSDP2 take the mean over processes
             loss += part.detach()
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
         loss = float(accelerator.reduce(loss, "sum"))
         finite = math.isfinite(loss + grad_norm)  # in one process as in all
         for optimizer in prepared:
-            if finite or accelerator.scaler:  # the scaler of fp16 skips the step itself, and lowers its scale
+            if finite or accelerator.scaler:  # fp16's scaler skips it itself, and lowers its scale
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
@@ -899,64 +789,57 @@ def main():
             raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
         if step % log_interval == 0 or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values |= speed((step - step_since) * batch_size / (time.monotonic() - since))
-            report(values | {"epoch": step / n_batches})
+            values["images_per_s"] = (step - step_since) * batch_size / (time.monotonic() - since)
+            memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
+            report(values | {"memory_gb": memory / 1e9, "epoch": step / n_batches})
             since, step_since = time.monotonic(), step
         if profile and step in (5, 8):
             profiler.start() if step == 5 else profiler.stop()
 
-    # the end: the test loss and the Fréchet distance of the best weights
-    summary = {"steps": step, "minutes": progress["seconds"] / 60, "val/loss": progress["best"]}
+    # the end: the test loss of the best weights
+    summary = {"steps": step, "minutes": progress["seconds"] / 60}
+    if "validation" in splits:
+        summary["val/loss"] = progress["best"]
     ema.swap()
     if Path(out_dir, "best.pt").exists() and not stop:
         load_state(accelerator, model, [], "best.pt", fixed)
-    if not stop and ("test" in splits or fd_samples):
-        values = evaluate(accelerator, model, "test", splits["test"], micro, 0) if "test" in splits else {}
-        values |= measure_fd(accelerator, module, splits, micro) if fd_samples else {}
-        report(values)
+    if "test" in splits and not stop:
+        report(values := evaluate(accelerator, model, "test", splits["test"], micro, 0))
         summary |= values
     if MAIN and not stop:
         write_file("run.json", run | {"summary": summary})
     finish(accelerator, step, stop)
 
 
-# ---- Drawing, latents, the Fréchet distance, the default data ----
+# ---- Drawing, latents, the default data ----
 
 
 def load(folder, run, base=""):
-    """-> the model of a run directory, ready to draw; run: its run.json; base: where the pipeline under an adapter is"""
+    """-> the model of a run, ready to draw; run: its run.json; base: where the pipeline under an adapter is"""
     globals().update(run["settings"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if init_from != "scratch":
         return load_pipeline("bf16" if device == "cuda" else "no", device, folder, base)
-    dit = make_dit(run["data"], load_vae() if vae else None)
+    dit = DiT(run["data"]["shape"], run["data"]["classes"])
     safetensors.torch.load_model(dit, Path(folder, "model.safetensors"))
     return dit.to(device).eval()
 
 
-def draw(model, conditions, seeds, steps=0, guidance=-1.0, sampler="", negative_prompt="", lora_scale=1.0):
-    """-> a PIL image for each seed and condition: a prompt, or the name of a class ("": none); defaults: the settings"""
-    own, pictures = settings(globals()), []  # two of them have the names of arguments
-    steps, guidance = steps or sample_steps, guidance if guidance >= 0 else own["guidance"]
+@torch.no_grad()
+def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", lora_scale=1.0):
+    """-> a PIL image for each seed and condition: a prompt, or the name of a class, "" of none"""
+    steps, guidance = steps or sample_steps, guidance if guidance >= 0 else globals()["guidance"]
     if init_from != "scratch":
         return model.draw(conditions, seeds, steps, guidance, negative_prompt, lora_scale)
-    names, sampler = [*model.class_names, ""], sampler or own["sampler"] or SAMPLERS[objective][0]
+    names = [*model.class_names, ""]
     for name in set(conditions).difference(names):
-        fail(f"there is no class {name!r}: did you mean {nearest(name, names)!r}?")
-    guidance = 1.0 if len(names) == 1 else guidance if guidance >= 0 else 2.0
-    ids = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
-    for i in range(0, len(ids), 64):
-        args = ids[i : i + 64], len(names) - 1, seeds[i : i + 64], steps or 25, guidance, sampler
-        pictures += to_pictures(model, sample(model, model.process, model.shape, *args))
-    return pictures
-
-
-@torch.no_grad()
-def to_pictures(dit, x):
-    """pixels in [-1, 1], or latents (B, C, H, W), which are decoded in fp32, one after another -> PIL images"""
-    if autoencoder := dit.vae[0]:
-        config = autoencoder.to(x.device).config
-        x = x / config.scaling_factor + (config.shift_factor or 0.0)
+        fail(f"there is no class {name!r}; did you mean {nearest(name, names)!r}?")
+    guidance = 1.0 if len(names) == 1 or not label_dropout else guidance if guidance >= 0 else 2.0
+    cond = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
+    x = sample(model, cond, seeds, steps or 25, guidance)
+    if vae:  # in fp32, and one by one, which takes less memory
+        autoencoder = load_vae(vae).to(x.device)
+        x = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
         with torch.autocast(x.device.type, enabled=False):
             x = torch.cat([autoencoder.decode(z).sample for z in x.split(1)])
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -965,15 +848,14 @@ def to_pictures(dit, x):
 
 def make_grid(pictures):
     """PIL images of one size -> one image of them all, in rows of ceil(sqrt(n))"""
-    (W, H), columns = pictures[0].size, math.ceil(math.sqrt(len(pictures)))
-    grid = Image.new(pictures[0].mode, (columns * W, math.ceil(len(pictures) / columns) * H))
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (i % columns * W, i // columns * H))
-    return grid
+    pixels, columns = [np.asarray(picture) for picture in pictures], math.ceil(math.sqrt(len(pictures)))
+    pixels += [np.zeros_like(pixels[0])] * (-len(pixels) % columns)
+    return Image.fromarray(np.vstack([np.hstack(row) for row in zip(*[iter(pixels)] * columns)]))
 
 
-def load_vae():
-    """-> the AutoencoderKL that `vae` names, in fp32, as some make black pictures in less"""
+@functools.cache
+def load_vae(vae):
+    """-> the AutoencoderKL of that name, in fp32, as some make black pictures in less"""
     from diffusers import AutoencoderKL
 
     with named("vae", vae):
@@ -981,8 +863,11 @@ def load_vae():
 
 
 @torch.no_grad()
-def encode(autoencoder, x):
-    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1; any kind of autoencoder"""
+def encode(x, autoencoder=None):
+    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1, of vae or any autoencoder"""
+    if not (autoencoder or vae):
+        return x
+    autoencoder = autoencoder or load_vae(vae).to(PartialState().device)
     config, x = autoencoder.config, x.to(autoencoder.device)
     encoded = autoencoder.encode(x[:, :, None] if "z_dim" in config else x)  # a frame, for a video's
     z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
@@ -992,56 +877,22 @@ def encode(autoencoder, x):
     return (z.view(*z.shape[:2], *z.shape[-2:]) - mean) / std
 
 
-def frechet_distance(a, b):
-    """Of Gaussians fitted to two sets of features (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
-    (Heusel et al. 2017, arXiv:1706.08500). The trace of the root is the sum of the roots of the eigenvalues."""
-    c1, c2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(min=0))
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1) + np.trace(c2) - 2 * roots.sum())
-
-
-@torch.no_grad()
-def measure_fd(accelerator, dit, splits, micro):
-    """-> Fréchet distance between pictures of the test split and as many drawn ones of the same classes"""
-    device, names, found = accelerator.device, [*dit.class_names, ""], ([], [])
-    with named("fd_model", fd_model):
-        network = transformers.AutoModel.from_pretrained(fd_model, dtype=torch.float32).to(device).eval()
-    split = next(split for split in ("test", "validation", "train") if split in splits)
-    n = min(len(splits[split]), fd_samples) // WORLD * WORLD  # as many in each process
-    mine = np.linspace(0, len(splits[split]) - 1, n).astype(int)[RANK::WORLD].tolist()
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
-    for numbers in (mine[i : i + micro] for i in range(0, len(mine), micro)):
-        x, cond = collate(splits[split].__getitems__(numbers), dit.shape)
-        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            drawn = draw(dit, [names[j] for j in cond], [seed + j for j in numbers])
-        for features, pictures in zip(found, (to_pictures(dit, x.to(device)), drawn)):
-            x = np.stack([np.asarray(picture.convert("RGB").resize((224, 224), 3)) for picture in pictures])
-            x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 255
-            features += network((x - mean) / std).pooler_output.double().tolist()  # scaled as ImageNet is
-    real, drawn = (np.array(gather_object(features)) for features in found)
-    return {f"{split}/frechet_distance": frechet_distance(real, drawn)}
-
-
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def draw_glyphs(size, seed=0):
+def draw_glyphs(size):
     """Yield 256 pictures of every character, white on black, at a random size, boldness, place and angle."""
-    rng, big = np.random.default_rng(seed), 4 * size  # drawn larger, then reduced: smooth edges
-    for character in 256 * CHARACTERS:
+    rng, big = np.random.default_rng(0), 4 * size  # reduced at the end: smooth edges
+    for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
         image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
-        place = tuple((0.5 + rng.uniform(-0.07, 0.07, 2)) * big)
-        style = {"fill": 255, "font": font, "anchor": "mm", "stroke_width": int(big * rng.uniform(0, 0.06))}
-        ImageDraw.Draw(image).text(place, character, **style)
-        image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR).reduce(4)
+        place, bold = tuple(big * rng.uniform(0.43, 0.57, 2)), int(big * rng.uniform(0, 0.06))
+        ImageDraw.Draw(image).text(place, character, 255, font, "mm", stroke_width=bold)
+        image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
         image.save(file := io.BytesIO(), "png")
         yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
 
 
 # ---- Fine-tuning: only with init_from ----
 # A pipeline's own call is the forward function of its model: run for one step with a scheduler that stands
-# still, what it hands to the scheduler is the model's output. Signs, units of time, packing into tokens,
-# positions and whatever else a family of models does its own way are the pipeline's business.
+# still, what it hands to the scheduler is the model's output. Signs, units of time, packing, positions and
+# whatever else a family of models does its own way are the pipeline's business.
 
 
 class StillScheduler:
@@ -1051,7 +902,7 @@ class StillScheduler:
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
         if self.times is None:
-            raise StopIteration  # only the captions were wanted, and they have been encoded by now
+            raise StopIteration  # only the captions were wanted: they are encoded by now
         self.timesteps = self.sigmas = [self.times]  # (B,)
 
     def scale_model_input(self, sample=None, *_):
@@ -1064,7 +915,7 @@ class StillScheduler:
 
 
 def join(parts):
-    """What encode_prompt returns for each of several captions -> what it returns for all of them at once."""
+    """What encode_prompt returns for one caption each -> what it returns for all of them at once."""
     if isinstance(parts[0], tuple):
         return tuple(map(join, zip(*parts)))
     if isinstance(parts[0], list):
@@ -1074,7 +925,7 @@ def join(parts):
 
 
 class Pipeline(nn.Module):
-    """A text-to-image pipeline as a model that trains like DiT: its parameters are those of the transformer or UNet."""
+    """A text-to-image pipeline that trains like DiT: its parameters are those of the transformer or UNet."""
 
     def __init__(self, pipe, name, device):
         super().__init__()
@@ -1083,29 +934,24 @@ class Pipeline(nn.Module):
         self.compile = self.denoiser.compile  # in place
         self.scheduler, self.still, self.is_batched = pipe.scheduler, StillScheduler(), False
         self.still.config = config = pipe.scheduler.config
-        if "FlowMatch" in type(pipe.scheduler).__name__ or config.prediction_type == "flow_prediction":
-            shift = config.get("shift") or config.get("flow_shift") or 1.0
-            self.process = Process("flow", shift=shift, dtype=self.dtype)
-        else:
-            kind_of = {"epsilon": "eps", "v_prediction": "v"}
-            self.process = Process(kind_of[config.prediction_type], pipe.scheduler.alphas_cumprod)
-        # what FSDP2 gathers at a time; drawing calls the denoiser itself, so it is one of these parts
+        self.is_flow = "FlowMatch" in type(self.scheduler).__name__ or "flow" in config.prediction_type
+        # what FSDP2 gathers at a time; drawing calls the denoiser itself
         parts = *(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__
         self._no_split_modules = {type(m).__name__ for m in self.modules()}.intersection(parts)
         self.call = inspect.unwrap(kind.__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
-        pipe._guidance_scale = 1.0  # which means none, but for Z-Image, where it is 0
+        pipe._guidance_scale = 1.0  # none, but for Z-Image, where 0 is none
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
         pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
-        # the autoencoder is in fp32, and several pipelines hand it latents in the precision of the denoiser
+        # it is in fp32, but several pipelines hand it latents in the precision of the denoiser
         decode = pipe.vae.to(device).decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
     def run(self, scheduler, **kwargs):
-        """The pipeline's call -> what it returns, or the model's output where the scheduler ends it"""
-        self.pipe.__dict__["scheduler"] = scheduler  # past diffusers, which would note it in model_index.json
+        """The pipeline's call -> what it returns, or the model's output if the scheduler ends it"""
+        self.pipe.__dict__["scheduler"] = scheduler  # so that model_index.json keeps its own
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
         kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no other prompt
         try:
@@ -1114,20 +960,37 @@ class Pipeline(nn.Module):
             return reached.value
 
     def forward(self, x, t, cond):
-        """x (B, ...): noisy latents as of encode(), times t (B,), 0..1 for flow, else 0..999, cond (B,): the numbers
-        of the captions -> the model's output, like x, in fp32"""
+        """noisy latents x (B, ...), times t (B,) in 0..1, numbers of captions cond (B,) -> like x, in fp32"""
         if len(x) > 1 and not self.is_batched:
             return torch.cat([self.forward(*one) for one in zip(x.split(1), t.split(1), cond.split(1))])
-        self.still.times = 1000 * t if self.process.kind == "flow" else t
+        self.still.times = 1000 * t if self.is_flow else (1000 * t).floor()
         kwargs = self.unguided | {"latents": x.to(self.dtype), "output_type": "latent"}
         output = self.run(self.still, prompt=[self.captions[i] for i in cond.tolist()], **kwargs)
-        # Flux.2 packs what it is given into tokens (B, H * W, C)
-        return (output if output.ndim == x.ndim else output.mT.reshape(x.shape)).float()
+        return (output if output.ndim == x.ndim else output.mT.reshape(x.shape)).float()  # Flux.2's is packed
+
+    def draw_times(self, n, rng):
+        if not self.is_flow:
+            return (torch.randint(1000, (n,), generator=rng, device=rng.device) + 0.5) / 1000
+        t, config = DiT.draw_times(self, n, rng), self.still.config
+        shift = config.get("shift") or config.get("flow_shift") or 1.0
+        t = shift * t / (1 + (shift - 1) * t)  # later for many pixels
+        return (1000 * t).to(self.dtype).float() / 1000  # rounded as a pipeline in bf16 rounds it
+
+    def add_noise(self, x0, noise, t):
+        """As DiT's, or x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, of which eps is predicted (Ho et al. 2020,
+        arXiv:2006.11239), or v = alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
+        if self.is_flow:
+            return DiT.add_noise(self, x0, noise, t)
+        alpha_bar = self.scheduler.alphas_cumprod.to(t.device)[(1000 * t).long()]
+        alpha_bar = alpha_bar.view(-1, *[1] * (x0.ndim - 1))
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        is_eps = self.still.config.prediction_type == "epsilon"
+        return alpha * x0 + sigma * noise, noise if is_eps else alpha * noise - sigma * x0
 
     @torch.no_grad()
     def encode(self, pixels):
-        """(B, 3, H, W) in [-1, 1] -> latents in the layout in which noise is added to them"""
-        pipe, z = self.pipe, encode(self.pipe.vae, pixels)
+        """pictures (B, 3, H, W) in [-1, 1] -> latents as the denoiser takes them"""
+        pipe, z = self.pipe, encode(pixels, self.pipe.vae)
         if hasattr(pipe, "_patchify_latents"):  # Flux.2
             bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
             return F.batch_norm(pipe._patchify_latents(z), bn.running_mean, bn.running_var, eps=eps)
@@ -1135,7 +998,7 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def encode_prompt(self, *args, **kwargs):
-        """As the pipeline's own, but what it returns for a caption is kept in out_dir/captions."""
+        """The pipeline's own, but what it returns for a caption is kept in out_dir/captions."""
         own, parts = type(self.pipe).encode_prompt, []
         bound = inspect.signature(own).bind(self.pipe, *args, **kwargs)
         for caption in bound.arguments["prompt"]:
@@ -1147,21 +1010,22 @@ class Pipeline(nn.Module):
         return join(parts)
 
     def prepare(self, captions, shape):
-        """Encode the captions, and the prompts to draw, once: then the text encoders leave the memory. The caption
-        behind the last is that of a dropped one."""
+        """Encode captions and prompts once: then the text encoders leave the memory. The last caption, "", is that
+        of a dropped one."""
         if not adapter and not Path(out_dir, "model_index.json").exists():
-            self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file: it will be written again
+            self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
         Path(out_dir, "captions").mkdir(exist_ok=True)
-        self.shape, self.captions, self.still.times = shape, [*captions, ""], None
-        self.prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
+        self.shape, self.captions, self.none, self.still.times = shape, [*captions, ""], len(captions), None
+        prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
+        self.prompts = (prompts * 4)[: max(4, len(prompts))]
         self.pipe.encode_prompt = self.encode_prompt
-        encoders = [name for name in self.pipe.components if name.startswith("text_encoder")]
+        encoders = [k for k, v in self.pipe.components.items() if v and k.startswith("text_encoder")]
         with named("init_from", init_from):
             for name in encoders:
-                _ = getattr(self.pipe, name) and getattr(self.pipe, name).to(self.device)
+                getattr(self.pipe, name).to(self.device)
             for text in tqdm(self.captions, "captions", leave=False, disable=not sys.stderr.isatty()):
                 self.run(self.still, prompt=[text], **self.unguided)
-            for text in self.prompts:
+            for text in prompts:
                 self.run(self.still, prompt=[text], **self.drawing_kwargs(sample_steps, guidance))
             for name in encoders:
                 setattr(self.pipe, name, None)
@@ -1169,12 +1033,12 @@ class Pipeline(nn.Module):
             self.probe(captions.index(max(captions, key=len)), len(captions))
 
     def probe(self, *numbers):
-        """Refuse what cannot be trained; freeze weights that never get a gradient, for which DistributedDataParallel
-        would wait; see by two captions if a call takes several pictures."""
+        """Refuse what cannot be trained; freeze what has no gradient, for which DDP would wait; see by two captions if
+        a call takes several pictures."""
         S, calls, is_same = image_size, [], False
         z = self.encode(torch.arange(6.0 * S * S).sin().view(2, 3, S, S))
         cond = torch.tensor(numbers, device=z.device)
-        t = self.process.draw_times(2, torch.Generator(z.device).manual_seed(0))
+        t = self.draw_times(2, torch.Generator(z.device).manual_seed(0))
         hook = self.denoiser.register_forward_hook(lambda *_: calls.append(1))
         alone = self(z, t, cond)
         hook.remove()
@@ -1184,36 +1048,36 @@ class Pipeline(nn.Module):
         for weight in self.parameters():
             weight.requires_grad_(weight.grad is not None)
             weight.grad = None
-        self.is_batched = True  # not so if captions have several lengths, or the pipeline takes one time
+        self.is_batched = True  # not so where captions differ in length, or a call takes one time
         with torch.no_grad(), contextlib.suppress(Exception):
             both, swapped = self(z, t, cond), self(z, t, cond.flip(0))
             is_same = bool((both - alone).norm() < 0.1 * (swapped - alone).norm())
         self.is_batched = is_same
-        log(f"latents {tuple(z.shape[1:])}, pictures pass {'together' if is_same else 'one by one'}")
+        log("pictures pass " + ("together" if is_same else "one by one"))
 
     def drawing_kwargs(self, steps, scale, negative=""):
         kwargs = {"num_inference_steps": steps or -1, "guidance_scale": scale, "negative_prompt": negative}
         if getattr(self.keywords.get("true_cfg_scale"), "default", 0) > 1:
-            # Qwen-Image guides by default, but only away from a negative prompt
-            kwargs |= {"true_cfg_scale": scale, "negative_prompt": negative or " "}
+            kwargs |= {
+                "true_cfg_scale": scale,
+                "negative_prompt": negative or " ",
+            }  # or Qwen-Image won't guide
         return {name: value for name, value in kwargs.items() if value not in ("", -1)}
 
-    @torch.no_grad()
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
-        """-> a PIL image for each prompt and seed, by the pipeline itself; one a call: none depends on the others"""
-        for part in self.denoiser.modules():
-            for name in getattr(part, "lora_A", ()):
-                part.set_scale(name, lora_scale)
+        """-> a PIL image for each prompt and seed, one a call: none depends on the others"""
+        if adapter:
+            self.denoiser.set_adapters("default", lora_scale)
         kwargs, pictures = self.drawing_kwargs(steps, scale, negative_prompt), []
         for prompt, number in zip(prompts, seeds):
-            rng = torch.Generator().manual_seed(number)  # on the CPU: the same noise on any device
+            rng = torch.Generator().manual_seed(number)  # the same noise on any device
             pictures += self.run(self.scheduler, prompt=[prompt], generator=rng, **kwargs)
         return pictures
 
 
 def load_pipeline(precision, device, folder="", base=""):
-    """-> what init_from names, ready to train, in fp32, or with an adapter in the precision of training; or the run in
-    `folder`, ready to draw. LoRA (Hu et al. 2021, arXiv:2106.09685) adds to some matrices a product of two small ones."""
+    """-> init_from, ready to train, in fp32, or under an adapter in the precision of training; or the run in `folder`,
+    ready to draw. LoRA (Hu et al. 2021, arXiv:2106.09685) adds to matrices products of two small ones."""
     import diffusers
     import peft
 
@@ -1240,9 +1104,8 @@ def load_pipeline(precision, device, folder="", base=""):
     if adapter:
         # UNet: attention; else all linear layers of the blocks, which have numbers
         pattern = r"\.attn\d\." if names[0] == "unet" else r"\.\d+\."
-        layers = model.denoiser.named_modules()
-        targets = [n for n, m in layers if isinstance(m, nn.Linear) and re.search(pattern, n)]
-        targets = lora_targets.split(",") if lora_targets else targets
+        linear = [name for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
+        targets = lora_targets.split(",") if lora_targets else [n for n in linear if re.search(pattern, n)]
         lora = {"r": lora_rank, "lora_alpha": lora_alpha, "init_lora_weights": "gaussian"}
         torch.manual_seed(seed)
         with named("lora_targets", lora_targets):
@@ -1254,11 +1117,11 @@ def load_pipeline(precision, device, folder="", base=""):
 
 
 def save_pipeline(model, weights):
-    """Write weights {name: tensor} to out_dir as diffusers does: the adapter's, or all of the denoiser."""
+    """Write weights {name: tensor} of adapter or denoiser to out_dir as diffusers does."""
     weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
     if not adapter:
-        content = safetensors.torch.save(weights)
-        return write_file(f"{model.name}/diffusion_pytorch_model.safetensors", content)
+        file = f"{model.name}/diffusion_pytorch_model.safetensors"
+        return write_file(file, safetensors.torch.save(weights))
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
@@ -1270,9 +1133,8 @@ def save_pipeline(model, weights):
     if model.name == "unet":  # for ComfyUI and the like
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
-        write_file(
-            "kohya_lora.safetensors", safetensors.torch.save(kohya | alphas)
-        )  # where diffusers has the rank
+        # where diffusers has the rank
+        write_file("kohya_lora.safetensors", safetensors.torch.save(kohya | alphas))
 
 
 if __name__ == "__main__":

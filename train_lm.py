@@ -411,8 +411,8 @@ def batch_rows(lengths, first_step, last_step, micro, world, rank):
 
 
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon), as torch's, but on all
-    matrices of a shape at once, so faster, and in any dtype."""
+    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon): torch's, but for all matrices
+    of a shape at once, so faster, and in any dtype."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, adjust_lr_fn="original", **kwargs)
@@ -463,7 +463,7 @@ def make_optimizers(model, accelerator):
 
 
 def lr_at(step, total_steps):
-    """The learning rate as a fraction of its peak: the least of warm-up and decay, so it never jumps."""
+    """The learning rate as a fraction of its peak: the least of warm-up and decay."""
     decay = 1.0
     if lr_schedule == "cosine":
         done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -582,10 +582,10 @@ def start_accelerator():
     on_cpu, cpu = not torch.accelerator.is_available(), torch.cpu.get_capabilities()
     bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
     precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    torch.set_float32_matmul_precision("high")  # TF32: much faster, with 10 bits of mantissa
+    torch.set_float32_matmul_precision("high")  # TF32: much faster
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all make the model, each keeps a part of it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each makes the model, and keeps a part
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one tokenizes
     kwargs = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)

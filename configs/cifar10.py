@@ -24,7 +24,6 @@ batch_size = 256
 max_steps = 11000
 warmup_steps = 200
 ema_decay = 0.9995
-fd_samples = 10000
 
 eval_interval = 1000
 eval_batches = 4  # all 1,000 pictures

@@ -17,7 +17,6 @@ test_fraction = 0.0
 adapter = "lora"
 lora_rank = 16
 lora_alpha = 16.0
-min_snr = 5.0
 ema_decay = 0.0
 gradient_checkpointing = True
 

@@ -314,6 +314,14 @@ def train_smalldiffusion(x, seconds):
         return torch.cat([list(samples(model, sigmas, **kwargs))[-1] for _ in range(5)]).clamp(-1, 1)
 
 
+def frechet_distance(a, b):
+    """Of Gaussians fitted to two sets of features (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
+    (Heusel et al. 2017, arXiv:1706.08500). The trace of the root is the sum of the roots of the eigenvalues."""
+    c1, c2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(min=0))
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1) + np.trace(c2) - 2 * roots.sum())
+
+
 def pictures(folder):
     import train_diffusion
 
@@ -325,7 +333,7 @@ def pictures(folder):
     print("| --- | ---: | ---: |")
 
     def judge(name, x, seconds=0.0):
-        distance = train_diffusion.frechet_distance(real, features(x))
+        distance = frechet_distance(real, features(x))
         print(f"| {name} | {distance:.2f} | {seconds / 60:.1f} |", flush=True)
 
     judge("pictures of the train split", to_tensor(train.shuffle(seed=0)[:n]["image"]))

@@ -37,7 +37,6 @@ block_size, n_head, n_kv_head, eval_batches = 32, 4, 2, 4
 """
 DIFFUSION = """
 image_size, n_head, sample_steps, eval_batches = 8, 2, 2, 2
-sampler = "euler"
 """
 TINY = {"train_lm.py": COMMON + LM, "train_diffusion.py": COMMON + DIFFUSION}
 

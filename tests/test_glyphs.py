@@ -1,7 +1,7 @@
 """
 The first thing that a newcomer sees: the default data, objective and optimizer of train_diffusion.py give letters and
 digits that a classifier reads as the class asked for. A run of the defaults is read so in 95 of 100 cases, by
-`read_run`; a smaller model on half as many pictures, here, in 83.
+`read_run`; a smaller model on half as many pictures, here, in 90.
 """
 
 import json
@@ -17,10 +17,12 @@ import train_diffusion as td
 
 def train_reader():
     """-> a classifier that has learned from the default data and reads what it has not seen of it"""
-    splits, data, _ = td.prepare_data(None, None)
-    (x, y), unseen = (td.collate(list(splits[name]), data["shape"]) for name in ("train", "test"))
+    splits, _, _ = td.prepare_data(td.encode)
+    (x, y), unseen = (td.collate(list(splits[name])) for name in ("train", "test"))
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    net = nn.Sequential(
+        nn.Unflatten(1, (3, 16, 16)), nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    )
     net.extend([nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
     net.extend([nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 36)])
     optimizer, n = torch.optim.AdamW(net.parameters()), 300
@@ -44,12 +46,13 @@ def read_run(out):
     model = td.load(out, json.loads((out / "run.json").read_text()))
     drawn = td.draw(model, model.class_names * 3, range(108))
     vars(td).update(before)
-    x = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn]))[:, None] / 127.5 - 1
+    x = torch.from_numpy(np.stack([picture.convert("RGB") for picture in drawn]))
+    x = x.permute(0, 3, 1, 2).flatten(1) / 127.5 - 1
     return accuracy(net, x, torch.arange(108) % 36)
 
 
 def test_what_a_short_run_draws_can_be_read(tmp_path):
     how = ["--max_steps=400", "--batch_size=32", "--n_layer=3", "--patch_size=4"]
-    how += ["--sampler=euler", "--sample_steps=15", f"--out_dir={tmp_path}"]
+    how += ["--sample_steps=8", f"--out_dir={tmp_path}"]
     within("train_diffusion.py", *how)
-    assert read_run(tmp_path) >= 0.7
+    assert read_run(tmp_path) >= 0.8

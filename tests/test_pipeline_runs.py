@@ -17,7 +17,7 @@ from pipelines import draw
 from safetensors.torch import load_file
 
 PROMPTS = ["a red square", "a blue square"]
-HOW = ["--lora_rank=4", "--lora_alpha=8", "--sampler=", "--flip=True", "--guidance=3", "--image_size=16"]
+HOW = ["--lora_rank=4", "--lora_alpha=8", "--flip=True", "--guidance=3", "--image_size=16"]
 HOW += ["--val_fraction=0", "--test_fraction=0", "--batch_size=4", "--micro_batch_size=2"]
 HOW += [f"--sample_prompts={'|'.join(PROMPTS)}", "--resume=True"]
 

@@ -45,7 +45,7 @@ def batch(model, seed=0):
     """-> clean latents of two pictures, noise, times, and the numbers of both captions"""
     x, rng = model.latents, torch.Generator().manual_seed(seed)
     noise, t = torch.randn(x.shape, generator=rng), torch.rand(2, generator=rng)
-    return x, noise, t if model.process.kind == "flow" else (1000 * t).long(), torch.arange(2)
+    return x, noise, t if model.is_flow else (1000 * t).long() / 1000 + 5e-4, torch.arange(2)
 
 
 def by_hand(kind, pipe, x, t, caption):
@@ -90,7 +90,7 @@ def train(model, steps, lr):
 
     def loss(seed):
         x, noise, t, cond = batch(model, seed)
-        x_t, target, _ = model.process.add_noise(x, noise, t)
+        x_t, target = model.add_noise(x, noise, t)
         return F.mse_loss(model(x_t, t, cond), target)
 
     @torch.no_grad()
@@ -126,11 +126,15 @@ def test_answer(load, pipeline, kind):
     x, noise, t, cond = batch(model)
     with torch.no_grad():
         answer = model(x, t, cond)
-        for *one, expected in zip(x.split(1), t.split(1), CAPTIONS, answer):
+        times = t if model.is_flow else (1000 * t).long()
+        for *one, expected in zip(x.split(1), times.split(1), CAPTIONS, answer):
             assert (by_hand(kind, pipe, *one)[0] - expected).abs().max() <= 1e-5
-    if model.process.kind != "flow":
-        scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-        assert torch.allclose(model.process.add_noise(x, noise, t)[0], scheduler.add_noise(x, noise, t))
+    if not model.is_flow:
+        scheduler, t_ = diffusers.DDPMScheduler.from_config(pipe.scheduler.config), (1000 * t).long()
+        x_t, target = model.add_noise(x, noise, t)
+        assert torch.allclose(x_t, scheduler.add_noise(x, noise, t_))
+        velocity = scheduler.get_velocity(x, noise, t_)
+        assert torch.allclose(target, velocity if kind == "sd2" else noise, atol=1e-6)
     assert (drawn(model) - drawn_by_diffusers(pipe, kind)).abs().max() <= 1
 
 
@@ -143,7 +147,7 @@ def test_latents(load, kind):
     def step(output, *_, **__):
         return (z.flatten(2).mT if z.ndim > output.ndim else z,) * 2  # Flux.2 packs them itself
 
-    model.still.step, model.still.times = step, torch.tensor([0.5 if model.process.kind == "flow" else 500])
+    model.still.step, model.still.times = step, torch.tensor([0.5 if model.is_flow else 500])
     kwargs = {"prompt": CAPTIONS[:1], "latents": z, "output_type": "pt"}
     with torch.no_grad():
         seen = model.run(model.still, **model.unguided, **kwargs)

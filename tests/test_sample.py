@@ -25,7 +25,7 @@ import sample
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TEXT = {"num_samples": 1, "max_new_tokens": 30, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 7}
 PICTURES = {"negative_prompt": "", "class_label": "red", "num_samples": 3, "lora_scale": 1.0, "steps": 4}
-PICTURES |= {"guidance": 2.0, "sampler": "", "seed": 7}
+PICTURES |= {"guidance": 2.0, "seed": 7}
 
 
 def flags(values):

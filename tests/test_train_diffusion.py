@@ -4,7 +4,6 @@ step sees depends on (seed, step) alone; a run that was killed, stopped, cut up 
 the unbroken one; latents are the autoencoder's; load() and draw() give the run's last grid.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -30,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("defaults")
 def prepare(defaults, picture_folder):
     """prepare(name=value ...) -> what prepare_data returns under the defaults and these settings"""
 
-    def prepare(autoencoder=None, dataset=picture_folder, **values):
+    def prepare(dataset=picture_folder, **values):
         vars(td).update(defaults | {"dataset": str(dataset), "image_size": 8} | values)
-        return td.prepare_data(autoencoder and functools.partial(td.encode, autoencoder), autoencoder)
+        return td.prepare_data(td.encode)
 
     return prepare
 
@@ -41,7 +40,7 @@ def everything(splits, data):
     """All pictures in an order of their own: [(bytes of the pixels, class)]"""
     pairs = []
     for split in splits.values():
-        x, cond = td.collate(list(split), data["shape"])
+        x, cond = td.collate(list(split))
         pixels = ((x + 1) * 127.5).round().byte().numpy()
         pairs += [(p.tobytes(), int(c)) for p, c in zip(pixels, cond)]
     return sorted(pairs)
@@ -50,7 +49,7 @@ def everything(splits, data):
 # ---- Pictures ----
 
 
-def test_every_way_to_name_pictures_reads_the_same_and_folds_cover_it(prepare, picture_folder, tmp_path):
+def test_every_way_to_name_pictures_reads_the_same(prepare, picture_folder, tmp_path):
     import datasets
 
     names, files = ["blue", "green", "red"], sorted(picture_folder.rglob("*.png"))
@@ -70,13 +69,6 @@ def test_every_way_to_name_pictures_reads_the_same_and_folds_cover_it(prepare, p
     numbers.select(range(5)).to_parquet(tmp_path / "parquet/test-00000-of-00001.parquet")
     splits, data, _ = prepare(dataset=tmp_path / "parquet", **columns)  # with a test split of its own
     assert len(splits.pop("test")) == 5 and everything(splits, data) == expected
-
-    seen = []
-    for part in (1, 2, 3):
-        splits, data, _ = prepare(fold=f"{part}/3", test_fraction=0.0)
-        assert data["rows"] == {"train": 80, "validation": 40}
-        seen += everything({"validation": splits["validation"]}, data)
-    assert sorted(seen) == expected
 
 
 def test_pictures_without_classes_and_a_changed_one(prepare, tmp_path, capsys):
@@ -116,7 +108,6 @@ def test_all_modes_and_sizes_become_the_same_picture(tmp_path):
     kinds = {"l.png": grey, "rgb.jpg": colour, "p.gif": colour.convert("P"), "rgb.webp": colour}
     kinds |= {"a.png": colour.convert("RGBA"), "cmyk.jpg": colour.convert("CMYK")}
     kinds |= {"la.png": grey.convert("LA"), "exif.jpg": colour.transpose(Image.Transpose.ROTATE_90)}
-    kinds["i16.png"] = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     for name, image in kinds.items():
         image.save(tmp_path / name, **({"exif": exif, "quality": 95} if name == "exif.jpg" else {}))
         x = td.read_picture({"bytes": None, "path": str(tmp_path / name)})
@@ -150,9 +141,10 @@ def test_what_a_step_sees_depends_on_seed_and_step_alone():
     epochs = [set(sum(whole[i : i + 8], [])) for i in (0, 8)]
     assert len(epochs[0]) == 96 and epochs[0] != epochs[1]
     accelerator, x, cond = Accelerator(cpu=True), torch.randn(12, 3, 4, 4), torch.arange(12)
-    one = td.noise_batches(accelerator, td.Process("flow"), [(x, cond)], 99, 5)[0]
+    dit = td.DiT((3, 4, 4), [""] * 99)
+    one = td.noise_batches(accelerator, dit, [(x, cond)], 5)[0]
     cut = [(x[i : i + 4], cond[i : i + 4]) for i in (0, 4, 8)]
-    cut = td.noise_batches(accelerator, td.Process("flow"), cut, 99, 5)
+    cut = td.noise_batches(accelerator, dit, cut, 5)
     assert all(torch.equal(torch.cat(parts), full) for parts, full in zip(zip(*cut), one))
 
 
@@ -175,7 +167,7 @@ def test_the_run_directory(tmp_path, tiny):
         assert len(quarters) == 4 and np.mean(quarters) == pytest.approx(row["val/loss"])
     assert {"lr", "grad_norm", "epoch", "train/loss"} <= rows(out, "train/loss")[0].keys()
     model = td.load(out, made)
-    drawn = td.draw(model, model.class_names * 12, range(1337, 1373))
+    drawn = td.draw(model, model.prompts, range(1337, 1373))
     grid = read_grid(out / "samples/step_00000040.png", 8, 36)
     assert all((np.asarray(picture) == tile).all() for picture, tile in zip(drawn, grid))
 
@@ -196,46 +188,34 @@ def test_the_average_of_the_weights_is_that_of_diffusers():
     assert all(torch.allclose(p, a, atol=1e-6) for p, a in zip(layer.parameters(), theirs.shadow_params))
 
 
-def test_latents_are_the_autoencoders_and_mirrored_pictures_have_their_own(prepare, tmp_path, tiny):
+def test_latents_are_the_autoencoders_and_mirrored_pictures_have_their_own(
+    prepare, tmp_path, tiny, monkeypatch
+):
     torch.manual_seed(0)
     theirs = make_vae(4, scaling_factor=0.7, shift_factor=0.1).eval()
     theirs.save_pretrained(tmp_path / "vae")
     pixels, data, _ = prepare(flip=True, **ALL)
-    x, _ = td.collate(list(pixels["train"]), data["shape"])
+    x = td.collate(list(pixels["train"]))[0].view(-1, *data["shape"])
     assert len(x) == 240 and torch.equal(x[1::2], x[::2].flip(-1))
-    latents, data, _ = prepare(theirs, flip=True, vae="vae", **ALL)
-    z, _ = td.collate(list(latents["train"]), data["shape"])
+    latents, data, _ = prepare(flip=True, vae=str(tmp_path / "vae"), **ALL)
+    z = td.collate(list(latents["train"]))[0].view(-1, *data["shape"])
     assert data["shape"] == [4, 4, 4]
     with torch.no_grad():
         expected = (theirs.encode(x).latent_dist.mode() - 0.1) * 0.7
         decoded = theirs.decode(expected / 0.7 + 0.1).sample.clamp(-1, 1)
     assert torch.allclose(z, expected, atol=2e-3)
-    drawn = torch.tensor(np.stack(td.to_pictures(types.SimpleNamespace(vae=[theirs]), expected)))
+    monkeypatch.setattr(td, "sample", lambda *_: expected)
+    drawn = td.draw(types.SimpleNamespace(class_names=[], place=x), [""], [0])
+    drawn = torch.tensor(np.stack(drawn))
     assert (drawn - (decoded.permute(0, 2, 3, 1) + 1) * 127.5).abs().max() < 0.51
     within("train_diffusion.py", tiny, f"--vae={tmp_path / 'vae'}", "--max_steps=10")
     assert Image.open(tmp_path / "run/samples/step_00000010.png").size == (48, 48)
 
 
-def test_the_frechet_distance_at_the_end(tmp_path, tiny):
-    """By a small DINOv2: that of the trained model is far below that of the untrained one; two processes agree."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**shape, image_size=28)).save_pretrained(tmp_path / "dino")
-    how = [tiny, "--fd_samples=60", f"--fd_model={tmp_path / 'dino'}", "--test_fraction=0.5"]
-    how += ["--eval_interval=200", "--sample_steps=10"]
-    ways = {"untrained": (within, 0), "trained": (within, 200), "two": (forked, 0)}
-    for name, (way, steps) in ways.items():
-        way("train_diffusion.py", *how, f"--max_steps={steps}", f"--out_dir={tmp_path / name}")
-    untrained, trained, two = (rows(tmp_path / name)[-1]["test/frechet_distance"] for name in ways)
-    assert trained < 0.5 * untrained and two == pytest.approx(untrained, rel=1e-3)
-
-
 def test_killed_and_stopped_is_the_same_as_unbroken(tmp_path, tiny):
     """kill -9, then a Ctrl-C to the launcher and the trainer."""
     how, out = [tiny, "--max_steps=200", "--eval_interval=40", "--flip=True"], tmp_path / "run"
-    how += ["--micro_batch_size=4", "--objective=v", "--sampler=", "--num_workers=1"]
+    how += ["--micro_batch_size=4", "--num_workers=1"]
     within("train_diffusion.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
     how.append("--resume=True")
     process = start("train_diffusion.py", *how)

@@ -262,7 +262,7 @@ def lora(folder):
 
 def images(folder):
     how = f"train_diffusion.py configs/cifar10.py --dataset={cifar10 or 'glyphs'} --image_column=image"
-    how += f" --fd_samples=0 --max_steps={pick(2000, 12)} --eval_interval={pick(1000, 6)}"
+    how += f" --max_steps={pick(2000, 12)} --eval_interval={pick(1000, 6)}"
     train(folder / "CIFAR-10", how)
     # the loop of train_unconditional.py, its batches ready, at the shape of DDPM's model for CIFAR-10
     accelerator, scheduler, C = Accelerator(mixed_precision="bf16"), diffusers.DDPMScheduler(), pick(128, 32)
