@@ -201,7 +201,6 @@ class DiT(nn.Module):
         for layer in (*(block.modulation for block in self.blocks), self.modulation, self.patch_out):
             for weight in layer.parameters():
                 nn.init.zeros_(weight)
-        nn.init.normal_(self.classes.weight, std=0.02)
 
     def forward(self, x, t, cond):
         """x (B, channels, size, size), times t (B,) in 0..1, classes cond (B,) -> the velocity, like x, in fp32"""
@@ -274,8 +273,7 @@ def load_pictures():
         paths.setdefault(split, []).append(str(file))
     with named("dataset", dataset):
         if dataset == "glyphs":
-            kwargs = {"size": image_size}
-            found = {"train": datasets.Dataset.from_generator(draw_glyphs, gen_kwargs=kwargs)}
+            found = {"train": datasets.Dataset.from_generator(draw_glyphs, gen_kwargs={"size": image_size})}
         elif kind == "hub":
             name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
             found = datasets.load_dataset(name, config or None, revision=revision or None)
@@ -372,7 +370,8 @@ def prepare_data(to_latents):
 
 
 def collate(rows):
-    """-> x (B, channels * size * size), pixels in [-1, 1] or latents; cond (B,), numbers of classes or captions"""
+    """-> x (B, n), latents, or pixels in [-1, 1], of which grey ones need the first channel alone; cond (B,), numbers
+    of classes or captions"""
     x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16)
     return x.float().view(len(rows), -1), torch.tensor([row["cond"] for row in rows])
 
