@@ -151,7 +151,7 @@ def test_it_runs_on_any_device_without_graph_breaks():
 
 
 # The commonest edits of the model: old text, new text, ...
-BLOCK, TABLE, END = "self.o_proj =", "self.classes =", "nn.init.normal_(self.classes"
+BLOCK, TABLE, END = "self.o_proj =", "self.classes =", "self.modulation = nn.Linear(C, 2 * C)"
 EDITS = {
     "biases": ["n_embd, n_embd, bias=False", "n_embd, n_embd, bias=True"],
     "gates": ["(n_embd, 4 * n_embd", "(n_embd, 8 * n_embd", "F.relu(self", "F.glu(self"],
