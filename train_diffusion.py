@@ -858,7 +858,8 @@ def load_vae(vae):
     from diffusers import AutoencoderKL
 
     with named("vae", vae):
-        return AutoencoderKL.from_pretrained(os.path.expanduser(vae)).float().eval()
+        autoencoder = AutoencoderKL.from_pretrained(os.path.expanduser(vae))
+        return autoencoder.float().eval().to(PartialState().device)
 
 
 @torch.no_grad()
@@ -866,7 +867,7 @@ def encode(x, autoencoder=None):
     """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1, of vae or any autoencoder"""
     if not (autoencoder or vae):
         return x
-    autoencoder = autoencoder or load_vae(vae).to(PartialState().device)
+    autoencoder = autoencoder or load_vae(vae)
     config, x = autoencoder.config, x.to(autoencoder.device)
     encoded = autoencoder.encode(x[:, :, None] if "z_dim" in config else x)  # a frame, for a video's
     z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
