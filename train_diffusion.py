@@ -142,6 +142,8 @@ def check_settings():
 
 
 def norm(x):
+    if x.device.type == "cpu":  # torch's takes up to twice as long
+        return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
@@ -162,7 +164,7 @@ class Block(nn.Module):
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, C): every token attends to all
         q, k, v = (y.unflatten(2, (n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
         q, k = norm(q), norm(k)  # this bounds the attention logits
-        if x.device.type == "cpu" and v.dtype == torch.bfloat16:  # torch's kernel is three times as slow
+        if x.device.type == "cpu" and x.size(1) <= 512:  # torch's takes up to three times as long
             y = (q / math.sqrt(q.size(-1)) @ k.mT).softmax(dim=-1, dtype=v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -323,7 +325,7 @@ def read_picture(source):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size))
         return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # of many kinds
+    except Exception as error:
         return log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
 
 
@@ -369,11 +371,11 @@ def prepare_data(to_latents):
     return splits, data, list(names.values())
 
 
-def collate(rows):
-    """-> x (B, n), latents, or pixels in [-1, 1], of which grey ones need the first channel alone; cond (B,), numbers
-    of classes or captions"""
-    x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16)
-    return x.float().view(len(rows), -1), torch.tensor([row["cond"] for row in rows])
+def collate(rows, shape):
+    """-> x (B, *shape), latents, or pixels in [-1, 1]; cond (B,), numbers of classes or captions"""
+    x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16).float()
+    x = x.view(len(rows), -1)[:, : math.prod(shape)].view(-1, *shape)  # grey ones lose two channels
+    return x, torch.tensor([row["cond"] for row in rows])
 
 
 def batch_rows(n_rows, first_step, last_step, micro, world, rank):
@@ -396,7 +398,7 @@ def noise_batches(accelerator, model, micro_batches, step):
     dropped = torch.rand(batch_size, generator=rng, device=rng.device) < label_dropout
     mine = [v.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK] for v in (noise, times, dropped)]
     for (x0, cond), eps, t, drop in zip(micro_batches, *mine):
-        x_t, target = model.add_noise(x0.to(rng.device)[:, : eps[0].numel()].view_as(eps), eps, t)
+        x_t, target = model.add_noise(x0.to(rng.device), eps, t)
         noisy.append((x_t, t, cond.to(rng.device).masked_fill(drop, model.none), target))
     return noisy
 
@@ -473,7 +475,7 @@ class EMA:
         self.averages = [w.clone() for w in self.weights] if ema_decay else []
 
     def update(self, step):
-        decay = min(ema_decay, (1 + step) / (10 + step))  # soon forgets how the run began
+        decay = min(ema_decay, (1 + step) / (10 + step))  # soon forgets the beginning
         torch._foreach_lerp_(self.averages, self.weights[: len(self.averages)], 1 - decay)
 
     def swap(self):
@@ -620,19 +622,19 @@ def start_accelerator():
 
 @torch.no_grad()
 def evaluate(accelerator, model, split, rows, micro, batches):
-    """-> the loss of a split, in all and by quarter of the times; a picture has its own noise and times. Processes share
-    `batches` (0: all), spread evenly, in as many forward passes each."""
+    """-> the loss of a split, in all and by quarter of the times; each picture has its own noise. batches: how
+    many, spread evenly; 0: all"""
     n, device, losses = min(len(rows), batches * batch_size or len(rows)), accelerator.device, np.zeros(4)
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
     module = accelerator.unwrap_model(model).eval()
     for i in range(0, math.ceil(n / WORLD), micro):
         numbers = mine[i : i + micro].tolist() or [0]
-        x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers)))
+        x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers), module.shape))
         noise = noise_of(numbers, module.shape).to(device)
         within = torch.tensor(numbers, device=device) * 0.618034 % 1  # fills a quarter evenly
         for quarter in range(4):
             t = (quarter + within) / 4
-            x_t, target = module.add_noise(x0[:, : noise[0].numel()].view_as(noise), noise, t)
+            x_t, target = module.add_noise(x0, noise, t)
             with accelerator.autocast():
                 loss = F.mse_loss(model(x_t, t, cond), target)
             losses[quarter] += float(loss) * len(mine[i : i + micro])  # 0 where only others need a pass
@@ -736,7 +738,8 @@ def main():
 
     catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
     order = batch_rows(len(splits["train"]), step, total_steps, micro, WORLD, RANK)
-    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=collate, num_workers=num_workers)
+    read = functools.partial(collate, shape=module.shape)
+    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=read, num_workers=num_workers)
     batches, start = iter(loader), time.monotonic() - progress["seconds"]
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     since, step_since, skipped = time.monotonic(), step, 0
@@ -846,7 +849,7 @@ def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", l
 
 
 def make_grid(pictures):
-    """PIL images of one size -> one image of them all, in rows of ceil(sqrt(n))"""
+    """PIL images of one size -> one image of all, in rows of ceil(sqrt(n))"""
     pixels, columns = [np.asarray(picture) for picture in pictures], math.ceil(math.sqrt(len(pictures)))
     pixels += [np.zeros_like(pixels[0])] * (-len(pixels) % columns)
     return Image.fromarray(np.vstack([np.hstack(row) for row in zip(*[iter(pixels)] * columns)]))
@@ -945,7 +948,7 @@ class Pipeline(nn.Module):
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
         pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
-        # it is in fp32, but several pipelines hand it latents in the precision of the denoiser
+        # in fp32, though several pipelines hand it latents in the denoiser's precision
         decode = pipe.vae.to(device).decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
@@ -974,7 +977,7 @@ class Pipeline(nn.Module):
         t, config = DiT.draw_times(self, n, rng), self.still.config
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         t = shift * t / (1 + (shift - 1) * t)  # later for many pixels
-        return (1000 * t).to(self.dtype).float() / 1000  # rounded as a pipeline in bf16 rounds it
+        return (1000 * t).to(self.dtype).float() / 1000  # as a pipeline in bf16 rounds it
 
     def add_noise(self, x0, noise, t):
         """As DiT's, or x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, of which eps is predicted (Ho et al. 2020,
@@ -1057,15 +1060,12 @@ class Pipeline(nn.Module):
 
     def drawing_kwargs(self, steps, scale, negative=""):
         kwargs = {"num_inference_steps": steps or -1, "guidance_scale": scale, "negative_prompt": negative}
-        if getattr(self.keywords.get("true_cfg_scale"), "default", 0) > 1:
-            kwargs |= {
-                "true_cfg_scale": scale,
-                "negative_prompt": negative or " ",
-            }  # or Qwen-Image won't guide
+        if getattr(self.keywords.get("true_cfg_scale"), "default", 0) > 1:  # Qwen-Image, which needs both
+            kwargs |= {"true_cfg_scale": scale, "negative_prompt": negative or " "}
         return {name: value for name, value in kwargs.items() if value not in ("", -1)}
 
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
-        """-> a PIL image for each prompt and seed, one a call: none depends on the others"""
+        """-> a PIL image for each prompt and seed, one a call"""
         if adapter:
             self.denoiser.set_adapters("default", lora_scale)
         kwargs, pictures = self.drawing_kwargs(steps, scale, negative_prompt), []
@@ -1132,8 +1132,8 @@ def save_pipeline(model, weights):
     Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
     if model.name == "unet":  # for ComfyUI and the like
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+        # where diffusers writes the rank
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
-        # where diffusers has the rank
         write_file("kohya_lora.safetensors", safetensors.torch.save(kohya | alphas))
 
 

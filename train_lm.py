@@ -139,8 +139,8 @@ def check_settings():
 
 def norm(x):
     """Divide each vector by its root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # torch's kernel is almost twice as slow
-        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+    if x.device.type == "cpu":  # the same, written out: torch's takes up to twice as long there
+        return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
@@ -152,14 +152,15 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, dropout):
     """Causal attention: q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> softmax(q k^T / sqrt(D)) v, as q"""
-    T, gqa = q.size(2), k.size(1) < q.size(1)
-    if q.device.type == "cpu" and v.dtype == torch.bfloat16 and 1 < T <= 512:
-        # the same, written out: torch's kernel in bf16 on CPUs takes four times as long on short texts
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
-        scores = scores + torch.full((T, T), -1e9, dtype=v.dtype).triu(1)  # nothing of later tokens
-        return F.dropout(scores.softmax(dim=-1, dtype=v.dtype), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=gqa)
+    (B, H, T, D), K = q.shape, k.size(1)
+    grouped = q.reshape(B, K, -1, D)  # heads that share keys and values are one with more queries
+    if T == 1:  # the last token attends to all
+        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
+    if q.device.type == "cpu" and T <= 512:  # torch's kernel takes up to four times as long on short texts
+        later = torch.full((T, T), -1e9, dtype=q.dtype).triu(1).repeat(H // K, 1)
+        weights = (grouped / math.sqrt(D) @ k.mT + later).softmax(dim=-1, dtype=v.dtype)
+        return (F.dropout(weights, dropout) @ v).view_as(q)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=K < H)
 
 
 class Attention(nn.Module):
@@ -174,9 +175,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape  # D: head_dim
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)  # (B, heads, T, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm bounds the attention logits
         if cache is not None:  # {layer: keys and values of all tokens so far}
             if self in cache:
@@ -219,8 +219,7 @@ class GPT(nn.Module):
         self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         D = config.hidden_size // config.num_attention_heads  # the size of a head
-        frequency = 1.0 / 10000.0 ** (torch.arange(0, D, 2).float() / D)
-        angle = torch.outer(torch.arange(self.context).float(), frequency)  # (block_size, D / 2)
+        angle = torch.outer(torch.arange(self.context), 1 / 10000 ** (torch.arange(0, D, 2) / D))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         # matrices in the blocks are initialised here, all else by its torch module
@@ -689,7 +688,6 @@ def main():
     if accelerator.is_fsdp2:
         model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
 
-    # the state of the run
     fixed = {name: globals()[name] for name in FIXED.split()} | {"rows": len(splits["train"])}
     progress = {"step": 0, "best": math.inf, "waited": 0, "seconds": 0.0, "metrics_bytes": 0, "fixed": fixed}
     if broadcast_object_list([resume and Path(out_dir, "checkpoint.pt").exists()])[0]:
@@ -792,7 +790,7 @@ def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     """Yield the next token, (n,), of n continuations of `prompt`, a list of ids, until each has had an `eos`.
     temperature 0: the likeliest token. Text that outgrows the model's context goes on from its last half."""
     idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)
-    rng, cache, ended = torch.Generator(idx.device).manual_seed(seed), {}, torch.zeros_like(idx[:, 0])
+    rng, cache, ended = torch.Generator().manual_seed(seed), {}, torch.zeros_like(idx[:, 0])
     for _ in range(max_new_tokens):
         if idx.size(1) > model.context:
             idx, cache = idx[:, -max(1, model.context // 2) :], {}
@@ -802,7 +800,9 @@ def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1
             logits = logits / temperature
             logits = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
             logits = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
-            token = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
+            total = logits.softmax(dim=-1).cpu().cumsum(dim=-1)  # torch.multinomial is slow on CPUs
+            random = 1 - torch.rand(n, 1, generator=rng)  # in (0, 1], on any device the same
+            token = torch.searchsorted(total, total[:, -1:] * random)[:, 0].to(idx.device)
         yield token
         ended |= sum(token == end for end in eos)
         if ended.all():

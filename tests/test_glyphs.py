@@ -18,11 +18,9 @@ import train_diffusion as td
 def train_reader():
     """-> a classifier that has learned from the default data and reads what it has not seen of it"""
     splits, _, _ = td.prepare_data(td.encode)
-    (x, y), unseen = (td.collate(list(splits[name])) for name in ("train", "test"))
+    (x, y), unseen = (td.collate(list(splits[name]), (3, 16, 16)) for name in ("train", "test"))
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Unflatten(1, (3, 16, 16)), nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
     net.extend([nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()])
     net.extend([nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 36)])
     optimizer, n = torch.optim.AdamW(net.parameters()), 300

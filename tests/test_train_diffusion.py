@@ -40,7 +40,7 @@ def everything(splits, data):
     """All pictures in an order of their own: [(bytes of the pixels, class)]"""
     pairs = []
     for split in splits.values():
-        x, cond = td.collate(list(split))
+        x, cond = td.collate(list(split), data["shape"])
         pixels = ((x + 1) * 127.5).round().byte().numpy()
         pairs += [(p.tobytes(), int(c)) for p, c in zip(pixels, cond)]
     return sorted(pairs)
@@ -195,10 +195,10 @@ def test_latents_are_the_autoencoders_and_mirrored_pictures_have_their_own(
     theirs = make_vae(4, scaling_factor=0.7, shift_factor=0.1).eval()
     theirs.save_pretrained(tmp_path / "vae")
     pixels, data, _ = prepare(flip=True, **ALL)
-    x = td.collate(list(pixels["train"]))[0].view(-1, *data["shape"])
+    x = td.collate(list(pixels["train"]), data["shape"])[0]
     assert len(x) == 240 and torch.equal(x[1::2], x[::2].flip(-1))
     latents, data, _ = prepare(flip=True, vae=str(tmp_path / "vae"), **ALL)
-    z = td.collate(list(latents["train"]))[0].view(-1, *data["shape"])
+    z = td.collate(list(latents["train"]), data["shape"])[0]
     assert data["shape"] == [4, 4, 4]
     with torch.no_grad():
         expected = (theirs.encode(x).latent_dist.mode() - 0.1) * 0.7
