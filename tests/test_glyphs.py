@@ -45,7 +45,7 @@ def read_run(out):
     drawn = td.draw(model, model.class_names * 3, range(108))
     vars(td).update(before)
     x = torch.from_numpy(np.stack([picture.convert("RGB") for picture in drawn]))
-    x = x.permute(0, 3, 1, 2).flatten(1) / 127.5 - 1
+    x = x.permute(0, 3, 1, 2) / 127.5 - 1
     return accuracy(net, x, torch.arange(108) % 36)
 
 
