@@ -155,7 +155,7 @@ def attend(q, k, v, dropout):
     (B, H, T, D), K = q.shape, k.size(1)
     grouped = q.reshape(B, K, -1, D)  # heads that share keys and values are one with more queries
     if T == 1:  # the last token attends to all
-        return F.scaled_dot_product_attention(grouped, k, v).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).view_as(q)
     if q.device.type == "cpu" and T <= 512:  # torch's kernel takes up to four times as long on short texts
         later = torch.full((T, T), -1e9, dtype=q.dtype).triu(1).repeat(H // K, 1)
         weights = (grouped / math.sqrt(D) @ k.mT + later).softmax(dim=-1, dtype=v.dtype)
