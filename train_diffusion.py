@@ -734,7 +734,7 @@ def main():
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
         accelerator.log(values, step=step)
-        log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
     catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
     order = batch_rows(len(splits["train"]), step, total_steps, micro, WORLD, RANK)
