@@ -142,6 +142,7 @@ def check_settings():
 
 
 def norm(x):
+    """Divide each vector by its root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     if x.device.type == "cpu":  # torch's takes up to twice as long
         return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -224,8 +225,8 @@ class DiT(nn.Module):
         return torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
 
     def add_noise(self, x0, noise, t):
-        """Flow matching (Liu et al. 2022, arXiv:2209.03003): with the time t a picture moves on a straight line, and with
-        one velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, velocity, which the model is to predict."""
+        """Flow matching (Liu et al. 2022, arXiv:2209.03003): a picture moves on a straight line, at one
+        velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, and the velocity, which is to be predicted."""
         t = t.view(-1, *[1] * (x0.ndim - 1))
         return (1 - t) * x0 + t * noise, noise - x0
 
@@ -867,7 +868,7 @@ def load_vae(vae):
 
 @torch.no_grad()
 def encode(x, autoencoder=None):
-    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1, of vae or any autoencoder"""
+    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1, of vae or another"""
     if not (autoencoder or vae):
         return x
     autoencoder = autoencoder or load_vae(vae)
@@ -895,7 +896,7 @@ def draw_glyphs(size):
 # ---- Fine-tuning: only with init_from ----
 # A pipeline's own call is the forward function of its model: run for one step with a scheduler that stands
 # still, what it hands to the scheduler is the model's output. Signs, units of time, packing, positions and
-# whatever else a family of models does its own way are the pipeline's business.
+# all else that a family does its own way are the pipeline's business.
 
 
 class StillScheduler:
@@ -918,7 +919,7 @@ class StillScheduler:
 
 
 def join(parts):
-    """What encode_prompt returns for one caption each -> what it returns for all of them at once."""
+    """What encode_prompt returns for each caption alone -> for all at once."""
     if isinstance(parts[0], tuple):
         return tuple(map(join, zip(*parts)))
     if isinstance(parts[0], list):
@@ -1013,8 +1014,8 @@ class Pipeline(nn.Module):
         return join(parts)
 
     def prepare(self, captions, shape):
-        """Encode captions and prompts once: then the text encoders leave the memory. The last caption, "", is that
-        of a dropped one."""
+        """Encode captions and prompts once: then the text encoders leave the memory. The last caption, "", stands
+        for dropped ones."""
         if not adapter and not Path(out_dir, "model_index.json").exists():
             self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
         Path(out_dir, "captions").mkdir(exist_ok=True)
@@ -1077,7 +1078,7 @@ class Pipeline(nn.Module):
 
 def load_pipeline(precision, device, folder="", base=""):
     """-> init_from, ready to train, in fp32, or under an adapter in the precision of training; or the run in `folder`,
-    ready to draw. LoRA (Hu et al. 2021, arXiv:2106.09685) adds to matrices products of two small ones."""
+    ready to draw. LoRA: Hu et al. 2021, arXiv:2106.09685"""
     import diffusers
     import peft
 

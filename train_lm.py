@@ -139,7 +139,7 @@ def check_settings():
 
 def norm(x):
     """Divide each vector by its root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    if x.device.type == "cpu":  # the same, written out: torch's takes up to twice as long there
+    if x.device.type == "cpu":  # torch's takes up to twice as long
         return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 

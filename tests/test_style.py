@@ -65,7 +65,7 @@ def test_what_both_trainers_do_alike_stands_in_both_in_the_same_words():
         return {node.name: ast.unparse(node) for node in body if hasattr(node, "name")}
 
     lm, diffusion = definitions("train_lm.py"), definitions("train_diffusion.py")
-    twins = "Muon lr_at gather open_run_dir catch_signals finish start_accelerator"
+    twins = "norm Muon lr_at gather open_run_dir catch_signals finish start_accelerator"
     for name in twins.split():
         assert lm[name] == diffusion[name], name
     assert len(lm.keys() & diffusion.keys()) > 20
