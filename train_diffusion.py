@@ -62,17 +62,17 @@ caption_column = "text"  # with the captions for init_from, in a folder .txt fil
 caption = ""  # or one for all pictures
 val_fraction = 0.05  # of the data, where it has no validation split of its own; 0: no validation
 test_fraction = 0.05  # likewise, for the test split, which is evaluated once, at the end
-image_size = 16  # pixels, in height and width; pictures are scaled and cropped to it
-flip = False  # learn every picture mirrored as well
+image_size = 16  # pixels, in height and width; pictures are scaled and cropped
+flip = False  # learn every picture mirrored too
 num_workers = 0  # DataLoader processes: 2 or more where a GPU would wait for data
 # model; with init_from, all of it is the pipeline's
 init_from = "scratch"  # or a text-to-image pipeline of diffusers to go on from: hub name or folder
 adapter = ""  # "lora": train a few new weights instead of those of init_from
 vae = ""  # train in the latents of this AutoencoderKL (hub name or folder); "": in pixels
-patch_size = 2  # height and width of a token in pixels or latents: fewer is better and slower
+patch_size = 2  # side of a token in pixels or latents: smaller is better and slower
 n_layer = 6  # transformer blocks
 n_head = 2  # attention heads; size 64 is fastest
-n_embd = 128  # width, a multiple of n_head
+n_embd = 128  # width, a multiple of 4 and n_head
 # adapter
 lora_rank = 16  # of the product added to a frozen matrix
 lora_alpha = 16.0  # the product is scaled by lora_alpha / lora_rank
@@ -127,7 +127,7 @@ def check_settings():
         f"{adapter=}: lora, with --init_from=, or empty": adapter not in (("",) if scratch else ("", "lora")),
         f"{vae=}: the latents of init_from are the pipeline's": vae and not scratch,
         f"{image_size=} must be a multiple of {patch_size=}": scratch and image_size % patch_size,
-        f"{n_embd=} must be a multiple of {n_head=}": n_embd % n_head,
+        f"{n_embd=} must be a multiple of 4 and {n_head=}": n_embd % 4 or n_embd % n_head,
         f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
         f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
         f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
@@ -146,6 +146,12 @@ def norm(x):
     if x.device.type == "cpu":  # torch's takes up to twice as long
         return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def waves(x, lowest, n):
+    """x (...) -> cosines and sines at n frequencies (..., 2 n) (Vaswani et al. 2017, arXiv:1706.03762)"""
+    angle = x[..., None] * lowest ** (torch.arange(n, device=x.device) / n)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 class Block(nn.Module):
@@ -181,7 +187,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """A diffusion transformer for pictures, or latents, of shape (channels, size, size); it knows its classes."""
+    """For pictures, or latents, of shape (channels, size, size); it knows its classes."""
 
     _no_split_modules = ("Block",)  # for FSDP2
 
@@ -191,13 +197,13 @@ class DiT(nn.Module):
         self.shape, self.class_names, self.none = shape, classes, len(classes)  # none: of no class
         self.prompts = [classes[i * len(classes) // 36] for i in range(36)] if classes else [""] * 36
         self.patch_in = nn.Linear(channels * patch_size**2, C)
-        self.place = nn.Parameter(0.5 * torch.randn((size // patch_size) ** 2, C))  # where a token is
+        row = 2 * torch.arange(size // patch_size)  # 0.1 to 2 radians a token
+        self.place = nn.Parameter(waves(torch.cartesian_prod(row, row), 0.05, C // 4).flatten(1))  # (T, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.classes = nn.Embedding(len(classes) + 1, C)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.modulation = nn.Linear(C, 2 * C)
         self.patch_out = nn.Linear(C, channels * patch_size**2)
-        self.register_buffer("time_frequency", 1e-4 ** (torch.arange(128) / 128), persistent=False)
         for weight in self.blocks.parameters():
             if weight.ndim == 2:
                 nn.init.xavier_uniform_(weight)
@@ -209,8 +215,7 @@ class DiT(nn.Module):
         """x (B, channels, size, size), times t (B,) in 0..1, classes cond (B,) -> the velocity, like x, in fp32"""
         patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, H / p, W / p)
         x = self.patch_in(patches.flatten(2).mT) + self.place  # (B, T, C)
-        wave = 1000 * t[:, None] * self.time_frequency  # (B, 128)
-        c = F.silu(self.time(torch.cat((wave.cos(), wave.sin()), dim=-1)) + self.classes(cond))  # (B, C)
+        c = F.silu(self.time(waves(1000 * t, 1e-4, 128)) + self.classes(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
@@ -221,12 +226,12 @@ class DiT(nn.Module):
         return F.pixel_shuffle(x.mT.reshape(patches.shape), patch_size)
 
     def draw_times(self, n, rng):
-        """-> random times (n,) to train on, few of them near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
+        """-> random times (n,) to train on, few near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
         return torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
 
     def add_noise(self, x0, noise, t):
         """Flow matching (Liu et al. 2022, arXiv:2209.03003): a picture moves on a straight line, at one
-        velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, and the velocity, which is to be predicted."""
+        velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, and the velocity, to be predicted."""
         t = t.view(-1, *[1] * (x0.ndim - 1))
         return (1 - t) * x0 + t * noise, noise - x0
 
@@ -322,7 +327,7 @@ def read_picture(source):
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note which side is up
-        image = image.convert("RGBA")  # what is behind a transparent pixel may be any colour
+        image = image.convert("RGBA")  # behind a transparent pixel may be any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size))
         return np.asarray(image).transpose(2, 0, 1)
@@ -469,7 +474,7 @@ def lr_at(step, total_steps):
 
 
 class EMA:
-    """An average of the weights over time, which is measured and saved, as it draws much better."""
+    """An average of the weights over time, which is measured and saved: it draws much better."""
 
     def __init__(self, module):
         self.weights = [p.detach() for p in module.parameters() if p.requires_grad]
@@ -678,7 +683,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
 def make_model(accelerator):
     """-> (model, {split: rows}, what run.json says of them)"""
     model, to_latents = None, encode
-    if init_from != "scratch":  # first, so that a wrong name costs no reading of pictures
+    if init_from != "scratch":  # first: a wrong name costs no reading of pictures
         model = load_pipeline(accelerator.mixed_precision, accelerator.device)
         to_latents = model.encode
     with accelerator.local_main_process_first():  # the others read what the first one has cached
@@ -840,7 +845,7 @@ def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", l
     guidance = 1.0 if len(names) == 1 or not label_dropout else guidance if guidance >= 0 else 2.0
     cond = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
     x = sample(model, cond, seeds, steps or 25, guidance)
-    if vae:  # in fp32, and one by one, which takes less memory
+    if vae:  # in fp32; one by one takes less memory
         autoencoder = load_vae(vae).to(x.device)
         x = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
         with torch.autocast(x.device.type, enabled=False):
@@ -850,7 +855,7 @@ def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", l
 
 
 def make_grid(pictures):
-    """PIL images of one size -> one image of all, in rows of ceil(sqrt(n))"""
+    """PIL images of one size -> one image of all, in ceil(sqrt(n)) columns"""
     pixels, columns = [np.asarray(picture) for picture in pictures], math.ceil(math.sqrt(len(pictures)))
     pixels += [np.zeros_like(pixels[0])] * (-len(pixels) % columns)
     return Image.fromarray(np.vstack([np.hstack(row) for row in zip(*[iter(pixels)] * columns)]))
@@ -868,7 +873,7 @@ def load_vae(vae):
 
 @torch.no_grad()
 def encode(x, autoencoder=None):
-    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1, of vae or another"""
+    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1"""
     if not (autoencoder or vae):
         return x
     autoencoder = autoencoder or load_vae(vae)
@@ -882,7 +887,7 @@ def encode(x, autoencoder=None):
 
 
 def draw_glyphs(size):
-    """Yield 256 pictures of every character, white on black, at a random size, boldness, place and angle."""
+    """Yield 256 pictures of every character, white on black, each a little different."""
     rng, big = np.random.default_rng(0), 4 * size  # reduced at the end: smooth edges
     for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
         image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
@@ -900,7 +905,7 @@ def draw_glyphs(size):
 
 
 class StillScheduler:
-    """One step, with a time for each picture; StopIteration carries the model's output out of the pipeline's call."""
+    """One step, a time for each picture; StopIteration carries the model's output out of the pipeline's call."""
 
     order, init_noise_sigma = 1, 1.0
 
@@ -949,7 +954,7 @@ class Pipeline(nn.Module):
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
         pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
-        # in fp32, though several pipelines hand it latents in the denoiser's precision
+        # in fp32: some pipelines hand it latents in the denoiser's precision
         decode = pipe.vae.to(device).decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
@@ -1014,8 +1019,8 @@ class Pipeline(nn.Module):
         return join(parts)
 
     def prepare(self, captions, shape):
-        """Encode captions and prompts once: then the text encoders leave the memory. The last caption, "", stands
-        for dropped ones."""
+        """Encode captions and prompts once; then the text encoders leave memory. The last caption, "", is that
+        of dropped ones."""
         if not adapter and not Path(out_dir, "model_index.json").exists():
             self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
         Path(out_dir, "captions").mkdir(exist_ok=True)
@@ -1047,7 +1052,7 @@ class Pipeline(nn.Module):
         alone = self(z, t, cond)
         hook.remove()
         if len(calls) != 2:
-            raise ValueError(f"its model is called {len(calls) / 2:g} times a step, but 1 can be trained")
+            raise ValueError(f"its model is called {len(calls) / 2:g} times a step, not once")
         alone.square().mean().backward()
         for weight in self.parameters():
             weight.requires_grad_(weight.grad is not None)

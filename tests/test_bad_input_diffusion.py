@@ -13,7 +13,7 @@ from PIL import Image
 
 SD = "--init_from={data}/sd --image_size=16"
 REFUSED = [
-    ("--n_embd=100 --n_head=3", "must be a multiple of n_head=3"),
+    ("--n_embd=100 --n_head=3", "must be a multiple of 4 and n_head=3"),
     ("--image_size=15", "must be a multiple of patch_size=2"),
     ("--lr_schedule=linear", "wsd, cosine or constant"),
     ("--batch_size=64 --micro_batch_size=5", "batch_size=64 is no multiple of 5 pictures x 1 processes"),
