@@ -155,7 +155,7 @@ def waves(x, lowest, n):
 
 
 class Block(nn.Module):
-    """Attention and an MLP; time and class scale, shift and gate both (adaLN-Zero: the gates are 0 at first)."""
+    """Attention and an MLP; time and class scale, shift and gate both (adaLN-Zero: gates are 0 at first)."""
 
     def __init__(self):
         super().__init__()
@@ -336,7 +336,7 @@ def read_picture(source):
 
 
 def encode_pictures(batch, column, ids, to_latents):
-    """Files -> bytes of pixels or latents in fp16, with flip mirrored as well; numbers of classes or captions"""
+    """Files -> bytes of pixels or latents in fp16, with flip mirrored too; numbers of classes or captions"""
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(read_picture, batch[image_column]))
     values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "grey": []}
@@ -474,7 +474,7 @@ def lr_at(step, total_steps):
 
 
 class EMA:
-    """An average of the weights over time, which is measured and saved: it draws much better."""
+    """An average of the weights over time, measured and saved, as it draws much better."""
 
     def __init__(self, module):
         self.weights = [p.detach() for p in module.parameters() if p.requires_grad]
@@ -905,7 +905,7 @@ def draw_glyphs(size):
 
 
 class StillScheduler:
-    """One step, a time for each picture; StopIteration carries the model's output out of the pipeline's call."""
+    """One step, a time for each picture; StopIteration carries the model's output out of the call."""
 
     order, init_noise_sigma = 1, 1.0
 
@@ -1136,7 +1136,7 @@ def save_pipeline(model, weights):
     kwargs = {f"{model.name}_lora_layers": weights, f"{model.name}_lora_adapter_metadata": config}
     model.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
     Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
-    if model.name == "unet":  # for ComfyUI and the like
+    if model.name == "unet":  # for ComfyUI
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
         # where diffusers writes the rank
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
