@@ -106,7 +106,7 @@ mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", 
 compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
 gradient_checkpointing = False  # less memory, but slower: activations are computed twice
 deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8
-detect_anomaly = False  # stop at the first NaN in a gradient and show where it came from; slow
+detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
 # What a resume may not change; a setting of yours that shapes the model belongs here.
@@ -324,23 +324,24 @@ def cut_texts(batch):
     return {"text": list(itertools.chain(*pieces)), "last_piece": last}
 
 
-def load_tokenizer(splits, columns):
+def learn_tokens(rows, n_tokens):
+    """Yield a tokenizer of bytes and frequent pairs, as JSON, which `datasets` keeps."""
+    core, texts = ByteLevelBPETokenizer(), (" ".join(map(str, row.values())) for row in rows)
+    core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
+    yield {"json": core.to_str()}
+
+
+def load_tokenizer(splits):
     """-> a fast tokenizer of transformers; "bpe:N" learns from train, "char" has the characters of all splits"""
-
-    def texts(rows):
-        return (" ".join(map(str, row.values())) for row in rows.select_columns(columns))
-
     name = os.path.expanduser(tokenizer or ("bpe:1024" if init_from == "scratch" else init_from))
     name = out_dir if resume and Path(out_dir, "tokenizer.json").exists() else name
     if name == "char":
-        characters = sorted(set().union(*itertools.chain(*map(texts, splits.values()))))
-        core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}))
+        texts = (str(x) for rows in splits.values() for row in rows for x in row.values())
+        core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set().union(*texts)))}))
         core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     elif learned := re.fullmatch(r"bytes|bpe:(\d+)", name):
-        size, corpus = int(learned[1] or 257), texts(splits["train"]) if learned[1] else []
-        core = ByteLevelBPETokenizer()
-        core.train_from_iterator(corpus, size, min_frequency=0, special_tokens=[END], show_progress=False)
-        core = core._tokenizer
+        kwargs = {"rows": splits["train"] if learned[1] else (), "n_tokens": int(learned[1] or 257)}
+        core = Tokenizer.from_str(datasets.Dataset.from_generator(learn_tokens, gen_kwargs=kwargs)[0]["json"])
     else:
         with named("tokenizer", name):
             return transformers.AutoTokenizer.from_pretrained(name)
@@ -349,9 +350,8 @@ def load_tokenizer(splits, columns):
 
 
 def encode_texts(batch, tok, columns):
-    """Documents -> rows of block_size + 1 token ids, each begins with the last of the one before. A document ends with
-    end-of-text and what the tokenizer puts before the next one."""
-    core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]
+    """Documents -> rows of block_size + 1 token ids, each begins with the last of the one before"""
+    core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]  # and <bos>
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
     encoded = core.encode_batch_fast([text or "" for text in batch[columns[0]]], add_special_tokens=False)
     last = batch.get("last_piece", [True] * len(encoded))
@@ -364,7 +364,7 @@ def prepare_data():
     """-> (tokenizer, {split: rows of token ids}). Splits that the data does not have are cut from the end of train."""
     splits = load_documents()
     columns = choose_columns(splits["train"].features)
-    tok = load_tokenizer(splits, columns)
+    tok = load_tokenizer(splits.select_columns(columns))
     encode = encode_texts if columns == [text_column] else encode_answers
     kwargs = {"remove_columns": splits["train"].column_names, "fn_kwargs": {"tok": tok, "columns": columns}}
     with named("dataset", dataset):
@@ -636,7 +636,7 @@ def evaluate_and_save(accelerator, model, tok, splits, micro, progress, report):
             save_weights(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    model.eval()  # all processes generate, as FSDP2 needs it; compiled, each new length would take a minute
+    model.eval()  # all processes, for FSDP2; compiled, each new length would take a minute
     n = int((rows[0]["labels"] != -100).int().argmax()) if "labels" in rows[0] else 16  # up to an answer
     prompt = rows[0]["ids"][:n].tolist()
     with torch.compiler.set_stance("force_eager"):
@@ -671,7 +671,7 @@ def main():
         fail(f"{batch_size=} is no multiple of {micro} rows x {WORLD} processes")
     open_run_dir()
 
-    # first, so that a wrong name costs no tokenizing
+    # first: a wrong name costs no tokenizing
     model = load_pretrained(accelerator.mixed_precision) if init_from != "scratch" else None
     with accelerator.local_main_process_first():  # the others read what the first one has cached
         tok, splits = prepare_data()
@@ -711,14 +711,14 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    catch_signals()  # before the workers of the DataLoader, which a Ctrl-C must not end either
+    catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
     order = batch_rows(splits["train"]["length"][:].numpy(), step, total_steps, micro, WORLD, RANK)
     loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=collate, num_workers=num_workers)
     batches, start = iter(loader), time.monotonic() - progress["seconds"]
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     since, tokens_since, skipped = time.monotonic(), 0, 0
     while True:
-        # save, stop, evaluate, in this order: a run that goes on from here evaluates again
+        # in this order, so that a run that goes on from here evaluates again
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
@@ -732,7 +732,7 @@ def main():
         if stop or done or 0 < patience <= progress["waited"]:
             break
 
-        # one optimizer step by the mean loss over all tokens of the global batch
+        # one step by the mean loss over all tokens of the global batch
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * lr_at(step, total_steps)
             if "momentum" in group:  # of muon: shorter while gradients turn quickly
@@ -753,7 +753,7 @@ def main():
         loss = float(accelerator.reduce(loss, "sum"))
         finite = math.isfinite(loss + grad_norm)  # in one process as in all
         for optimizer in prepared:
-            if finite or accelerator.scaler:  # the scaler of fp16 skips the step itself, and lowers its scale
+            if finite or accelerator.scaler:  # fp16's scaler skips it itself, and lowers its scale
                 optimizer.step()
             optimizer.zero_grad()
         progress["step"] = step = step + 1
