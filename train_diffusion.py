@@ -686,7 +686,7 @@ def make_model(accelerator):
     if init_from != "scratch":  # first: a wrong name costs no reading of pictures
         model = load_pipeline(accelerator.mixed_precision, accelerator.device)
         to_latents = model.encode
-    with accelerator.local_main_process_first():  # the others read what the first one has cached
+    with accelerator.local_main_process_first():  # the others read what the first has cached
         splits, data, names = prepare_data(to_latents)
         if MAIN and overwrite:
             shutil.rmtree(out_dir)

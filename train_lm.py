@@ -351,7 +351,7 @@ def load_tokenizer(splits):
 
 def encode_texts(batch, tok, columns):
     """Documents -> rows of block_size + 1 token ids, each begins with the last of the one before"""
-    core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]  # and <bos>
+    core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]  # and the next <bos>
     core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
     encoded = core.encode_batch_fast([text or "" for text in batch[columns[0]]], add_special_tokens=False)
     last = batch.get("last_piece", [True] * len(encoded))
@@ -673,7 +673,7 @@ def main():
 
     # first: a wrong name costs no tokenizing
     model = load_pretrained(accelerator.mixed_precision) if init_from != "scratch" else None
-    with accelerator.local_main_process_first():  # the others read what the first one has cached
+    with accelerator.local_main_process_first():  # the others read what the first has cached
         tok, splits = prepare_data()
     vocab_size = 1 + max(tok.get_vocab().values())  # some tokenizers have gaps
     model = model or make_gpt(vocab_size, tok.eos_token_id)
