@@ -340,8 +340,8 @@ def load_tokenizer(splits):
         core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set().union(*texts)))}))
         core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     elif learned := re.fullmatch(r"bytes|bpe:(\d+)", name):
-        kwargs = {"rows": splits["train"] if learned[1] else (), "n_tokens": int(learned[1] or 257)}
-        core = Tokenizer.from_str(datasets.Dataset.from_generator(learn_tokens, gen_kwargs=kwargs)[0]["json"])
+        args = {"rows": splits["train"] if learned[1] else (), "n_tokens": int(learned[1] or 257)}
+        core = Tokenizer.from_str(datasets.Dataset.from_generator(learn_tokens, gen_kwargs=args)[0]["json"])
     else:
         with named("tokenizer", name):
             return transformers.AutoTokenizer.from_pretrained(name)
