@@ -134,8 +134,8 @@ def check_settings():
         "fp16 needs --optimizer=adamw": scratch and (mixed_precision, optimizer) == ("fp16", "muon"),
         "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
     }
-    for message in (message for message, is_wrong in wrong.items() if is_wrong):
-        fail(message)
+    if mistakes := [message for message, is_wrong in wrong.items() if is_wrong]:
+        fail(mistakes[0])
 
 
 # ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----

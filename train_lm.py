@@ -130,8 +130,8 @@ def check_settings():
         f"{tokenizer=}: {init_from} has its own": not scratch and re.match("bytes|char|bpe:", tokenizer),
         "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
     }
-    for message in (message for message, is_wrong in wrong.items() if is_wrong):
-        fail(message)
+    if mistakes := [message for message, is_wrong in wrong.items() if is_wrong]:
+        fail(mistakes[0])
 
 
 # ---- Model: RoPE, QK-norm, squared ReLU; no biases, no learned norms. In transformers it is "nanochat" ----
