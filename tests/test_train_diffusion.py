@@ -214,7 +214,7 @@ def test_latents_are_the_autoencoders_and_mirrored_pictures_have_their_own(
 
 def test_killed_and_stopped_is_the_same_as_unbroken(tmp_path, tiny):
     """kill -9, then a Ctrl-C to the launcher and the trainer."""
-    how, out = [tiny, "--max_steps=200", "--eval_interval=40", "--flip=True"], tmp_path / "run"
+    how, out = [tiny, "--max_steps=120", "--eval_interval=40", "--flip=True"], tmp_path / "run"
     how += ["--micro_batch_size=4", "--num_workers=1"]
     within("train_diffusion.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
     how.append("--resume=True")
@@ -228,7 +228,7 @@ def test_killed_and_stopped_is_the_same_as_unbroken(tmp_path, tiny):
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     step = last_state(out)["progress"]["step"]
-    assert 75 <= step < 200 and "the same command with --resume=True goes on" in said
+    assert 75 <= step < 120 and "the same command with --resume=True goes on" in said
     assert f"at step {step}" in within("train_diffusion.py", *how)[0]
     assert not lost(tmp_path / "unbroken", out)
 
