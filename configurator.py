@@ -92,4 +92,4 @@ def configure(namespace, arguments=None):
             if type(value) is not kind or value in (math.inf, -math.inf):
                 fail(f"{argument}: {name} must be of type {kind.__name__}, like {values[name]!r}")
             values[name] = value
-    namespace.update(values)
+    namespace.update({k: os.path.expanduser(v) if type(v) is str else v for k, v in values.items()})

@@ -80,7 +80,7 @@ def load_run(folder):
     run = {"kind": "lm", "model": "Pretrained", "settings": {}}  # where there is no run.json
     with named("out_dir", out_dir):
         if not any(folder.rglob("*.safetensors")):
-            raise ValueError("there are no weights; a run saves them at its first evaluation")
+            raise ValueError("there are no weights; a run saves them at its first evaluation after step 0")
         if (folder / "run.json").exists():
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         path = Path(__file__).with_name({"lm": "train_lm.py", "diffusion": "train_diffusion.py"}[run["kind"]])
@@ -176,8 +176,8 @@ LOCK = threading.Lock()  # Stop lets a call of draw() end by itself: the next on
 
 def draw(prompt, class_label, num_samples, seed, **kwargs):
     """Yield the pictures so far: num_samples of each line of the prompt, or of the classes in turn."""
-    prompts, classes = [line for line in prompt.splitlines() if line.strip()], model.class_names or []
-    if bool(prompts) == (model.class_names is not None):
+    prompts, classes = [*filter(str.strip, prompt.splitlines())], getattr(model, "class_names", [])
+    if bool(prompts) == hasattr(model, "class_names"):
         fail(f"{out_dir} draws without a prompt" if prompts else f"{out_dir} needs a prompt")
     if class_label not in classes and class_label in map(str, range(len(classes))):
         class_label = classes[int(class_label)]

@@ -270,7 +270,7 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "vali
 def load_pictures():
     """-> DatasetDict of the splits that the data has and the settings want; train is shuffled"""
     datasets.disable_progress_bars()
-    root, paths = Path(dataset).expanduser(), {}  # paths: of the files of each split
+    root, paths = Path(dataset), {}  # paths: of the files of each split
     files = [path for path in (root, *root.rglob("*")) if path.suffix.lower() in KINDS and path.is_file()]
     files = [file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts)]
     kind = KINDS[max(files, key=os.path.getsize).suffix.lower()] if files else "hub"
@@ -303,22 +303,25 @@ def load_pictures():
 
 def choose_conditions(splits):
     """-> the column to learn from, "" for none, and {its values in all splits: names of classes, or captions}"""
-    columns, column = splits["train"].features, label_column if init_from == "scratch" else caption_column
-    if init_from != "scratch" and caption:
+    columns, scratch = splits["train"].features, init_from == "scratch"
+    column = label_column if scratch else caption_column
+    if not scratch and caption:
         return "", {caption: caption}
-    if init_from == "scratch" and column not in columns:
+    if scratch and column not in columns:
         log(f"training without classes: no column {column!r} in {', '.join(columns)}")
         return "", {}
     if column not in columns:  # a .txt file beside a picture is its caption
         for split, rows in splits.items():
-            texts = [Path(source["path"] or "").with_suffix(".txt") for source in rows[image_column]]
+            texts = [Path(source["path"] or "?").with_suffix(".txt") for source in rows[image_column]]
             texts = [text.read_text().strip() if text.is_file() else "" for text in texts]
             splits[split] = rows.add_column(column, texts)
     elif isinstance(columns[column], datasets.ClassLabel):
         return column, dict(enumerate(columns[column].names))
     values = set(itertools.chain(*(rows[column][:] for rows in splits.values())))
-    if init_from != "scratch" and not all(values):
-        fail(f"{dataset=} has pictures without captions: write .txt files beside them, or --caption= for all")
+    if not scratch and not all(values):
+        fail(
+            f"{dataset=} lacks captions: write .txt files beside them, or use --caption_column= or --caption="
+        )
     return column, {value: str(value) for value in sorted(values - {None})}
 
 
@@ -392,7 +395,7 @@ def batch_rows(n_rows, first_step, last_step, micro, world, rank):
         epoch, i = divmod(step, n_batches)
         if i == 0 or step == first_step:
             rows = np.random.default_rng([seed, epoch]).permutation(n_rows)
-            batches = np.resize(rows, (n_batches, batch_size))  # few are repeated
+            batches = np.resize(rows, (n_batches, batch_size))  # few rows repeat
         yield from batches[i].reshape(-1, world, micro)[:, rank].tolist()
 
 
@@ -482,7 +485,7 @@ class EMA:
 
     def update(self, step):
         decay = min(ema_decay, (1 + step) / (10 + step))  # soon forgets the beginning
-        torch._foreach_lerp_(self.averages, self.weights[: len(self.averages)], 1 - decay)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     def swap(self):
         """Let the model have the average, or its own weights again."""
@@ -555,14 +558,14 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         files = {path.name for path in Path(out_dir).iterdir() if path.suffix != ".tmp"}
-    if files and ("run.json" not in files or not (resume or overwrite)):
+    if MAIN and files and ("run.json" not in files or not (resume or overwrite)):
         fail(f"{out_dir} holds {min(files)}: choose another, or for a run --resume=True or --overwrite=True")
 
 
 def write_run(model, data):
     """-> the content of run.json, written beside the script as it is"""
-    run = {"kind": "diffusion", "model": type(model).__name__, "command": sys.argv, "data": data}
-    run["settings"] = settings(globals())
+    run = {"kind": "diffusion", "model": type(model).__name__.removeprefix("FSDP"), "command": sys.argv}
+    run |= {"settings": settings(globals()), "data": data}
     run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
     run["parameters"] = sum(p.numel() for p in model.parameters())
     run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -666,7 +669,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
             save_pipeline(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    # all processes draw, for FSDP2; compiled, each new size of batch would take a minute
+    # all processes, for FSDP2; compiled, each new size of batch would take a minute
     autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
     with autocast(), torch.compiler.set_stance("force_eager"):
         pictures = draw(module, module.prompts, range(seed, seed + len(module.prompts)))
@@ -684,14 +687,14 @@ def make_model(accelerator):
     """-> (model, {split: rows}, what run.json says of them)"""
     model, to_latents = None, encode
     if init_from != "scratch":  # first: a wrong name costs no reading of pictures
-        model = load_pipeline(accelerator.mixed_precision, accelerator.device)
+        model = load_pipeline(accelerator.mixed_precision, accelerator.device.type)
         to_latents = model.encode
     with accelerator.local_main_process_first():  # the others read what the first has cached
         splits, data, names = prepare_data(to_latents)
         if MAIN and overwrite:
             shutil.rmtree(out_dir)
             Path(out_dir).mkdir()
-        if MAIN and not Path(out_dir, "run.json").exists():  # from now on, it is a run
+        if MAIN and not Path(out_dir, "run.json").exists():  # now it is a run
             write_file("run.json", {"kind": "diffusion"})
         if model:
             model.prepare(names, data["shape"])  # encodes the captions
@@ -750,7 +753,7 @@ def main():
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     since, step_since, skipped = time.monotonic(), step, 0
     while True:
-        # in this order, so that a run that goes on from here evaluates again
+        # save, then evaluate: a run that goes on from here does both again
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
@@ -774,8 +777,8 @@ def main():
         torch.manual_seed(hash((seed, step, RANK)))  # for a pipeline's dropout
         loss = 0.0
         for i, (x, t, cond, target) in enumerate(micro_batches):
-            last = i == accumulation - 1 or accelerator.is_fsdp2  # which has no room for whole gradients
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            sync = i == accumulation - 1 or accelerator.is_fsdp2  # which has no room for whole gradients
+            with contextlib.nullcontext() if sync else accelerator.no_sync(model):
                 with accelerator.autocast():
                     part = F.mse_loss(model(x, t, cond), target) * micro / batch_size  # of the mean
                 accelerator.backward(part * WORLD)  # DDP and FSDP2 take the mean over processes
@@ -787,7 +790,7 @@ def main():
             if finite or accelerator.scaler:  # fp16's scaler skips it itself, and lowers its scale
                 optimizer.step()
             optimizer.zero_grad()
-        if finite:
+        if finite and ema_decay:
             ema.update(step)
         progress["step"] = step = step + 1
         skipped = 0 if finite else skipped + 1
@@ -809,9 +812,9 @@ def main():
     if "validation" in splits:
         summary["val/loss"] = progress["best"]
     ema.swap()
-    if Path(out_dir, "best.pt").exists() and not stop:
-        load_state(accelerator, model, [], "best.pt", fixed)
     if "test" in splits and not stop:
+        if math.isfinite(progress["best"]):
+            load_state(accelerator, model, [], "best.pt", fixed)
         report(values := evaluate(accelerator, model, "test", splits["test"], micro, 0))
         summary |= values
     if MAIN and not stop:
@@ -845,7 +848,7 @@ def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", l
     guidance = 1.0 if len(names) == 1 or not label_dropout else guidance if guidance >= 0 else 2.0
     cond = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
     x = sample(model, cond, seeds, steps or 25, guidance)
-    if vae:  # in fp32; one by one takes less memory
+    if vae:  # in fp32; one by one for memory
         autoencoder = load_vae(vae).to(x.device)
         x = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
         with torch.autocast(x.device.type, enabled=False):
@@ -867,7 +870,7 @@ def load_vae(vae):
     from diffusers import AutoencoderKL
 
     with named("vae", vae):
-        autoencoder = AutoencoderKL.from_pretrained(os.path.expanduser(vae))
+        autoencoder = AutoencoderKL.from_pretrained(vae)
         return autoencoder.float().eval().to(PartialState().device)
 
 
@@ -907,7 +910,7 @@ def draw_glyphs(size):
 class StillScheduler:
     """One step, a time for each picture; StopIteration carries the model's output out of the call."""
 
-    order, init_noise_sigma = 1, 1.0
+    order, init_noise_sigma, times = 1, 1.0, None
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
         if self.times is None:
@@ -960,7 +963,7 @@ class Pipeline(nn.Module):
 
     def run(self, scheduler, **kwargs):
         """The pipeline's call -> what it returns, or the model's output if the scheduler ends it"""
-        self.pipe.__dict__["scheduler"] = scheduler  # so that model_index.json keeps its own
+        self.pipe.__dict__["scheduler"] = scheduler  # model_index.json keeps its own
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
         kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no other prompt
         try:
@@ -1024,7 +1027,7 @@ class Pipeline(nn.Module):
         if not adapter and not Path(out_dir, "model_index.json").exists():
             self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
         Path(out_dir, "captions").mkdir(exist_ok=True)
-        self.shape, self.captions, self.none, self.still.times = shape, [*captions, ""], len(captions), None
+        self.shape, self.captions, self.none = shape, [*captions, ""], len(captions)
         prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
         self.prompts = (prompts * 4)[: max(4, len(prompts))]
         self.pipe.encode_prompt = self.encode_prompt
@@ -1070,11 +1073,12 @@ class Pipeline(nn.Module):
             kwargs |= {"true_cfg_scale": scale, "negative_prompt": negative or " "}
         return {name: value for name, value in kwargs.items() if value not in ("", -1)}
 
-    def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
+    def draw(self, prompts, seeds, steps, scale, negative, lora_scale):
         """-> a PIL image for each prompt and seed, one a call"""
-        if adapter:
-            self.denoiser.set_adapters("default", lora_scale)
-        kwargs, pictures = self.drawing_kwargs(steps, scale, negative_prompt), []
+        for layer in self.denoiser.modules():  # set_adapters would unfreeze
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", lora_scale)
+        kwargs, pictures = self.drawing_kwargs(steps, scale, negative and [negative]), []
         for prompt, number in zip(prompts, seeds):
             rng = torch.Generator().manual_seed(number)  # the same noise on any device
             pictures += self.run(self.scheduler, prompt=[prompt], generator=rng, **kwargs)
@@ -1087,7 +1091,7 @@ def load_pipeline(precision, device, folder="", base=""):
     import diffusers
     import peft
 
-    source = os.path.expanduser(folder if folder and not adapter else base or init_from)
+    source = folder if folder and not adapter else base or init_from
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if adapter or folder else {}
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()

@@ -62,7 +62,7 @@ val_fraction = 0.05  # of the data, where it has no validation split of its own;
 test_fraction = 0.05  # likewise, for the test split, which is evaluated once, at the end
 fold = ""  # "2/5": validate on the second of five parts
 num_workers = 0  # DataLoader processes: 2 or more where a GPU would wait for data
-# model; with init_from, only block_size and dropout count
+# model; with init_from, only block_size counts, and dropout in a run of ours
 init_from = "scratch"  # or a causal language model to go on from: hub name, folder, or run of ours
 adapter = ""  # "lora" or "p_tuning": train a few new weights instead of those of init_from
 block_size = 256  # context length in tokens
@@ -110,7 +110,8 @@ detect_anomaly = False  # stop at the first NaN in a gradient, and show its orig
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
 # What a resume may not change; a setting of yours that shapes the model belongs here.
-FIXED = "dataset tokenizer fold init_from adapter optimizer block_size n_layer n_head n_kv_head n_embd"
+FIXED = "dataset tokenizer fold init_from adapter block_size n_layer n_head n_kv_head n_embd"
+FIXED += " optimizer beta1 beta2 weight_decay"
 
 
 def check_settings():
@@ -155,7 +156,7 @@ def attend(q, k, v, dropout):
     (B, H, T, D), K = q.shape, k.size(1)
     grouped = q.reshape(B, K, -1, D)  # heads that share keys and values are one with more queries
     if T == 1:  # the last token attends to all
-        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).reshape_as(q)
     if q.device.type == "cpu" and T <= 512:  # torch's kernel takes up to four times as long on short texts
         later = torch.full((T, T), -1e9, dtype=q.dtype).triu(1).repeat(H // K, 1)
         weights = (grouped / math.sqrt(D) @ k.mT + later).softmax(dim=-1, dtype=v.dtype)
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         angle = torch.outer(torch.arange(self.context), 1 / 10000 ** (torch.arange(0, D, 2) / D))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        # matrices in the blocks are initialised here, all else by its torch module
+        # matrices in the blocks and the head: here; all else by torch
         for weight in layers.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=config.hidden_size**-0.5)
@@ -283,14 +284,14 @@ END = "<|endoftext|>"
 def load_documents():
     """-> DatasetDict with the splits that the data has and the settings want; train is shuffled"""
     datasets.disable_progress_bars()
-    root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset).expanduser()
+    root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
     without = NOT_LIBRARY if dataset == "python" else ()
     kind, files, paths = "hub", [], {}  # paths: of the files of each split
     for folder, folders, names in os.walk(root):
         folders[:] = (name for name in folders if name[0] != "." and name not in without)
         files += [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix in KINDS]
     if root.is_file() or "*" in dataset or "://" in dataset:
-        kind, paths = KINDS.get(root.suffix, "text"), {"train": os.path.expanduser(dataset)}
+        kind, paths = KINDS.get(root.suffix.split("?")[0], "text"), {"train": dataset}
     elif files:
         kind = KINDS[max(files, key=os.path.getsize).suffix]  # a small README.md is no data
     for file in sorted(file for file in files if KINDS[file.suffix] == kind):
@@ -333,7 +334,7 @@ def learn_tokens(rows, n_tokens):
 
 def load_tokenizer(splits):
     """-> a fast tokenizer of transformers; "bpe:N" learns from train, "char" has the characters of all splits"""
-    name = os.path.expanduser(tokenizer or ("bpe:1024" if init_from == "scratch" else init_from))
+    name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
     name = out_dir if resume and Path(out_dir, "tokenizer.json").exists() else name
     if name == "char":
         texts = (str(x) for rows in splits.values() for row in rows for x in row.values())
@@ -400,7 +401,7 @@ def batch_rows(lengths, first_step, last_step, micro, world, rank):
         epoch, i = divmod(step, n_batches)
         if i == 0 or step == first_step:
             rng = np.random.default_rng([seed, epoch])
-            rows = np.resize(rng.permutation(len(lengths)), n_batches * batch_size)  # few are repeated
+            rows = np.resize(rng.permutation(len(lengths)), n_batches * batch_size)  # few rows repeat
             rows = rows[np.argsort(lengths[rows] * rng.uniform(0.9, 1.1, len(rows)))]
             batches = rng.permutation(rows.reshape(n_batches, batch_size))
         yield from batches[i].reshape(-1, world, micro)[:, rank].tolist()
@@ -525,7 +526,7 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         files = {path.name for path in Path(out_dir).iterdir() if path.suffix != ".tmp"}
-    if files and ("run.json" not in files or not (resume or overwrite)):
+    if MAIN and files and ("run.json" not in files or not (resume or overwrite)):
         fail(f"{out_dir} holds {min(files)}: choose another, or for a run --resume=True or --overwrite=True")
 
 
@@ -534,11 +535,11 @@ def write_run(model, tok, splits):
     if overwrite:
         shutil.rmtree(out_dir)
         Path(out_dir).mkdir()
-    run = {"kind": "lm", "model": type(model).__name__, "settings": settings(globals()), "command": sys.argv}
+    run = {"kind": "lm", "model": type(model).__name__.removeprefix("FSDP"), "command": sys.argv}
     run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
     run["parameters"] = sum(p.numel() for p in model.parameters())
     run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run["rows"] = {split: len(rows) for split, rows in splits.items()}
+    run |= {"settings": settings(globals()), "rows": {split: len(rows) for split, rows in splits.items()}}
     write_file("run.json", run)
     shutil.copy(__file__, out_dir)
     tok.save_pretrained(out_dir)
@@ -623,8 +624,8 @@ def evaluate(accelerator, model, tok, split, rows, micro, batches):
 
 def evaluate_and_save(accelerator, model, tok, splits, micro, progress, report):
     """Report the validation loss, keep the best weights (without validation the last), write a sample."""
-    loss, rows = -math.inf, splits.get("validation", splits["train"])
-    module = accelerator.unwrap_model(model)
+    loss, module = -math.inf, accelerator.unwrap_model(model).eval()
+    rows = splits.get("validation", splits["train"])
     if "validation" in splits:
         report(values := evaluate(accelerator, model, tok, "val", rows, micro, eval_batches))
         loss = values["val/loss"]
@@ -636,10 +637,9 @@ def evaluate_and_save(accelerator, model, tok, splits, micro, progress, report):
             save_weights(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    model.eval()  # all processes, for FSDP2; compiled, each new length would take a minute
     n = int((rows[0]["labels"] != -100).int().argmax()) if "labels" in rows[0] else 16  # up to an answer
-    prompt = rows[0]["ids"][:n].tolist()
-    with torch.compiler.set_stance("force_eager"):
+    prompt = rows[0]["ids"][:n].tolist()  # all processes speak, for FSDP2
+    with torch.compiler.set_stance("force_eager"):  # compiled, each new length takes a minute
         new = generate(module, prompt, 1, 200, 0.8, seed=seed, eos=[tok.eos_token_id])
         text = tok.decode(prompt + [int(token) for token in new])
     model.train()
@@ -718,7 +718,7 @@ def main():
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     since, tokens_since, skipped = time.monotonic(), 0, 0
     while True:
-        # in this order, so that a run that goes on from here evaluates again
+        # save, then evaluate: a run that goes on from here does both again
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
@@ -743,8 +743,8 @@ def main():
         torch.manual_seed(hash((seed, step, RANK)))  # for dropout
         for i, (x, y) in enumerate(micro_batches):
             # gradients travel between processes once a step; FSDP2 has no room for them until then
-            last = i == accumulation - 1 or accelerator.is_fsdp2
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            sync = i == accumulation - 1 or accelerator.is_fsdp2
+            with contextlib.nullcontext() if sync else accelerator.no_sync(model):
                 with accelerator.autocast():
                     part = model(x.to(device), y.to(device)) / n_tokens  # of the mean
                 accelerator.backward(part * WORLD)  # DDP and FSDP2 take the mean over processes
@@ -771,7 +771,7 @@ def main():
             profiler.start() if step == 5 else profiler.stop()
 
     # the end: the test loss of the best weights
-    summary = {"steps": step, "minutes": progress["seconds"] / 60, "val/loss": progress["best"]}
+    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60, "val/loss": progress["best"]}
     if "test" in splits and not stop:
         if math.isfinite(progress["best"]):
             load_state(accelerator, model, [], "best.pt", fixed)
@@ -846,7 +846,7 @@ def is_native(gpt):
 def load(folder, run, base=""):
     """-> (model, tokenizer) of a run directory; run: its run.json; base: where the model under an adapter is now"""
     globals().update(run["settings"])
-    return load_model(folder, base=base).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return load_model(str(folder), base=base).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 # ---- Fine-tuning: only with init_from, or with data that holds answers ----
@@ -878,7 +878,7 @@ class Pretrained(nn.Module):
 
 def load_model(name, dtype=torch.float32, base=""):
     """-> the GPT of a run of ours, or else a Pretrained; an adapter comes with its base, which is now in `base`"""
-    name, run = os.path.expanduser(name), Path(name, "run.json").expanduser()
+    run = Path(name, "run.json")
     if not adapter and run.exists() and json.loads(run.read_text())["model"] == "GPT":
         gpt = GPT(transformers.NanoChatConfig.from_json_file(Path(name, "config.json")))
         safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))

@@ -253,8 +253,8 @@ def refusal(script, *arguments):
     return lines[0]
 
 
-def forked(script, *arguments, code=0, **env):
-    """As run() with two processes, forked from this one; -> what the first of them printed."""
+def forked(script, *arguments, code=0, more=(), **env):
+    """As run() with two processes, forked from this one, one with more arguments; -> what the other printed."""
     from torch.distributed import TCPStore
 
     # as under the launcher, the meeting place outlives whichever process ends first
@@ -271,7 +271,7 @@ def forked(script, *arguments, code=0, **env):
             ended = 99
             try:
                 os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-                ended = execute(script, arguments, file, file)
+                ended = execute(script, [*arguments, *(more * rank)], file, file)
             except BaseException:
                 traceback.print_exc(file=file)
             finally:

@@ -6,6 +6,7 @@ traceback and nothing is accepted silently (hypothesis); --help lists every sett
 import importlib
 import re
 import types
+from pathlib import Path
 
 import pytest
 from conftest import within
@@ -33,6 +34,8 @@ def test_later_wins_and_types_follow_the_default(script, tmp_path):
     assert settings(script) == {"name": "x=y.py", "count": 8, "rate": 0.001, "flag": True}
     configure(script, ["--rate=2"])
     assert type(script["rate"]) is float
+    configure(script, ["--name=~/runs"])  # which a shell leaves as it is
+    assert script["name"] == str(Path.home() / "runs")
 
 
 FILES = {"bad_name": "lerning = 1", "bad_type": "count = '3'", "bad_bool": "count = True"}

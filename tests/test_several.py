@@ -5,6 +5,7 @@ all; a process that dies takes the others along, and the run goes on; the config
 what they mean.
 """
 
+import json
 import os
 import time
 
@@ -50,6 +51,7 @@ def test_a_model_in_parts_is_as_one_in_one_piece(tmp_path, tiny):
     for steps in (10, 20):
         in_parts("train_lm.py", *how, f"--max_steps={steps}", "--resume=True")
     assert not differences(last_state(tmp_path / "unbroken"), last_state(tmp_path / "run"))
+    assert json.loads((tmp_path / "run/run.json").read_text())["model"] == "GPT"  # for sample.py
     whole, parts = (losses(tmp_path / out) for out in ("whole", "unbroken"))
     assert parts == pytest.approx(whole, rel=1e-2)  # torch's Muon computes in bf16
 

@@ -123,7 +123,7 @@ def test_captions_of_a_folder(prepare, captioned, tmp_path, capsys):
     (tmp_path / "folder/metadata.jsonl").unlink()
     with pytest.raises(SystemExit):
         prepare(**captions)
-    assert ".txt files beside them" in capsys.readouterr().err
+    assert ".txt files beside them, or use --caption_column=" in capsys.readouterr().err
     for path in (tmp_path / "folder").glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture {path.stem}\n")
     assert sorted(prepare(**captions)[2]) == [f"picture {i:02}" for i in range(12)]
@@ -238,8 +238,9 @@ def test_two_processes_train_as_one_and_each_goes_on_with_the_others_run(tmp_pat
     how = ["train_diffusion.py", tiny, f"--optimizer={optimizer}", "--lr_schedule=constant"]
     how += ["--max_steps=30", "--micro_batch_size=2", "--resume=True"]
     within(*how, f"--out_dir={tmp_path / 'one'}")
-    for steps, way in ((10, two), (20, within), (30, two)):
-        way(*how, f"--max_steps={steps}")
+    elsewhere = {"more": [f"--out_dir={tmp_path / 'second'}"]} if two == forked else {}
+    for steps, way, more in ((10, two, elsewhere), (20, within, {}), (30, two, elsewhere)):
+        way(*how, f"--max_steps={steps}", **more)
     one, run = tmp_path / "one", tmp_path / "run"
     for name in ("train/loss", "val/loss", "test/loss"):
         expected = {row["step"]: row[name] for row in rows(one, name)}
