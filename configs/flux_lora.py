@@ -3,11 +3,12 @@
 #     accelerate launch train_diffusion.py configs/flux_lora.py --dataset=photos/ --sample_prompts="a sks dog in snow"
 #     python sample.py --out_dir=out/flux-lora --prompt="a sks dog on the moon" --num_samples=4
 #
-# Captions as in sd15_lora.py. The weights need a login at the hub and consent to their licence. Not measured on a GPU; all
-# of this is an estimate. Memory: 11.9e9 weights x 2 bytes (bf16) = 24 GB, activations of one picture of 512 x 512 with
-# checkpointing some 3 GB: a GPU of 32 to 40 GB. Before training, the T5 text encoder takes 10 GB more. Each caption is
-# remembered in 4 MB. Time: 1,024 + 512 tokens x 11.9e9 x 2 FLOP x 4 = 0.15 PFLOP a picture; 1,500 steps x 4 pictures at
-# 40 % of the 989 TFLOP/s of an H100: 40 minutes. Its guidance is distilled into the weights: training is at guidance 1.
+# Captions as in sd15_lora.py. The weights need a login at the hub and consent to their licence. Not measured on a GPU;
+# all of this is an estimate. Memory: 11.9e9 weights x 2 bytes (bf16) = 24 GB, activations of one picture of 512 x 512
+# with checkpointing some 3 GB: a GPU of 32 to 40 GB. The T5 text encoder (10 GB) leaves before that; sample.py holds
+# both, 34 GB. Each caption is remembered in 4 MB. Time: 1,024 + 512 tokens x 11.9e9 x 2 FLOP x 4 = 0.15 PFLOP a picture;
+# 1,500 steps x 4 pictures at 40 % of the 989 TFLOP/s of an H100: 40 minutes. Its guidance is distilled into the weights:
+# training is at guidance 1.
 
 out_dir = "out/flux-lora"
 init_from = "black-forest-labs/FLUX.1-dev"

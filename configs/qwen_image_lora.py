@@ -3,11 +3,11 @@
 #     accelerate launch train_diffusion.py configs/qwen_image_lora.py --dataset=photos/ --sample_prompts="a sks dog in snow"
 #     python sample.py --out_dir=out/qwen-image-lora --prompt="a sks dog on the moon" --num_samples=4
 #
-# Captions as in sd15_lora.py. Not measured on a GPU; all of this is an estimate. Memory: 20.4e9 weights x 2 bytes (bf16) =
-# 41 GB, activations of one picture of 512 x 512 with checkpointing some 4 GB: a GPU of 48 GB, better of 80. Before
-# training, the text encoder (Qwen2.5-VL of 7 B) takes 16 GB more. Its captions differ in length, so pictures pass one by
-# one, whatever micro_batch_size says. Time: 1,024 tokens x 20.4e9 x 2 FLOP x 4 = 0.17 PFLOP a picture; 1,500 steps x 4
-# pictures at 40 % of the 989 TFLOP/s of an H100: 45 minutes.
+# Captions as in sd15_lora.py. Not measured on a GPU; all of this is an estimate. Memory: 20.4e9 weights x 2 bytes (bf16)
+# = 41 GB, activations of one picture of 512 x 512 with checkpointing some 4 GB: a GPU of 48 GB, better of 80. The text
+# encoder (Qwen2.5-VL of 7 B, 16 GB) leaves before that; sample.py holds both, 57 GB. Its captions differ in length, so
+# pictures pass one by one, whatever micro_batch_size says. Time: 1,024 tokens x 20.4e9 x 2 FLOP x 4 = 0.17 PFLOP a
+# picture; 1,500 steps x 4 pictures at 40 % of the 989 TFLOP/s of an H100: 45 minutes.
 
 out_dir = "out/qwen-image-lora"
 init_from = "Qwen/Qwen-Image"

@@ -3,11 +3,11 @@
 #     accelerate launch train_diffusion.py configs/sd3_lora.py --dataset=photos/ --sample_prompts="a sks dog in snow"
 #     python sample.py --out_dir=out/sd3-lora --prompt="a sks dog on the moon" --num_samples=4
 #
-# Captions as in sd15_lora.py. The weights need a login at the hub and consent to their licence. Not measured on a GPU; all
-# of this is an estimate. Memory: 2.5e9 weights x 2 bytes (bf16) = 5 GB, activations of one picture of 1024 x 1024 with
-# checkpointing some 4 GB: a GPU of 12 to 16 GB. Before training, the text encoders take 11 GB (most of it T5). Time: 4,096
-# tokens x 2.5e9 x 2 FLOP x 4 and attention = 0.1 PFLOP a picture; 1,500 steps x 4 pictures at 40 % of the 989 TFLOP/s of an
-# H100: half an hour.
+# Captions as in sd15_lora.py. The weights need a login at the hub and consent to their licence. Not measured on a GPU;
+# all of this is an estimate. Memory: 2.5e9 weights x 2 bytes (bf16) = 5 GB, activations of one picture of 1024 x 1024
+# with checkpointing some 4 GB: a GPU of 12 to 16 GB. The text encoders (11 GB, most of it T5) leave before that;
+# sample.py holds all, 16 GB. Time: 4,096 tokens x 2.5e9 x 2 FLOP x 4 and attention = 0.1 PFLOP a picture; 1,500 steps x 4
+# pictures at 40 % of the 989 TFLOP/s of an H100: half an hour.
 
 out_dir = "out/sd3-lora"
 init_from = "stabilityai/stable-diffusion-3.5-medium"

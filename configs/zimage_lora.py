@@ -4,11 +4,11 @@
 #     python sample.py --out_dir=out/zimage-lora --prompt="a sks dog on the moon" --num_samples=4
 #
 # Captions as in sd15_lora.py. Not measured on a GPU; all of this is an estimate. Memory: 6.2e9 weights x 2 bytes (bf16) =
-# 12 GB, the autoencoder 0.3 GB, activations of one picture of 1024 x 1024 with checkpointing some 4 GB: a GPU of 20 to
-# 24 GB. Before training, the text encoder (Qwen3 of 4 B) takes 8 GB more. Time: 4,096 tokens x 6.2e9 x 2 FLOP, four times
-# that with checkpointing and backward, = 0.2 PFLOP a picture; 1,500 steps x 4 pictures at 40 % of the 989 TFLOP/s of an
-# H100: an hour. For the distilled Z-Image-Turbo the convention is the same but the objective is not the one it was
-# trained with: train on the base model.
+# 12 GB, the autoencoder 0.3 GB, activations of one picture of 1024 x 1024 with checkpointing some 4 GB: a GPU of 20 to 24
+# GB. The text encoder (Qwen3 of 4 B, 8 GB) leaves before that; sample.py holds both, 20 GB. Time: 4,096 tokens x 6.2e9 x
+# 2 FLOP, four times that with checkpointing and backward, = 0.2 PFLOP a picture; 1,500 steps x 4 pictures at 40 % of the
+# 989 TFLOP/s of an H100: an hour. For the distilled Z-Image-Turbo the convention is the same but the objective is not the
+# one it was trained with: train on the base model.
 
 out_dir = "out/zimage-lora"
 init_from = "Tongyi-MAI/Z-Image"
