@@ -146,8 +146,7 @@ def test_no_tensor_is_left_on_the_cpu():
         assert gpt(x[:, 8:9], cache=cache).shape == (2, 1, 50)
 
 
-def test_a_cached_step_takes_the_layout_of_cudas_kernel(monkeypatch):
-    """The memory-efficient one, of fp32, returns (B, T, heads, D), transposed."""
+def test_a_cached_step_takes_the_transposed_output_of_cudas_fp32_kernel(monkeypatch):
     kernel, (q, k, v) = F.scaled_dot_product_attention, torch.randn(3, 1, 6, 5, 8)
     expected = train_lm.attend(q[:, :, -1:], k[:, :2], v[:, :2], 0.0)
     other = lambda *args, **kwargs: kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
