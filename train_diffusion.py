@@ -319,9 +319,7 @@ def choose_conditions(splits):
         return column, dict(enumerate(columns[column].names))
     values = set(itertools.chain(*(rows[column][:] for rows in splits.values())))
     if not scratch and not all(values):
-        fail(
-            f"{dataset=} lacks captions: write .txt files beside them, or use --caption_column= or --caption="
-        )
+        fail(f"{dataset=} lacks captions: put .txt files beside them, or use --caption= or --caption_column=")
     return column, {value: str(value) for value in sorted(values - {None})}
 
 

@@ -29,7 +29,7 @@ REFUSED = [
     (SD + " --vae=x", "the latents of init_from are the pipeline's"),
     (SD + " --image_size=15 --caption=x", "have to be divisible by 8"),
     (SD + " --lora_targets=to_w --adapter=lora", "lora_targets='to_w' cannot be used"),
-    (SD + " --dataset={data}/half", "pictures without captions"),
+    (SD + " --dataset={data}/half", "lacks captions"),
     ("--init_from={data}/torn --caption=x", "init_from='{data}/torn' cannot be used"),
     ("--init_from={data}/blind", "a DDPMPipeline must have captions"),
     ("--init_from={data}/two", "one denoiser"),

@@ -134,7 +134,7 @@ def test_a_page_of_text(runs, tmp_path):
         parts = [*job, job.result()]  # it grows
         assert len(parts) > 2 and all(b.startswith(a) for a, b in itertools.pairwise(parts))
         # what cannot be
-        for name, value in itertools.product(TEXT, (None, 1e300, "many")):
+        for name, value in zip(TEXT, itertools.cycle((None, 1e300, "many"))):
             refusal(client, "a", **TEXT | {name: value})
         for prompt, message in (
             ("a" * 3_000_000, "at most 20,000"),

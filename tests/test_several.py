@@ -45,10 +45,10 @@ def test_a_run_moves_from_two_processes_to_one_and_on_to_two_machines(tmp_path, 
 
 def test_a_model_in_parts_is_as_one_in_one_piece(tmp_path, tiny):
     """With Muon, that of torch; a resume is bit for bit."""
-    how = [tiny, "--lr_schedule=constant", "--max_steps=20", "--eval_interval=20", "--n_layer=1"]
+    how = [tiny, "--lr_schedule=constant", "--max_steps=10", "--eval_interval=10", "--n_layer=1"]
     within("train_lm.py", *how, f"--out_dir={tmp_path / 'whole'}")
     in_parts("train_lm.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
-    for steps in (10, 20):
+    for steps in (5, 10):
         in_parts("train_lm.py", *how, f"--max_steps={steps}", "--resume=True")
     assert not differences(last_state(tmp_path / "unbroken"), last_state(tmp_path / "run"))
     assert json.loads((tmp_path / "run/run.json").read_text())["model"] == "GPT"  # for sample.py
@@ -59,13 +59,13 @@ def test_a_model_in_parts_is_as_one_in_one_piece(tmp_path, tiny):
 def test_a_lora_in_parts_is_as_one_in_one_piece(tmp_path, tiny, pretrained):
     """What was saved in parts goes on in one piece."""
     how = [tiny, f"--init_from={pretrained('qwen3')}", "--tokenizer=", "--adapter=lora"]
-    how += ["--max_steps=20", "--eval_interval=20"]
+    how += ["--max_steps=10", "--eval_interval=10"]
     within("train_lm.py", *how, f"--out_dir={tmp_path / 'whole'}")
     in_parts("train_lm.py", *how)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     whole, parts = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "run"))
     assert whole.keys() == parts.keys()
-    within("train_lm.py", *how, "--max_steps=25", "--resume=True")
+    within("train_lm.py", *how, "--max_steps=15", "--resume=True")
 
 
 def test_a_nan_in_one_process_is_skipped_by_both_and_ten_end_the_run(tmp_path, tiny):

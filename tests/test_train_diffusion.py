@@ -123,7 +123,7 @@ def test_captions_of_a_folder(prepare, captioned, tmp_path, capsys):
     (tmp_path / "folder/metadata.jsonl").unlink()
     with pytest.raises(SystemExit):
         prepare(**captions)
-    assert ".txt files beside them, or use --caption_column=" in capsys.readouterr().err
+    assert ".txt files beside them, or use --caption= or --caption_column=" in capsys.readouterr().err
     for path in (tmp_path / "folder").glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture {path.stem}\n")
     assert sorted(prepare(**captions)[2]) == [f"picture {i:02}" for i in range(12)]
