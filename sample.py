@@ -98,7 +98,8 @@ def load_run(folder):
     gpu, cpu = torch.accelerator.is_available(), torch.cpu.get_capabilities()
     bf16 = torch.cuda.is_bf16_supported(False) if gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if bf16 and not merge and sum(p.numel() for p in model.parameters()) > 1e7:
-        model.bfloat16()  # reading the weights takes most of the time
+        for p in model.parameters():  # reading them takes most of the time; positions stay in fp32
+            p.data = p.data.bfloat16()
     return trainer, model.to(torch.accelerator.current_accelerator() if gpu else "cpu"), tok
 
 

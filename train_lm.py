@@ -291,7 +291,7 @@ def load_documents():
         folders[:] = (name for name in folders if name[0] != "." and name not in without)
         files += [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix in KINDS]
     if root.is_file() or "*" in dataset or "://" in dataset:
-        kind, paths = KINDS.get(root.suffix.split("?")[0], "text"), {"train": dataset}
+        kind, paths = KINDS.get(Path(re.sub(r"\.gz|\?.*", "", dataset)).suffix, "text"), {"train": dataset}
     elif files:
         kind = KINDS[max(files, key=os.path.getsize).suffix]  # a small README.md is no data
     for file in sorted(file for file in files if KINDS[file.suffix] == kind):
@@ -313,8 +313,8 @@ def load_documents():
     if train_split not in found:
         fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(found)}")
     wanted = {"validation": val_fraction and not fold, "test": test_fraction}
-    splits = {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
-    splits = datasets.DatasetDict(splits, train=found[train_split].shuffle(seed=0))
+    splits = datasets.DatasetDict(train=found.pop(train_split).shuffle(seed=0))
+    splits |= {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
     return splits.map(cut_texts, batched=True, batch_size=10) if kind == "text" else splits
 
 
@@ -353,7 +353,7 @@ def load_tokenizer(splits):
 def encode_texts(batch, tok, columns):
     """Documents -> rows of block_size + 1 token ids, each begins with the last of the one before"""
     core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]  # and the next <bos>
-    core.encode_special_tokens = True  # an end-of-text token spelled out in a document is just text
+    core.encode_special_tokens = True  # spelled out in a document, they are just text
     encoded = core.encode_batch_fast([text or "" for text in batch[columns[0]]], add_special_tokens=False)
     last = batch.get("last_piece", [True] * len(encoded))
     ids = np.concatenate([np.array(text.ids + end * ends, np.uint32) for text, ends in zip(encoded, last)])
@@ -677,8 +677,8 @@ def main():
         tok, splits = prepare_data()
     vocab_size = 1 + max(tok.get_vocab().values())  # some tokenizers have gaps
     model = model or make_gpt(vocab_size, tok.eos_token_id)
-    if vocab_size > model.config.vocab_size:
-        fail(f"the tokenizer has {vocab_size} tokens, {init_from} knows {model.config.vocab_size}")
+    if tok.vocab_size > model.config.vocab_size:
+        fail(f"the tokenizer has {tok.vocab_size} tokens, {init_from} knows {model.config.vocab_size}")
     optimizers = make_optimizers(model, accelerator)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
@@ -686,7 +686,7 @@ def main():
     model, *prepared = accelerator.prepare(model, *optimizers)
     module = accelerator.unwrap_model(model)
     if accelerator.is_fsdp2:
-        model.set_reshard_after_forward(True)  # weights that are gathered anew for each use are never stale
+        model.set_reshard_after_forward(True)  # weights gathered for each use are never stale
 
     fixed = {name: globals()[name] for name in FIXED.split()} | {"rows": len(splits["train"])}
     progress = {"step": 0, "best": math.inf, "waited": 0, "seconds": 0.0, "metrics_bytes": 0, "fixed": fixed}
@@ -816,7 +816,7 @@ def save_weights(model, weights):
     folder.mkdir(exist_ok=True)
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model):  # a name that transformers refuses to load
+        if not is_native(model):  # a name that transformers refuses
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -828,9 +828,9 @@ def save_weights(model, weights):
     folder.rmdir()
 
 
-@functools.cache  # once is enough
+@functools.cache
 def is_native(gpt):
-    """Does transformers compute the same? Tried on random weights: zeros would hide a difference."""
+    """Does transformers compute the same? Tried on random weights: zeros hide a difference."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         ours, theirs = GPT(gpt.config).eval(), transformers.NanoChatForCausalLM(gpt.config).eval()
         for weight in ours.parameters():
@@ -866,7 +866,7 @@ class Pretrained(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """As GPT.forward; a cache remains empty where the model has none or, in p_tuning, begins each call anew."""
         use_cache = cache is not None and not self.n_virtual
-        # padding is on the right, where no token attends to it: no mask is needed
+        # padding is on the right, where no token sees it: no mask is needed
         out = self.lm(input_ids=idx, use_cache=use_cache, **(cache or {}))
         if use_cache and out.get("past_key_values") is not None:
             cache["past_key_values"] = out.past_key_values
@@ -932,7 +932,7 @@ def choose_columns(features):
 
 
 def cut_conversation(tok, rows):
-    """Messages -> lists of (text, whether it is learned): what the chat template adds to the prompt for an answer is.
+    """Messages -> lists of (text, is it learned): what the chat template adds to the prompt for an answer is.
     Where it writes earlier turns in another way than the last (Qwen3 without thoughts), an answer begins a new list."""
     found, text, messages = [], None, []
     names = {"from": "role", "value": "content", "human": "user", "gpt": "assistant"}  # of ShareGPT
@@ -954,7 +954,7 @@ def cut_conversation(tok, rows):
 
 def encode_answers(batch, tok, columns):
     """Rows with answers -> token ids, and labels: the same where they are learned, else -100. What is longer than
-    block_size + 1 is cut off; rows without anything to learn are dropped."""
+    block_size + 1 is cut off; rows with nothing to learn are dropped. Chat templates write <bos>."""
     found, out = [], {"ids": [], "labels": [], "length": []}
     for row in zip(*(batch[name] for name in columns)):
         if len(columns) == 1:
@@ -962,13 +962,13 @@ def encode_answers(batch, tok, columns):
         elif row[1]:
             found.append([(row[0] or tok.eos_token, False), (row[1], True)])
     for pieces in found:
-        if not pieces[-1][0].rstrip().endswith(tok.eos_token):  # or the model would never stop
+        if not pieces[-1][0].rstrip().endswith(tok.eos_token):  # or it would never stop
             pieces.append((tok.eos_token, True))
         ids, labels = [], []
         for text, learned in pieces:
-            begin = len(columns) > 1 and not ids  # a chat template writes its begin-of-text token itself
-            part = tok(text, add_special_tokens=begin)["input_ids"][: block_size + 1 - len(ids)]
-            ids, labels = ids + part, labels + (part if learned else [-100] * len(part))
+            n, room = min(1, len(ids)), block_size + 1 - len(ids)  # after an <eos>, Llama's adds no space
+            part = tok(n * tok.eos_token + text, add_special_tokens=len(columns) > 1 > n)["input_ids"][n:]
+            ids, labels = ids + part[:room], labels + (part if learned else [-100] * len(part))[:room]
         if max(labels) >= 0:
             for name, value in zip(out, (ids, labels, len(ids))):
                 out[name].append(value)

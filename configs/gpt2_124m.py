@@ -7,7 +7,7 @@
 # Work: 6 x 124 M multiplied parameters + 12 x 12 layers x 768 x 1,024 = 0.86 GFLOP a token, 8.6e18 FLOP in all.
 # Time: at 45 % of the 989 TFLOP/s of an H100, 8 of them take 8.6e18 / (8 x 0.45 x 989e12) = 2,400 s, one 5.4 hours.
 # Loss: about 3.2 nats a token (llm.c's GPT-2 124M got to 3.29 on FineWeb with AdamW in as many tokens).
-# Disk: 20 GB of tokens and 28 GB of text; tokenizing takes about an hour, once.
+# Disk: 28 GB of download, 50 GB of text, 40 GB of tokens; tokenizing takes about an hour, once.
 
 out_dir = "out/gpt2-124m"
 dataset = "HuggingFaceFW/fineweb-edu:sample-10BT"

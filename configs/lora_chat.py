@@ -3,8 +3,10 @@
 #     accelerate launch train_lm.py configs/lora_chat.py
 #     python sample.py --out_dir=out/lora-chat --chat=True
 #
-# Not measured. Qwen3's template writes earlier turns without their thoughts, so each answer is a row of its own.
-# Memory: 0.6e9 weights x 2 bytes (bf16), an adapter of 10 M weights, activations: a GPU of 8 GB. Time: minutes.
+# Not measured. Qwen3's template writes earlier turns without their thoughts, so each answer is a row of its own; it
+# begins with an empty <think></think>, which you will see. Memory: 0.6e9 weights x 2 bytes (bf16), an adapter of 10 M
+# weights, logits of 152,000 tokens: for short conversations a GPU of 8 GB, for rows of 1,024 tokens
+# --micro_batch_size=1. Time: minutes.
 # Your own data: a .jsonl file with rows of {"messages": [{"role": "user", "content": "..."}, ...]}, by --dataset=
 
 out_dir = "out/lora-chat"

@@ -87,7 +87,6 @@ def test_resumes_that_do_not_fit(tmp_path, tiny, picture_folder):
     before = json.loads((tmp_path / "run/run.json").read_text())
     assert "--resume=True or --overwrite=True" in refusal(tiny)
     for argument, message in [
-        ("--overwrite=True", "choose one"),
         ("--n_layer=3", "'n_layer': 2"),
         (f"--dataset={picture_folder}/red", "choose another --out_dir"),
         ("--optimizer=adamw", "'optimizer': 'muon'"),

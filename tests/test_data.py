@@ -80,6 +80,8 @@ def test_odd_folders(prepare, tmp_path, capfd):
     assert all(f"<{name}>" in texts["train"] for name in names)
     assert ".hidden" not in texts["train"] and ".git" not in texts["train"]
     assert f"not UTF-8 text: {tmp_path / 'latin.txt'}" in capfd.readouterr().out
+    _, _, sizes = prepare(dataset=tmp_path, test_fraction=0.0, train_split="validation")
+    assert sizes == {"train": 8, "validation": 1}  # not all in both
 
 
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
@@ -91,20 +93,13 @@ def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
         (tmp_path / "folder" / f"{i:02}.md").write_text(text)
     data = Dataset.from_dict({"body": texts, "other": range(12)})
     data.to_json(tmp_path / "data.jsonl")
+    data.to_json(tmp_path / "data.jsonl.gz", compression="gzip")
     data.to_parquet(tmp_path / "data.parquet")
     data.to_csv(tmp_path / "data.csv")
-    for name in ("folder", "folder/*.md", "data.jsonl", "data.parquet", "data.csv"):
+    for name in ("folder", "folder/*.md", "data.jsonl", "data.jsonl.gz", "data.parquet", "data.csv"):
         column = "body" if name[:4] == "data" else "text"
         tok, found, _ = prepare(dataset=tmp_path / name, text_column=column, **WHOLE)
         assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(texts), name
-
-
-def test_changed_files_are_read_again(prepare, tmp_path):
-    found = []
-    for text in ("abcdefgh", "abcdefgi"):
-        (tmp_path / "t.txt").write_text(text * 500)
-        found.append(prepare(dataset=tmp_path / "t.txt")[1])
-    assert found[0] != found[1]
 
 
 def test_the_order_is_a_function_of_seed_and_step(monkeypatch):

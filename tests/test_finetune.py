@@ -5,12 +5,15 @@ are merged; what is learned of chats is what transformers' own masks say.
 """
 
 import json
+import string
 
 import numpy as np
 import pytest
 import torch
 from conftest import differences, last_state, rows, within
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import train_lm
 
@@ -126,6 +129,16 @@ def test_a_template_that_rewrites_the_past_gives_a_row_for_each_answer(prepare, 
         shown = tok.apply_chat_template(CONVERSATION[: end - 1], tokenize=False, add_generation_prompt=True)
         answer = "<think></think>" + CONVERSATION[end - 1]["content"] + tok.eos_token + "\n"
         assert tok.decode(row["ids"]) == shown + answer and learned(tok, row) == answer
+
+
+def test_no_space_comes_in_where_a_sentencepiece_tokenizer_would_begin_a_text_with_one(prepare, pretrained):
+    base = pretrained("qwen3")
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", "\u2581", *string.printable])}, []))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tok.save_pretrained(base)
+    _, (row,) = prepare([{"prompt": "How many?", "completion": "It is."}], init_from=base)
+    assert row["ids"].tolist() == tok("How many?It is.</s>").input_ids
 
 
 def test_rows_that_are_too_long_or_teach_nothing(prepare, pretrained):

@@ -50,7 +50,6 @@ def read_run(out):
 
 
 def test_what_a_short_run_draws_can_be_read(tmp_path):
-    how = ["--max_steps=300", "--batch_size=32", "--n_layer=2", "--patch_size=4"]
-    how += ["--sample_steps=8", f"--out_dir={tmp_path}"]
-    within("train_diffusion.py", *how)
+    how = "--max_steps=300 --batch_size=32 --n_layer=2 --patch_size=4 --sample_steps=8"
+    within("train_diffusion.py", *how.split(), f"--out_dir={tmp_path}")
     assert read_run(tmp_path) >= 0.8

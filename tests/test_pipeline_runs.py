@@ -76,11 +76,9 @@ def test_two_processes_train_as_one(command, kind, tmp_path):
     ways = {"one": within, "two": forked} | ({"parts": in_parts} if kind != "z_image" else {})
     for name, way in ways.items():
         how = [*command(kind), "--lr_schedule=constant", f"--out_dir={tmp_path / name}"]
-        if way == forked:
-            forked(*how, "--max_steps=5", more=[f"--out_dir={tmp_path / 'second'}"])
-            forked(*how, "--max_steps=10", more=[f"--out_dir={tmp_path / 'second'}"])
-        else:
-            way(*how, "--max_steps=10")
+        second = {"more": [f"--out_dir={tmp_path / 'second'}"]} if way == forked else {}
+        for steps in (5, 10) if second else (10,):
+            way(*how, f"--max_steps={steps}", **second)
     one, *others = ([row["train/loss"] for row in rows(tmp_path / name, "train/loss")] for name in ways)
     assert all(losses == pytest.approx(one, rel=1e-4) for losses in others)
     one, *others = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ways)
