@@ -262,7 +262,7 @@ def noise_of(seeds, shape):
 
 
 # ---- Data: pictures -> pixels or latents -> splits, in the cache of `datasets` ----
-KINDS = {".parquet": "parquet", ".jsonl": "imagefolder"}  # metadata.jsonl, with captions
+KINDS = {".parquet": "parquet", ".jsonl": "imagefolder"}  # metadata.jsonl: captions
 KINDS |= dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "imagefolder")
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 
@@ -327,7 +327,7 @@ def read_picture(source):
     """-> pixels (3, S, S), scaled and cropped; None for what is no picture"""
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
-            image = ImageOps.exif_transpose(image)  # cameras note which side is up
+            image = ImageOps.exif_transpose(image)  # cameras note what is up
         image = image.convert("RGBA")  # behind a transparent pixel may be any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size))
@@ -355,7 +355,7 @@ def prepare_data(to_latents):
     splits = load_pictures()
     column, names = choose_conditions(splits)
     with named("image_size", image_size):
-        z = to_latents(torch.zeros(1, 3, image_size, image_size))  # tells one autoencoder from another
+        z = to_latents(torch.zeros(1, 3, image_size, image_size))  # tells autoencoders apart
     made_of = [column, names, f"{z.norm():.4g}", init_from, image_column, caption, image_size, flip]
     made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
     kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
@@ -533,8 +533,7 @@ def load_state(accelerator, model, optimizers, name, fixed, ema=None):
     """Put back what save_state wrote, read by the first process; -> progress"""
     expected = gather(accelerator, model)[0].keys()
     state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-    options.broadcast_from_rank0 = WORLD > 1
+    options = dcp.StateDictOptions(True, cpu_offload=True, strict=False, broadcast_from_rank0=WORLD > 1)
     with named("checkpoint", f"{out_dir}/{name}"):
         if MAIN:
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
@@ -581,9 +580,9 @@ STOP = []  # the signals that ask the run to stop
 
 
 def catch_signals():
-    """Note Ctrl-C, SIGTERM and, on Linux, the death of the launcher: any number of them is one wish to stop."""
+    """Note Ctrl-C, SIGTERM, on Linux the launcher's death: one wish to stop, of which workers may die."""
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda signum, frame: STOP.append(signum))
+        signal.signal(signum, lambda s, _: STOP.append(s) or signal.signal(signal.SIGCHLD, signal.SIG_DFL))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
@@ -616,12 +615,13 @@ def start_accelerator():
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
     if accelerator.is_fsdp2:  # weights stay in fp32, autocast computes in bf16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        torch.set_autocast_cache_enabled(False)  # which would keep all weights in bf16
     if on_cpu:  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         log("warning: no GPU was found, which is fine for small models only")
     if on_cpu and sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter of its time
+        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     log(f"device: {accelerator.device.type} x {WORLD}, precision {precision}")
     return accelerator
@@ -667,7 +667,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
             save_pipeline(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    # all processes, for FSDP2; compiled, each new size of batch would take a minute
+    # all processes, for FSDP2; compiled, each new size of batch takes a minute
     autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
     with autocast(), torch.compiler.set_stance("force_eager"):
         pictures = draw(module, module.prompts, range(seed, seed + len(module.prompts)))
@@ -684,7 +684,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
 def make_model(accelerator):
     """-> (model, {split: rows}, what run.json says of them)"""
     model, to_latents = None, encode
-    if init_from != "scratch":  # first: a wrong name costs no reading of pictures
+    if init_from != "scratch":  # first: a wrong name costs no reading
         model = load_pipeline(accelerator.mixed_precision, accelerator.device.type)
         to_latents = model.encode
     with accelerator.local_main_process_first():  # the others read what the first has cached
@@ -743,7 +743,7 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
+    catch_signals()  # before the workers, which Ctrl-C must not end
     order = batch_rows(len(splits["train"]), step, total_steps, micro, WORLD, RANK)
     read = functools.partial(collate, shape=module.shape)
     loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=read, num_workers=num_workers)
@@ -912,7 +912,7 @@ class StillScheduler:
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
         if self.times is None:
-            raise StopIteration  # only the captions were wanted: they are encoded by now
+            raise StopIteration  # only captions were wanted, encoded by now
         self.timesteps = self.sigmas = [self.times]  # (B,)
 
     def scale_model_input(self, sample=None, *_):

@@ -238,8 +238,8 @@ class GPT(nn.Module):
         With a cache (a dict, empty at first) idx follows what is in it; -> the logits of the last (B, 1, V)."""
         start = next(iter(cache.values()))[0].size(2) if cache else 0  # the position of the first token
         x = norm(self.model.embed_tokens(idx))  # (B, T, C)
-        if torch.is_autocast_enabled("cpu"):  # elsewhere it was not measured
-            x = x.bfloat16()  # what runs through the blocks takes half the memory
+        if torch.is_autocast_enabled("cpu"):  # elsewhere not measured
+            x = x.bfloat16()  # half the memory in the blocks
         x = F.dropout(x, dropout, self.training)
         cos, sin = (t[start : start + idx.size(1)].to(x.dtype) for t in (self.cos, self.sin))  # (T, D / 2)
         for block in self.model.layers:
@@ -506,8 +506,7 @@ def save_state(accelerator, model, optimizers, progress, name):
 def load_state(accelerator, model, optimizers, name, fixed):
     """Put back what save_state wrote, read by the first process; -> progress"""
     state, expected = {"model": {}, "optimizers": {}, "progress": {}}, gather(accelerator, model)[0].keys()
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-    options.broadcast_from_rank0 = WORLD > 1
+    options = dcp.StateDictOptions(True, cpu_offload=True, strict=False, broadcast_from_rank0=WORLD > 1)
     with named("checkpoint", f"{out_dir}/{name}"):
         if MAIN:
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
@@ -556,9 +555,9 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  
 
 
 def catch_signals():
-    """Note Ctrl-C, SIGTERM and, on Linux, the death of the launcher: any number of them is one wish to stop."""
+    """Note Ctrl-C, SIGTERM, on Linux the launcher's death: one wish to stop, of which workers may die."""
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda signum, frame: STOP.append(signum))
+        signal.signal(signum, lambda s, _: STOP.append(s) or signal.signal(signal.SIGCHLD, signal.SIG_DFL))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
@@ -591,12 +590,13 @@ def start_accelerator():
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
     if accelerator.is_fsdp2:  # weights remain in fp32; autocast computes in bf16
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        torch.set_autocast_cache_enabled(False)  # which would keep all weights in bf16
     if on_cpu:  # `accelerate launch` leaves a process one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         log("warning: no GPU was found, which is fine for small models only")
     if on_cpu and sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter of its time
+        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     log(f"device: {accelerator.device.type} x {WORLD}, precision {precision}")
     return accelerator
@@ -711,7 +711,7 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    catch_signals()  # before the DataLoader's workers, which Ctrl-C must not end either
+    catch_signals()  # before the workers, which Ctrl-C must not end
     order = batch_rows(splits["train"]["length"][:].numpy(), step, total_steps, micro, WORLD, RANK)
     loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=collate, num_workers=num_workers)
     batches, start = iter(loader), time.monotonic() - progress["seconds"]
@@ -742,7 +742,7 @@ def main():
         n_tokens, loss = accelerator.reduce(n_tokens, "sum"), 0.0
         torch.manual_seed(hash((seed, step, RANK)))  # for dropout
         for i, (x, y) in enumerate(micro_batches):
-            # gradients travel between processes once a step; FSDP2 has no room for them until then
+            # gradients travel once a step; FSDP2 has no room for them until then
             sync = i == accumulation - 1 or accelerator.is_fsdp2
             with contextlib.nullcontext() if sync else accelerator.no_sync(model):
                 with accelerator.autocast():
@@ -785,7 +785,7 @@ def main():
 # ---- Sampling, and models as other programs read them ----
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, eos=()):
     """Yield the next token, (n,), of n continuations of `prompt`, a list of ids, until each has had an `eos`.
     temperature 0: the likeliest token. Text that outgrows the model's context goes on from its last half."""

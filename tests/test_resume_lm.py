@@ -17,7 +17,7 @@ GOES_ON = "stopped at step {}; the same command with --resume=True goes on\n"
 
 
 def test_killed_and_stopped_is_unbroken(tmp_path, tiny):
-    """kill -9 at a random moment, later two signals; data comes from workers, batches in parts."""
+    """kill -9 at a random moment, later two signals to all; data comes from workers, batches in parts."""
     how = [tiny, "--max_steps=120", "--eval_interval=40", "--dropout=0.2", "--micro_batch_size=4"]
     within("train_lm.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
     how += ["--num_workers=2", "--resume=True"]
@@ -26,10 +26,10 @@ def test_killed_and_stopped_is_unbroken(tmp_path, tiny):
     time.sleep(moment % 5 / 50)
     process.kill()
     process.wait()
-    process = start("train_lm.py", *how)
+    process = start("train_lm.py", *how, process_group=0)
     wait_for_step(tmp_path / "run", 75, process)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     step = last_state(tmp_path / "run")["progress"]["step"]
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT) and "Traceback" not in err
