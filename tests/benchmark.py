@@ -184,7 +184,7 @@ def sampling(folder):
         for batch in (1, 8):
             ids = torch.randint(model.config.vocab_size, (1, 16)).repeat(batch, 1)
             theirs = partial(other.generate, ids, attention_mask=torch.ones_like(ids), **kwargs)
-            mine = partial(trainer.generate, model, ids[0].tolist(), batch, n, 0.8)
+            mine = partial(torch.inference_mode()(trainer.generate), model, ids[0].tolist(), batch, n, 0.8)
             sides = {"transformers' generate()": theirs, "ours": mine}
             sides = {name: partial(per_second, batch * n, side) for name, side in sides.items()}
             compare(f"Sampling, {size} parameters, {batch} at once", ["tokens/s"], sides)
