@@ -263,7 +263,7 @@ def main():
         with named("prompt", prompt):
             prompt = Path(prompt[5:]).expanduser().read_text(encoding="utf-8")
     stdout, sys.stdout = sys.stdout, sys.stderr  # it is for the text alone
-    trainer, model, tok = load_run(Path(out_dir).expanduser())
+    trainer, model, tok = load_run(Path(out_dir))
     if chat and not getattr(tok, "chat_template", None):
         fail(f"{out_dir} has no chat template")
     fn, names = draw, "prompt negative_prompt class_label num_samples lora_scale steps guidance seed"

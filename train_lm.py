@@ -675,8 +675,7 @@ def main():
     model = load_pretrained(accelerator.mixed_precision) if init_from != "scratch" else None
     with accelerator.local_main_process_first():  # the others read what the first has cached
         tok, splits = prepare_data()
-    vocab_size = 1 + max(tok.get_vocab().values())  # some tokenizers have gaps
-    model = model or make_gpt(vocab_size, tok.eos_token_id)
+    model = model or make_gpt(1 + max(tok.get_vocab().values()), tok.eos_token_id)  # some have gaps
     if tok.vocab_size > model.config.vocab_size:
         fail(f"the tokenizer has {tok.vocab_size} tokens, {init_from} knows {model.config.vocab_size}")
     optimizers = make_optimizers(model, accelerator)
@@ -954,7 +953,7 @@ def cut_conversation(tok, rows):
 
 def encode_answers(batch, tok, columns):
     """Rows with answers -> token ids, and labels: the same where they are learned, else -100. What is longer than
-    block_size + 1 is cut off; rows with nothing to learn are dropped. Chat templates write <bos>."""
+    block_size + 1 is cut off; rows with nothing to learn are dropped."""
     found, out = [], {"ids": [], "labels": [], "length": []}
     for row in zip(*(batch[name] for name in columns)):
         if len(columns) == 1:
@@ -967,8 +966,9 @@ def encode_answers(batch, tok, columns):
         ids, labels = [], []
         for text, learned in pieces:
             n, room = min(1, len(ids)), block_size + 1 - len(ids)  # after an <eos>, Llama's adds no space
-            part = tok(n * tok.eos_token + text, add_special_tokens=len(columns) > 1 > n)["input_ids"][n:]
-            ids, labels = ids + part[:room], labels + (part if learned else [-100] * len(part))[:room]
+            begin = len(columns) > 1 and not ids  # a chat template writes <bos> itself
+            part = tok(n * tok.eos_token + text, add_special_tokens=begin)["input_ids"][n:][:room]
+            ids, labels = ids + part, labels + (part if learned else [-100] * len(part))
         if max(labels) >= 0:
             for name, value in zip(out, (ids, labels, len(ids))):
                 out[name].append(value)
