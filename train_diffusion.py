@@ -117,7 +117,7 @@ detect_anomaly = False  # stop at the first NaN in a gradient, and show its orig
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
 # What a resume may not change; a setting of yours that shapes the model belongs here.
-FIXED = "dataset image_size vae init_from adapter optimizer patch_size n_layer n_head n_embd"
+FIXED = "dataset image_size vae init_from adapter optimizer patch_size n_layer n_head n_embd beta1 beta2 weight_decay"
 
 
 def check_settings():
@@ -328,7 +328,7 @@ def read_picture(source):
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note what is up
-        image = image.convert("RGBA")  # behind a transparent pixel may be any colour
+        image = image.convert("RGBA")  # a transparent pixel has any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size))
         return np.asarray(image).transpose(2, 0, 1)
@@ -806,7 +806,7 @@ def main():
             profiler.start() if step == 5 else profiler.stop()
 
     # the end: the test loss of the best weights
-    summary = {"steps": step, "minutes": progress["seconds"] / 60}
+    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
     if "validation" in splits:
         summary["val/loss"] = progress["best"]
     ema.swap()
@@ -1110,7 +1110,7 @@ def load_pipeline(precision, device, folder="", base=""):
         pipe.to(device)
         return model.eval()
     if adapter:
-        # UNet: attention; else all linear layers of the blocks, which have numbers
+        # UNet: attention; else the blocks, which have numbers
         pattern = r"\.attn\d\." if names[0] == "unet" else r"\.\d+\."
         linear = [name for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
         targets = lora_targets.split(",") if lora_targets else [n for n in linear if re.search(pattern, n)]
