@@ -3,7 +3,6 @@ Sample from a trained model: text, a chat or pictures, in the terminal or in a b
 
     python sample.py --out_dir=out/lm --prompt="def " --num_samples=3 --temperature=0.5
     python sample.py --out_dir=out/lora-chat --chat=True               # a conversation, line by line
-    python sample.py --out_dir=out/diffusion --class_label=7 --num_samples=16
     python sample.py --out_dir=out/sd15-lora --prompt="a sks dog in the snow" --guidance=7
     python sample.py --demo=True --compare='out/*'                     # a page, with the losses of all runs
 
@@ -83,7 +82,7 @@ def load_run(folder):
             raise ValueError("there are no weights; a run saves them at its first evaluation after step 0")
         if (folder / "run.json").exists():
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        path = Path(__file__).with_name({"lm": "train_lm.py", "diffusion": "train_diffusion.py"}[run["kind"]])
+        path = Path(__file__).with_name(f"train_{run['kind']}.py")
         copy = folder / path.name
         if copy.exists() and model_code(copy, run) != model_code(path, run):
             path = copy
@@ -95,7 +94,7 @@ def load_run(folder):
         if run["kind"] == "diffusion":
             return trainer, trainer.load(folder, run, base), None
         model, tok = trainer.load(folder, run, base)
-    gpu, cpu = torch.accelerator.is_available(), torch.cpu.get_capabilities()
+    gpu, cpu = torch.accelerator.is_available() and not merge, torch.cpu.get_capabilities()
     bf16 = torch.cuda.is_bf16_supported(False) if gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if bf16 and not merge and sum(p.numel() for p in model.parameters()) > 1e7:
         for p in model.parameters():  # reading them takes most of the time; positions stay in fp32
@@ -109,13 +108,15 @@ def continuations(ids, n, temperature, **sampling):
     """Yield n continuations of the tokens `ids` so far, after each new token."""
     eos = (model.lm.generation_config if hasattr(model, "lm") else model.config).eos_token_id
     eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    temperature = temperature if temperature > 1e-3 else 0.0  # to divide by less would overflow
     texts, ended, streams = [""] * n, [False] * n, [DecodeStream(ids, True) for _ in range(n)]
     for tokens in trainer.generate(model, ids, n, temperature=temperature, eos=sorted(eos), **sampling):
         for i, token in enumerate(tokens.tolist()):
             ended[i] |= token in eos
             if not ended[i]:  # a character of several tokens comes with its last
-                texts[i] += streams[i].step(tok.backend_tokenizer, token) or ""
+                try:
+                    texts[i] += streams[i].step(tok.backend_tokenizer, token) or ""
+                except Exception:  # the bytes so far are no character
+                    streams[i] = DecodeStream([token], True)
         yield texts
 
 
@@ -133,16 +134,14 @@ def speak(prompt, num_samples, **sampling):
 
 def reply(message, history, seed, **sampling):
     """Yield the answer to a message so far; history: the messages before it, as Gradio has them."""
-    texts = [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"] for m in history]
-    messages = [{"role": m["role"], "content": text} for m, text in zip(history, texts)]
-    messages.append({"role": "user", "content": message.strip() or fail("the message is empty")})
-    ids = range(model.context)
-    while len(ids) >= model.context:
-        if not messages:
-            fail(f"the message has {len(ids)} tokens: the model takes fewer than {model.context}")
-        with named("chat template", out_dir):
-            ids = tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        del messages[:2]  # a conversation that is too long loses its beginning
+    limit, messages = model.context, [{"role": "user", "content": message.strip() or fail("no message")}]
+    for m in reversed(history):  # without questions that had no answer
+        if m["role"] != messages[0]["role"]:
+            text = m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]
+            messages.insert(0, {"role": m["role"], "content": text})
+    with named("chat template", out_dir):  # a conversation that is too long loses its beginning
+        while len(ids := tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]) >= limit:
+            messages = messages[2:] or fail(f"{len(ids)} tokens: the model takes fewer than {limit}")
     for texts in continuations(ids, 1, seed=seed + len(history), **sampling):
         yield texts[0].strip()
 
@@ -218,6 +217,8 @@ def serve(fn, values):
                     fail(f"{name} must have a value, of at most 20,000 letters")
             yield from fn(**dict(zip(values, arguments)))
         except SystemExit as end:  # fail() ends a command, but not the server
+            if chat:  # whose box an error would lock
+                return gr.Warning(str(end.__cause__))
             raise gr.Error(str(end.__cause__), print_exception=False) from None
 
     comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))

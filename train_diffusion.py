@@ -16,6 +16,7 @@ PARENT = os.getppid()  # before the slow imports: a launcher may die during them
 import contextlib
 import ctypes
 import functools
+import glob
 import inspect
 import io
 import itertools
@@ -102,17 +103,17 @@ cooldown = 0.9  # the last part of the steps, in which wsd decays
 min_lr = 0.02  # at the end, as a fraction of the peak
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 # evaluation, saving, reports
-eval_interval = 350  # steps between evaluations
+eval_interval = 350  # steps between evaluations; 0: at the end
 eval_batches = 4  # of batch_size pictures, spread over the validation split; 0: all of it
-log_interval = 10  # steps between reports
-save_interval = 350  # steps between checkpoints
+log_interval = 10  # steps between reports; 0: at the end
+save_interval = 350  # steps between checkpoints; 0: at the end
 patience = 0  # stop after so many evaluations without a better loss; 0: never
 tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
 # the machine
 mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", "fp16", "no"
 compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
 gradient_checkpointing = False  # less memory, but slower: activations are computed twice
-deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8
+deterministic = False  # bitwise repeatable on CUDA; slower
 detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
@@ -126,7 +127,6 @@ def check_settings():
     wrong = {
         f"{adapter=}: lora, with --init_from=, or empty": adapter not in (("",) if scratch else ("", "lora")),
         f"{vae=}: the latents of init_from are the pipeline's": vae and not scratch,
-        f"{image_size=} must be a multiple of {patch_size=}": scratch and image_size % patch_size,
         f"{n_embd=} must be a multiple of 4 and {n_head=}": n_embd % 4 or n_embd % n_head,
         f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
         f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
@@ -226,7 +226,7 @@ class DiT(nn.Module):
         return F.pixel_shuffle(x.mT.reshape(patches.shape), patch_size)
 
     def draw_times(self, n, rng):
-        """-> random times (n,) to train on, few near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
+        """-> random times (n,), few near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
         return torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
 
     def add_noise(self, x0, noise, t):
@@ -262,21 +262,21 @@ def noise_of(seeds, shape):
 
 
 # ---- Data: pictures -> pixels or latents -> splits, in the cache of `datasets` ----
-KINDS = {".parquet": "parquet", ".jsonl": "imagefolder"}  # metadata.jsonl: captions
-KINDS |= dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "imagefolder")
+PICTURES = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .jsonl .csv"  # metadata: captions
+KINDS = {".parquet": "parquet"} | dict.fromkeys(PICTURES.split(), "imagefolder")
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 
 
 def load_pictures():
     """-> DatasetDict of the splits that the data has and the settings want; train is shuffled"""
     datasets.disable_progress_bars()
-    root, paths = Path(dataset), {}  # paths: of the files of each split
-    files = [path for path in (root, *root.rglob("*")) if path.suffix.lower() in KINDS and path.is_file()]
-    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts)]
+    paths = {}  # of the files of each split
+    files = {Path(name) for name in (dataset, *glob.glob(f"{glob.escape(dataset)}/**", recursive=True))}
+    files = [path for path in files if path.suffix.lower() in KINDS and path.is_file()]  # none hidden
     kind = KINDS[max(files, key=os.path.getsize).suffix.lower()] if files else "hub"
     for file in sorted(file for file in files if KINDS[file.suffix.lower()] == kind):
         stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # of a part, as train-00000-of-00002.parquet
-        names = *file.relative_to(root).parts[:1], stem
+        names = *file.relative_to(dataset).parts[:-1], stem * (kind == "parquet")
         split = next((SPLITS[name] for name in names if name in SPLITS), "train")
         paths.setdefault(split, []).append(str(file))
     with named("dataset", dataset):
@@ -317,9 +317,9 @@ def choose_conditions(splits):
             splits[split] = rows.add_column(column, texts)
     elif isinstance(columns[column], datasets.ClassLabel):
         return column, dict(enumerate(columns[column].names))
-    values = set(itertools.chain(*(rows[column][:] for rows in splits.values())))
+    values = {v[0] if isinstance(v, list) else v for rows in splits.values() for v in rows[column][:]}
     if not scratch and not all(values):
-        fail(f"{dataset=} lacks captions: put .txt files beside them, or use --caption= or --caption_column=")
+        fail(f"{dataset=} lacks captions: add .txt files, --caption= or --caption_column=")
     return column, {value: str(value) for value in sorted(values - {None})}
 
 
@@ -328,10 +328,11 @@ def read_picture(source):
     try:
         with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
             image = ImageOps.exif_transpose(image)  # cameras note what is up
+        if image.mode[:4] == "I;16":  # else white
+            image = image.convert("I").point(lambda v: v / 257)
         image = image.convert("RGBA")  # a transparent pixel has any colour
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image = ImageOps.fit(image, (image_size, image_size))
-        return np.asarray(image).transpose(2, 0, 1)
+        return np.asarray(ImageOps.fit(image, (image_size, image_size))).transpose(2, 0, 1)
     except Exception as error:
         return log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
 
@@ -344,6 +345,7 @@ def encode_pictures(batch, column, ids, to_latents):
     for pixels, value in [(p, value) for p, value in zip(pictures, values) if p is not None]:
         x = torch.from_numpy(np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip]))  # (1 or 2, 3, S, S)
         x = to_latents(x / 127.5 - 1).half()
+        value = value[0] if isinstance(value, list) else value  # of several the first
         rows["x"] += [view.tobytes() for view in x.cpu().numpy()]
         rows["cond"] += [ids.get(value, len(ids))] * len(x)
         rows["grey"] += [bool((x == x[:, :1]).all())] * len(x)
@@ -352,10 +354,12 @@ def encode_pictures(batch, column, ids, to_latents):
 
 def prepare_data(to_latents):
     """-> ({split: rows}, what run.json says of them, classes or captions); missing splits are cut from train"""
-    splits = load_pictures()
-    column, names = choose_conditions(splits)
     with named("image_size", image_size):
         z = to_latents(torch.zeros(1, 3, image_size, image_size))  # tells autoencoders apart
+    if init_from == "scratch" and z.size(3) % patch_size:
+        fail(f"{image_size=}: a side of {z.size(3)} is no multiple of {patch_size=}")
+    splits = load_pictures()
+    column, names = choose_conditions(splits)
     made_of = [column, names, f"{z.norm():.4g}", init_from, image_column, caption, image_size, flip]
     made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
     kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
@@ -386,8 +390,7 @@ def collate(rows, shape):
 
 
 def batch_rows(n_rows, first_step, last_step, micro, world, rank):
-    """Yield the rows of each micro-batch of this process. An epoch is a shuffle. All depends on (seed, step), not on
-    the number of processes or the size of micro-batches."""
+    """Yield the rows of each micro-batch of this process. An epoch is a shuffle; all depends on (seed, step)."""
     n_batches = max(1, n_rows // batch_size)
     for step in range(first_step, last_step):
         epoch, i = divmod(step, n_batches)
@@ -498,7 +501,7 @@ class EMA:
 
 def write_file(name, content):
     """Write bytes, a .json or a .pt; under its name there is always a complete file."""
-    temporary = Path(out_dir, name + ".tmp")
+    temporary = Path(out_dir, f"{name}{RANK}.tmp")
     content = json.dumps(content, indent=1).encode() if name.endswith(".json") else content
     with open(temporary, "wb") as f:
         f.write(content) if isinstance(content, bytes) else torch.save(content, f)
@@ -667,7 +670,7 @@ def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
             save_pipeline(module, weights)
         if "test" in splits:
             save_state(accelerator, model, [], progress, "best.pt")
-    # all processes, for FSDP2; compiled, each new size of batch takes a minute
+    # all draw, for FSDP2; compiled, each new size of batch takes a minute
     autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
     with autocast(), torch.compiler.set_stance("force_eager"):
         pictures = draw(module, module.prompts, range(seed, seed + len(module.prompts)))
@@ -755,11 +758,11 @@ def main():
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
-        if step and (stop or done or step % save_interval == 0):
+        if step and (stop or done or step % (save_interval or math.inf) == 0):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0
             save_state(accelerator, model, optimizers, progress, "checkpoint.pt", ema)
-        if not stop and (done or step % eval_interval == 0):
+        if not stop and (done or step % (eval_interval or math.inf) == 0):
             evaluate_and_save(accelerator, model, ema, splits, micro, progress, report)
             since, step_since = time.monotonic(), step  # speed is measured between evaluations
         if stop or done or 0 < patience <= progress["waited"]:
@@ -796,7 +799,7 @@ def main():
             log(f"step {step}: the loss or the gradient is not finite: skipped")
         if skipped == 10:
             raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
-        if step % log_interval == 0 or step == total_steps:
+        if step % (log_interval or math.inf) == 0 or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
             values["images_per_s"] = (step - step_since) * batch_size / (time.monotonic() - since)
             memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
@@ -807,8 +810,7 @@ def main():
 
     # the end: the test loss of the best weights
     summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-    if "validation" in splits:
-        summary["val/loss"] = progress["best"]
+    summary |= {"val/loss": progress["best"]} if math.isfinite(progress["best"]) else {}
     ema.swap()
     if "test" in splits and not stop:
         if math.isfinite(progress["best"]):
@@ -828,7 +830,7 @@ def load(folder, run, base=""):
     globals().update(run["settings"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if init_from != "scratch":
-        return load_pipeline("bf16" if device == "cuda" else "no", device, folder, base)
+        return load_pipeline("bf16" * torch.cuda.is_bf16_supported(False), device, folder, base)
     dit = DiT(run["data"]["shape"], run["data"]["classes"])
     safetensors.torch.load_model(dit, Path(folder, "model.safetensors"))
     return dit.to(device).eval()
@@ -868,8 +870,7 @@ def load_vae(vae):
     from diffusers import AutoencoderKL
 
     with named("vae", vae):
-        autoencoder = AutoencoderKL.from_pretrained(vae)
-        return autoencoder.float().eval().to(PartialState().device)
+        return AutoencoderKL.from_pretrained(vae).float().eval().to(PartialState().device)
 
 
 @torch.no_grad()
@@ -900,9 +901,9 @@ def draw_glyphs(size):
 
 
 # ---- Fine-tuning: only with init_from ----
-# A pipeline's own call is the forward function of its model: run for one step with a scheduler that stands
-# still, what it hands to the scheduler is the model's output. Signs, units of time, packing, positions and
-# all else that a family does its own way are the pipeline's business.
+# A pipeline's own call is the forward function of its model: run for one step, it hands the model's output to
+# the scheduler, which here stands still. Signs, units of time, packing, positions and all else that a family
+# does its own way are the pipeline's business.
 
 
 class StillScheduler:
@@ -912,7 +913,7 @@ class StillScheduler:
 
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
         if self.times is None:
-            raise StopIteration  # only captions were wanted, encoded by now
+            raise StopIteration  # only captions were wanted
         self.timesteps = self.sigmas = [self.times]  # (B,)
 
     def scale_model_input(self, sample=None, *_):
@@ -983,7 +984,7 @@ class Pipeline(nn.Module):
             return (torch.randint(1000, (n,), generator=rng, device=rng.device) + 0.5) / 1000
         t, config = DiT.draw_times(self, n, rng), self.still.config
         shift = config.get("shift") or config.get("flow_shift") or 1.0
-        t = shift * t / (1 + (shift - 1) * t)  # later for many pixels
+        t = shift * t / (1 + (shift - 1) * t)  # noisier for large pictures
         return (1000 * t).to(self.dtype).float() / 1000  # as a pipeline in bf16 rounds it
 
     def add_noise(self, x0, noise, t):
@@ -1020,8 +1021,7 @@ class Pipeline(nn.Module):
         return join(parts)
 
     def prepare(self, captions, shape):
-        """Encode captions and prompts once; then the text encoders leave memory. The last caption, "", is that
-        of dropped ones."""
+        """Encode captions, the last of which is "", of dropped ones, and prompts; the text encoders leave memory."""
         if not adapter and not Path(out_dir, "model_index.json").exists():
             self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
         Path(out_dir, "captions").mkdir(exist_ok=True)
@@ -1043,8 +1043,7 @@ class Pipeline(nn.Module):
             self.probe(captions.index(max(captions, key=len)), len(captions))
 
     def probe(self, *numbers):
-        """Refuse what cannot be trained; freeze what has no gradient, for which DDP would wait; see by two captions if
-        a call takes several pictures."""
+        """Refuse what cannot be trained; freeze what has no gradient (DDP would wait); see if a call takes two."""
         S, calls, is_same = image_size, [], False
         z = self.encode(torch.arange(6.0 * S * S).sin().view(2, 3, S, S))
         cond = torch.tensor(numbers, device=z.device)
@@ -1110,8 +1109,7 @@ def load_pipeline(precision, device, folder="", base=""):
         pipe.to(device)
         return model.eval()
     if adapter:
-        # UNet: attention; else the blocks, which have numbers
-        pattern = r"\.attn\d\." if names[0] == "unet" else r"\.\d+\."
+        pattern = r"\.attn\d\." if names[0] == "unet" else r"\.\d+\."  # or blocks, which have numbers
         linear = [name for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
         targets = lora_targets.split(",") if lora_targets else [n for n in linear if re.search(pattern, n)]
         lora = {"r": lora_rank, "lora_alpha": lora_alpha, "init_lora_weights": "gaussian"}
@@ -1140,7 +1138,6 @@ def save_pipeline(model, weights):
     Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
     if model.name == "unet":  # for ComfyUI
         kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
-        # where diffusers writes the rank
         alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
         write_file("kohya_lora.safetensors", safetensors.torch.save(kohya | alphas))
 

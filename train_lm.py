@@ -95,17 +95,17 @@ cooldown = 0.9  # the last part of the steps, in which wsd decays
 min_lr = 0.02  # at the end, as a fraction of the peak
 grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
 # evaluation, saving, reports
-eval_interval = 200  # steps between evaluations
+eval_interval = 200  # steps between evaluations; 0: at the end
 eval_batches = 20  # of batch_size rows, spread evenly over the validation split; 0: all of it
-log_interval = 10  # steps between reports
-save_interval = 200  # steps between checkpoints
+log_interval = 10  # steps between reports; 0: at the end
+save_interval = 200  # steps between checkpoints; 0: at the end
 patience = 0  # stop after so many evaluations without a better loss; 0: never
 tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
 # the machine
 mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", "fp16", "no"
 compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
 gradient_checkpointing = False  # less memory, but slower: activations are computed twice
-deterministic = False  # bitwise repeatable on CUDA; slower, and needs CUBLAS_WORKSPACE_CONFIG=:4096:8
+deterministic = False  # bitwise repeatable on CUDA; slower
 detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
@@ -287,13 +287,13 @@ def load_documents():
     root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
     without = NOT_LIBRARY if dataset == "python" else ()
     kind, files, paths = "hub", [], {}  # paths: of the files of each split
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = (name for name in folders if name[0] != "." and name not in without)
         files += [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix in KINDS]
     if root.is_file() or "*" in dataset or "://" in dataset:
         kind, paths = KINDS.get(Path(re.sub(r"\.gz|\?.*", "", dataset)).suffix, "text"), {"train": dataset}
     elif files:
-        kind = KINDS[max(files, key=os.path.getsize).suffix]  # a small README.md is no data
+        kind = KINDS[max(files, key=os.path.getsize).suffix]  # not a README.md
     for file in sorted(file for file in files if KINDS[file.suffix] == kind):
         try:
             _ = kind == "text" and file.read_bytes().decode()
@@ -335,7 +335,6 @@ def learn_tokens(rows, n_tokens):
 def load_tokenizer(splits):
     """-> a fast tokenizer of transformers; "bpe:N" learns from train, "char" has the characters of all splits"""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    name = out_dir if resume and Path(out_dir, "tokenizer.json").exists() else name
     if name == "char":
         texts = (str(x) for rows in splits.values() for row in rows for x in row.values())
         core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set().union(*texts)))}))
@@ -478,7 +477,7 @@ def lr_at(step, total_steps):
 
 def write_file(name, content):
     """Write a .json or a .pt; under its name there is always a complete file."""
-    temporary = Path(out_dir, name + ".tmp")
+    temporary = Path(out_dir, f"{name}{RANK}.tmp")
     with open(temporary, "wb") as f:
         f.write(json.dumps(content, indent=1).encode()) if name[-5:] == ".json" else torch.save(content, f)
         f.flush()
@@ -605,7 +604,7 @@ def start_accelerator():
 @torch.no_grad()
 def evaluate(accelerator, model, tok, split, rows, micro, batches):
     """-> the loss of a split per token, and per byte, comparable across tokenizers. batches: how many, spread evenly;
-    0: all. The processes share them, each in as many forward passes as the others."""
+    0: all. The processes make equally many passes."""
     n = min(len(rows), batches * batch_size or len(rows))
     mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
     loss, n_tokens, n_bytes = 0.0, 0, 0
@@ -656,7 +655,7 @@ def speed(tokens_per_s, model):
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     if peak and isinstance(model, GPT):
         multiplied = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
-        flops = 6 * multiplied + 12 * n_layer * n_embd * block_size  # for a token, forward and backward
+        flops = 6 * multiplied + 12 * len(model.model.layers) * model.config.hidden_size * block_size
         values["mfu"] = tokens_per_s * flops / peak / WORLD
     return values
 
@@ -721,11 +720,11 @@ def main():
         if STOP:
             accelerator.set_trigger()
         stop, done = accelerator.check_trigger(), step >= total_steps
-        if step and (stop or done or step % save_interval == 0):
+        if step and (stop or done or step % (save_interval or math.inf) == 0):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0
             save_state(accelerator, model, optimizers, progress, "checkpoint.pt")
-        if not stop and (done or step % eval_interval == 0):
+        if not stop and (done or step % (eval_interval or math.inf) == 0):
             evaluate_and_save(accelerator, model, tok, splits, micro, progress, report)
             since, tokens_since = time.monotonic(), 0  # speed is measured between evaluations
         if stop or done or 0 < patience <= progress["waited"]:
@@ -761,7 +760,7 @@ def main():
             log(f"step {step}: the loss or the gradient is not finite: skipped")
         if skipped == 10:
             raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
-        if step % log_interval == 0 or step == total_steps:
+        if step % (log_interval or math.inf) == 0 or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
             values |= speed(tokens_since / (time.monotonic() - since), module)
             report(values | {"epoch": step / n_batches})
@@ -770,7 +769,8 @@ def main():
             profiler.start() if step == 5 else profiler.stop()
 
     # the end: the test loss of the best weights
-    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60, "val/loss": progress["best"]}
+    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
+    summary |= {"val/loss": progress["best"]} if math.isfinite(progress["best"]) else {}
     if "test" in splits and not stop:
         if math.isfinite(progress["best"]):
             load_state(accelerator, model, [], "best.pt", fixed)
@@ -787,7 +787,7 @@ def main():
 @torch.no_grad()
 def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, eos=()):
     """Yield the next token, (n,), of n continuations of `prompt`, a list of ids, until each has had an `eos`.
-    temperature 0: the likeliest token. Text that outgrows the model's context goes on from its last half."""
+    temperature < 0.001: the likeliest token. Text that outgrows the model's context goes on from its last half."""
     idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)
     rng, cache, ended = torch.Generator().manual_seed(seed), {}, torch.zeros_like(idx[:, 0])
     for _ in range(max_new_tokens):
@@ -795,7 +795,7 @@ def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1
             idx, cache = idx[:, -max(1, model.context // 2) :], {}
         logits = model(idx[:, -1:] if cache else idx, cache=cache)[:, -1].float().nan_to_num()  # (n, V)
         token = logits.argmax(dim=-1)  # (n,)
-        if temperature > 0:
+        if temperature > 1e-3:
             logits = logits / temperature
             logits = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
             logits = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits

@@ -45,7 +45,7 @@ parts = ""  # with commas between them; "": all whose paths are given
 pairs = 3  # how often each side is run
 minutes = 5.0  # of training on CIFAR-10
 text = ""  # tinyshakespeare's input.txt
-cifar10 = ""  # a folder with the parquet files of its train and test splits
+cifar10 = ""  # a folder with the parquet files of its train and test splits, pictures in a column `image`
 nanogpt = ""  # a checkout, as are the next two
 diffusers = ""
 smalldiffusion = ""
@@ -179,7 +179,7 @@ def sampling(folder):
     for size, shape, n in ("1 M", "", 100), ("34 M", middle, 60), ("98 M", large, 30):
         ours(folder, f"train_lm.py --max_steps=2 --eval_batches=1 --test_fraction=0 --optimizer=adamw{shape}")
         trainer, model, _ = sample.load_run(folder)
-        other = AutoModelForCausalLM.from_pretrained(folder)
+        other = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
         kwargs = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": True, "temperature": 0.8, "top_k": 0}
         for batch in (1, 8):
             ids = torch.randint(model.config.vocab_size, (1, 16)).repeat(batch, 1)

@@ -82,7 +82,7 @@ def show_text(browser, runs):
 
 def show_chat(browser):
     with demo(browser, CHAT, "--chat=True", "--max_new_tokens=20") as page:
-        for message in ("Hello?", "And you?"):
+        for message in ("Hello?", "too long " * 9999, "And you?"):  # a refusal locks nothing
             page.locator("textarea").first.fill(message)
             page.keyboard.press("Enter")
             page.wait_for_timeout(5000)

@@ -14,7 +14,7 @@ from PIL import Image
 SD = "--init_from={data}/sd --image_size=16"
 REFUSED = [
     ("--n_embd=100 --n_head=3", "must be a multiple of 4 and n_head=3"),
-    ("--image_size=15", "must be a multiple of patch_size=2"),
+    ("--image_size=15", "image_size=15: a side of 15 is no multiple of patch_size=2"),
     ("--lr_schedule=linear", "wsd, cosine or constant"),
     ("--batch_size=64 --micro_batch_size=5", "batch_size=64 is no multiple of 5 pictures x 1 processes"),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),

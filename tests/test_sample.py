@@ -176,8 +176,11 @@ def test_a_chat_in_the_terminal_and_on_a_page(runs, tmp_path):
     assert "takes fewer than 128" in err
     with served(tmp_path, runs / "chat", "--chat=True") as (_, client):
         said = [ask(client, line, **values) for line in lines[:2]]
-        assert "takes fewer than 128" in refusal(client, lines[2], **values)
-        assert "is empty" in refusal(client, " \n", **values)
+        for line in (
+            lines[2],
+            " \n",
+        ):  # a warning, as an error would lock the box, and no part of the history
+            assert ask(client, line, **values) is None
         said.append(ask(client, lines[3], **values))
         client.reset_session()
         assert ask(client, lines[0], **values) == said[0]  # each visitor has a conversation of his own

@@ -10,6 +10,7 @@ import shutil
 import signal
 import types
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -50,8 +51,6 @@ def everything(splits, data):
 
 
 def test_every_way_to_name_pictures_reads_the_same(prepare, picture_folder, tmp_path):
-    import datasets
-
     names, files = ["blue", "green", "red"], sorted(picture_folder.rglob("*.png"))
     pixels = [np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in files]
     expected = sorted((p, names.index(path.parent.name)) for p, path in zip(pixels, files))
@@ -72,16 +71,18 @@ def test_every_way_to_name_pictures_reads_the_same(prepare, picture_folder, tmp_
 
 
 def test_pictures_without_classes_and_a_changed_one(prepare, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/images").symlink_to(tmp_path / "far")
     for split in ("train", "val"):  # the names of splits are no classes
-        (tmp_path / split).mkdir()
+        (tmp_path / "far" / split).mkdir(parents=True)
         for i in range(3):
-            Image.new("L", (8, 8), 50 * i).save(tmp_path / split / f"{i}.PNG")
-    splits, data, names = prepare(dataset=tmp_path, test_fraction=0.0)
+            Image.new("L", (8, 8), 50 * i).save(tmp_path / "far" / split / f"{i}.PNG")
+    splits, data, names = prepare(dataset=tmp_path / "data", test_fraction=0.0)
     assert names == [] and data["shape"] == [1, 8, 8] and data["rows"] == {"validation": 3, "train": 3}
     assert "training without classes" in capsys.readouterr().out
     assert {c for _, c in everything(splits, data)} == {0}  # the number of no class
-    Image.new("L", (8, 8), 77).save(tmp_path / "train/2.PNG")
-    seen = everything(*prepare(dataset=tmp_path, test_fraction=0.0)[:2])
+    Image.new("L", (8, 8), 77).save(tmp_path / "far/train/2.PNG")
+    seen = everything(*prepare(dataset=tmp_path / "data", test_fraction=0.0)[:2])
     assert [p[0] for p, _ in seen] == [0, 0, 50, 50, 77, 100]
 
 
@@ -108,6 +109,7 @@ def test_all_modes_and_sizes_become_the_same_picture(tmp_path):
     kinds = {"l.png": grey, "rgb.jpg": colour, "p.gif": colour.convert("P"), "rgb.webp": colour}
     kinds |= {"a.png": colour.convert("RGBA"), "cmyk.jpg": colour.convert("CMYK")}
     kinds |= {"la.png": grey.convert("LA"), "exif.jpg": colour.transpose(Image.Transpose.ROTATE_90)}
+    kinds["16.png"] = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     for name, image in kinds.items():
         image.save(tmp_path / name, **({"exif": exif, "quality": 95} if name == "exif.jpg" else {}))
         x = td.read_picture({"bytes": None, "path": str(tmp_path / name)})
@@ -118,12 +120,17 @@ def test_all_modes_and_sizes_become_the_same_picture(tmp_path):
 
 def test_captions_of_a_folder(prepare, captioned, tmp_path, capsys):
     captions = {"init_from": "a pipeline", "dataset": tmp_path / "folder"}
-    shutil.copytree(captioned, tmp_path / "folder")
-    assert prepare(**captions)[2] == ["a blue square", "a green square", "a red square"]
-    (tmp_path / "folder/metadata.jsonl").unlink()
+    path = shutil.copytree(captioned, tmp_path / "folder") / "metadata.jsonl"
+    table = datasets.Dataset.from_json(str(path))
+    lists = table.map(lambda row: {"text": [row["text"], "another"]})  # of which the first counts
+    for suffix, write in (".jsonl", table.to_json), (".jsonl", lists.to_json), (".csv", table.to_csv):
+        path.unlink()
+        write(path := path.with_suffix(suffix))
+        assert prepare(**captions)[2] == ["a blue square", "a green square", "a red square"]
+    path.unlink()
     with pytest.raises(SystemExit):
         prepare(**captions)
-    assert ".txt files beside them, or use --caption= or --caption_column=" in capsys.readouterr().err
+    assert "add .txt files, --caption= or --caption_column=" in capsys.readouterr().err
     for path in (tmp_path / "folder").glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture {path.stem}\n")
     assert sorted(prepare(**captions)[2]) == [f"picture {i:02}" for i in range(12)]

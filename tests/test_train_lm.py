@@ -159,12 +159,17 @@ def test_bf16_and_gradient_checkpointing_train_as_well_and_profile_leaves_a_trac
     assert "aten::bmm" in next((tmp_path / "run").glob("*.trace.json")).read_text()
 
 
-def test_the_length_of_a_run(tmp_path, tiny):
+def test_the_length_of_a_run(tmp_path, tiny, monkeypatch):
     """max_steps=0 only evaluates; epochs are passes over the data; without validation the last weights."""
     out = tmp_path / "run"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     within("train_lm.py", tiny, "--max_steps=0")
     assert len(rows(out)) == 2
-    within("train_lm.py", tiny, "--epochs=1.5", "--block_size=512", "--val_fraction=0", "--overwrite=True")
+    cached = sorted((tmp_path / "cache").rglob("*.arrow"))
+    within("train_lm.py", tiny, "--max_steps=0", "--resume=True")
+    assert cached and cached == sorted((tmp_path / "cache").rglob("*.arrow"))  # nothing is tokenized again
+    never = ("--eval_interval=0", "--save_interval=0", "--log_interval=0", "--val_fraction=0")
+    within("train_lm.py", tiny, "--epochs=1.5", "--block_size=512", "--overwrite=True", *never)
     n, state = json.loads((out / "run.json").read_text())["rows"]["train"], last_state(out)
     assert state["progress"]["step"] == math.ceil(1.5 * (n // 8))
     assert not rows(out, "val/loss") and rows(out, "test/loss")

@@ -40,7 +40,7 @@ from pipelines import make_clip, make_pipeline, make_vae
 from configurator import configure
 
 shakespeare = ""  # tinyshakespeare's input.txt
-cifar10 = ""  # a folder with the parquet files of CIFAR-10
+cifar10 = ""  # a folder with the parquet files of CIFAR-10, pictures in a column `image`
 nanogpt = ""  # a checkout
 parts = ""  # with commas between them; "": all
 dry = False  # on a CPU, at tiny sizes
