@@ -104,12 +104,12 @@ def load_run(folder):
 
 # ---- Text ----
 @torch.inference_mode()  # faster than no_grad, which generate() has for FSDP2
-def continuations(ids, n, temperature, **sampling):
+def continuations(ids, n, **sampling):
     """Yield n continuations of the tokens `ids` so far, after each new token."""
     eos = (model.lm.generation_config if hasattr(model, "lm") else model.config).eos_token_id
     eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     texts, ended, streams = [""] * n, [False] * n, [DecodeStream(ids, True) for _ in range(n)]
-    for tokens in trainer.generate(model, ids, n, temperature=temperature, eos=sorted(eos), **sampling):
+    for tokens in trainer.generate(model, ids, n, eos=sorted(eos), **sampling):
         for i, token in enumerate(tokens.tolist()):
             ended[i] |= token in eos
             if not ended[i]:  # a character of several tokens comes with its last
