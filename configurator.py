@@ -1,10 +1,10 @@
 """
-Settings without a framework: the lowercase globals of a script are its settings.
+Settings without a framework: the lowercase global variables of a script are its settings.
 
     python train_lm.py configs/my_experiment.py --n_layer=8 --out_dir=out/wide
 
-Config files (plain Python that assigns settings) and --name=value are applied from left to right; later wins. A
-name that is no setting, or a value of another type than the default, ends the program with one line.
+Config files (plain Python that assigns settings) and --name=value arguments are applied from left to right; the later
+one wins. An unknown name, or a value of another type than the default, ends the program with one sentence.
 """
 
 import ast
@@ -18,78 +18,109 @@ import sys
 import types
 
 
+class UserError(SystemExit):
+    """A mistake of the user: ends the program with exit code 2, unless somebody catches it."""
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = message
+
+
 def fail(message):
-    """End the program for a mistake of its user: one line on stderr, exit code 2, no traceback."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a launch fail together: one speaks
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2) from ValueError(message)  # the demo goes on, and shows the cause
+    """End the program because of a mistake of its user, with one line on stderr instead of a traceback."""
+    message = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    raise UserError(message)
 
 
 @contextlib.contextmanager
 def named(setting, value):
-    """Whatever a library raises while it loads what the user named becomes one line that quotes the setting."""
+    """Turn what a library raises while it loads what the user named into a sentence that names the setting.
+
+    Only calls of libraries stand inside, so that a mistake in our own code keeps its traceback.
+    """
     try:
         yield
     except Exception as error:
-        reason = str(error.__cause__ or error).strip() or type(error).__name__
-        fail(f"{setting}={value!r} cannot be used: {reason.splitlines()[0]}")
-
-
-def nearest(word, candidates):
-    return difflib.get_close_matches(word, list(candidates), n=1, cutoff=0)[0]
+        reasons = [str(error) or type(error).__name__]
+        if error.__cause__ and str(error.__cause__) not in reasons[0]:
+            reasons.append(str(error.__cause__))
+        fail(f"{setting}={value!r} cannot be used: {' '.join(reasons)}")
 
 
 def settings(namespace):
-    """{name: value} of the settings in a module's globals: lowercase scalars without a leading underscore."""
-    kinds = (bool, int, float, str)
-    return {k: v for k, v in namespace.items() if k == k.lower() and k[0] != "_" and type(v) in kinds}
+    """Return {name: value} of the settings among a script's globals: lowercase names of plain values."""
+    found = {}
+    for name, value in namespace.items():
+        if name == name.lower() and name[0] != "_" and type(value) in (bool, int, float, str):
+            found[name] = value
+    return found
 
 
-def parse(text, default):
-    """The text after `--name=` as Python reads it, but true and false in any case; a string stays as it is."""
-    if isinstance(default, str):
-        return text
-    try:
-        return ast.literal_eval(text.title() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError):
-        return text  # of the wrong type, which configure() reports
-
-
-def read_config(path, values):
-    """{name: value} that a config file sets; the file sees the values so far."""
-    with named("config", path):
-        namespace = runpy.run_path(path, init_globals=dict(values))
-    return {k: v for k, v in namespace.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
+def comments(path):
+    """Return {name: comment} of the settings in a script, which document them in --help and in the demo."""
+    with open(path, encoding="utf-8") as f:
+        return dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", f.read(), re.MULTILINE))
 
 
 def print_help(namespace):
-    with open(namespace["__file__"], encoding="utf-8") as f:
-        comments = dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", f.read(), re.MULTILINE))
-    print((namespace["__doc__"] or "").strip() + "\n\nSettings (--name=value, or in a config file):\n")
+    """Print the script's docstring and its settings with their defaults and comments."""
+    described = comments(namespace["__file__"])
+    print((namespace["__doc__"] or "").strip())
+    print("\nSettings (--name=value, or in a config file):\n")
     for name, value in settings(namespace).items():
-        print(f"  --{name}={value!r}".ljust(36), comments.get(name, ""))
+        print(f"  --{name}={value!r}".ljust(36), described.get(name, ""))
+
+
+def parse(text, default):
+    """Return the text after `--name=` as a value. Strings are taken as they are, numbers as Python reads them."""
+    if isinstance(default, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # not a number: configure() reports that its type is wrong
+
+
+def read_config(path, values):
+    """Run a config file, which can read the settings so far, and return {name: value} of what it assigns."""
+    if not os.path.isfile(path):
+        fail(f"there is no config file {path}")
+    namespace = runpy.run_path(path, init_globals=dict(values))
+    assigned = {}
+    for name, value in namespace.items():
+        if name[0] != "_" and not isinstance(value, types.ModuleType):
+            assigned[name] = value
+    return assigned
 
 
 def configure(namespace, arguments=None):
-    """Override the settings in `namespace` (a script's globals()) by the command line, or end the program."""
+    """Override the settings in `namespace`, a script's globals(), by config files and the command line."""
     values = settings(namespace)
     for argument in sys.argv[1:] if arguments is None else arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if argument in ("--help", "-h"):
-            raise SystemExit(print_help(namespace))
-        if argument.endswith(".py") and not equals:
-            changes = read_config(argument, values)
+            print_help(namespace)
+            sys.exit()
         elif argument.startswith("--") and equals:
             changes = {name: parse(text, values.get(name))}
+        elif argument.endswith(".py"):
+            changes = read_config(argument, values)
         else:
-            fail(f"{argument}: write --name=value, or name a config file (.py)")
+            fail(f"{argument}: write --name=value, or name a config file that ends in .py")
+
         for name, value in changes.items():
             if name not in values:
-                fail(f"{argument}: {name} is no setting; did you mean {nearest(name, values)}?")
+                nearest = difflib.get_close_matches(name, list(values), n=1, cutoff=0)[0]
+                fail(f"{argument}: {name} is not a setting; did you mean {nearest}?")
             kind = type(values[name])
             if kind is float and type(value) is int:
                 value = float(value)
             if type(value) is not kind or value in (math.inf, -math.inf):
                 fail(f"{argument}: {name} must be of type {kind.__name__}, like {values[name]!r}")
+            if name in namespace.get("PATHS", ()):  # the shell leaves the ~ in --out_dir=~/runs as it is
+                value = os.path.expanduser(value)
             values[name] = value
-    namespace.update({k: os.path.expanduser(v) if type(v) is str else v for k, v in values.items()})
+    namespace.update(values)

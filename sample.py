@@ -1,300 +1,479 @@
 """
-Sample from a trained model: text, a chat or pictures, in the terminal or in a browser.
+Sample from a trained model: text, a chat or images, in the terminal or in a browser.
 
-    python sample.py --out_dir=out/lm --prompt="def " --num_samples=3 --temperature=0.5
-    python sample.py --out_dir=out/lora-chat --chat=True               # a conversation, line by line
+    python sample.py --prompt="def " --num_samples=3 --temperature=0.5           # the model in out/lm
+    python sample.py --out_dir=out/lora-chat --chat=True
     python sample.py --out_dir=out/sd15-lora --prompt="a sks dog in the snow" --guidance=7
-    python sample.py --demo=True --compare='out/*'                     # a page, with the losses of all runs
+    python sample.py --demo=True --compare='out/*'              # a web page, with the losses of all runs
 
-Text goes to stdout, all else to stderr. Any causal language model of transformers, or adapter of peft, will do.
+The model can be a run of train_lm.py or train_diffusion.py, any causal language model of transformers, or any
+adapter of peft. Generated text goes to stdout, everything else to stderr.
 """
 
-import ast
 import contextlib
 import glob
 import importlib.util
+import itertools
 import json
 import os
-import re
 import sys
 import threading
 from pathlib import Path
 
 import torch
-from tokenizers.decoders import DecodeStream
 
-from configurator import configure, fail, named
+from configurator import UserError, comments, configure, fail, named
 
 # ---- Settings ----
-out_dir = "out/lm"  # the run
-base = ""  # where the model under an adapter is now, if it has moved
-num_samples = 0  # texts or pictures of each prompt; 0: one, or a picture of each class
-seed = 1337  # the same seed, the same text or picture
-trust_run_code = False  # run the training script in out_dir, if its model is not the one here
-prompt = "\n"  # to be continued, or drawn; FILE:x.txt: from a file, pictures line by line
-max_new_tokens = 300  # length of the continuation
-temperature = 0.8  # 0: always the likeliest token; 1: as the model says; above: more random
-top_k = 0  # sample from so many of the likeliest tokens; 0: from all
-top_p = 1.0  # sample from the likeliest tokens with this share of the probability
-chat = False  # answer line after line by the chat template
-merge = ""  # a new folder: write the model there with its LoRA merged, instead of sampling
-class_label = ""  # name or number of a class; "": all in turn
-negative_prompt = ""  # what the pictures should not look like
-lora_scale = 1.0  # strength of the LoRA; 0: the base alone
-steps = 0  # from noise to picture; 0: as the run has it
-guidance = -1.0  # towards the class or prompt; below 0: as the run has it
-output = "sample.png"  # a grid of all pictures
-demo = False  # serve a page on this machine instead
-compare = ""  # runs whose losses the page shows, as 'out/*'; "": those of this one
-port = 7860  # of the page
-share = False  # give the page a public address too, through Gradio's servers
 
-LIMITS = {"num_samples": (0, 64, 1), "max_new_tokens": (1, 2000, 1), "temperature": (0, 3, 0.05)}
-LIMITS |= {"top_k": (0, 1000, 1), "top_p": (0, 1, 0.01), "seed": (0, 2**32, 1)}
-LIMITS |= {"steps": (0, 250, 1), "guidance": (-1, 20, 0.1), "lora_scale": (-2, 2, 0.05)}
+out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
+base = ""  # base model of an adapter, if it is not where it was during training
+num_samples = 0  # samples per prompt (0: one; image models with classes: one per class)
+seed = 1337  # the same seed gives the same text or images
+trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
+# text
+prompt = "\n"  # prompt, or FILE:path to read it from a file (images: one prompt per line)
+max_new_tokens = 300  # largest number of tokens to generate
+temperature = 0.8  # 0: greedy; 1: the model's own distribution; higher: more random
+top_k = 0  # keep only the k most likely tokens (0: all)
+top_p = 1.0  # nucleus sampling: keep the most likely tokens up to this total probability
+chat = False  # chat, using the model's chat template: in the terminal, or with demo in the browser
+merge = ""  # merge the LoRA adapter into the model and save it to this new folder
+# images
+class_label = ""  # name or number of a class (default: all classes in turn)
+negative_prompt = ""  # what the images should not show
+lora_scale = 1.0  # strength of the LoRA adapter (0: the base model alone)
+steps = 0  # number of denoising steps (0: value used in training)
+guidance = -1.0  # guidance scale (negative: value used in training)
+output = "sample.png"  # file for a grid of all images
+# demo
+demo = False  # open a web demo on http://127.0.0.1:<port>
+compare = ""  # runs to plot in the demo, such as 'out/*' (default: this one)
+port = 7860  # port of the web demo
+share = False  # also give the demo a public address, through Gradio's servers
+
+PATHS = ("out_dir", "base", "merge", "output", "compare")  # settings in which ~ means the home directory
+# Smallest value, largest value and step of the controls in the demo. The command line has no largest values.
+RANGES = {
+    "num_samples": (0, 64, 1),
+    "seed": (0, 2**32, 1),
+    "max_new_tokens": (1, 2000, 1),
+    "temperature": (0, 3, 0.05),
+    "top_k": (0, 1000, 1),
+    "top_p": (0, 1, 0.01),
+    "steps": (0, 250, 1),
+    "guidance": (-1, 20, 0.1),
+    "lora_scale": (-2, 2, 0.05),
+}
+
+# ---- Load a model ----
+
+# load_run() sets these three, and all functions below use them.
+trainer = None  # the training script of the model, imported as a module
+model = None
+tok = None  # the tokenizer; image models have none
 
 
-def model_code(path, run):
-    """-> the code in a training script that the model of a run uses, without comments and docstrings"""
-    statements = []  # (names that it defines or changes, names in it, code)
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        parts = list(ast.walk(node))
-        for part in parts:
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part):
-                del part.body[0]
-            if isinstance(part, ast.alias):  # one of the names in an import
-                code = ast.dump(part) + getattr(node, "module", "")
-                statements.append(({part.asname or part.name}, set(), code))
-        used = {part.id for part in parts if isinstance(part, ast.Name)} - {"fail", "log", *run["settings"]}
-        statements.append(({node.name} if hasattr(node, "name") else used, used, ast.dump(node)))
-    reached = {run["model"]}
-    for _ in statements:  # as often as one may lead to another
-        found = [statement for statement in statements if statement[0] & reached]
-        reached = reached.union(*(used for _, used, _ in found))
-    return [code for _, _, code in found]
+def model_section(script):
+    """Return the text of the section of a training script that defines the model."""
+    _, _, section = script.read_text(encoding="utf-8").partition("\n# ---- Model")
+    return section.partition("\n# ---- ")[0]
 
 
-def load_run(folder):
-    """-> (the training script as a module, the model, its tokenizer or None)"""
-    run = {"kind": "lm", "model": "Pretrained", "settings": {}}  # where there is no run.json
-    with named("out_dir", out_dir):
-        if not any(folder.rglob("*.safetensors")):
-            raise ValueError("there are no weights; a run saves them at its first evaluation after step 0")
-        if (folder / "run.json").exists():
-            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        path = Path(__file__).with_name(f"train_{run['kind']}.py")
-        copy = folder / path.name
-        if copy.exists() and model_code(copy, run) != model_code(path, run):
-            path = copy
-            if not trust_run_code:
-                fail(f"{copy} has another model: --trust_run_code=True runs it, if you trust its author")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        trainer = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(trainer)
-        if run["kind"] == "diffusion":
-            return trainer, trainer.load(folder, run, base), None
-        model, tok = trainer.load(folder, run, base)
-    gpu, cpu = torch.accelerator.is_available() and not merge, torch.cpu.get_capabilities()
-    bf16 = torch.cuda.is_bf16_supported(False) if gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    if bf16 and not merge and sum(p.numel() for p in model.parameters()) > 1e7:
-        for p in model.parameters():  # reading them takes most of the time; positions stay in fp32
-            p.data = p.data.bfloat16()
-    return trainer, model.to(torch.accelerator.current_accelerator() if gpu else "cpu"), tok
+def choose_script(run):
+    """Return the path of the training script to load a run with; run is the content of its run.json."""
+    if run.get("kind") not in ("lm", "diffusion"):
+        fail(f"{out_dir}/run.json is not from these training scripts: its kind is {run.get('kind')!r}")
+    script = Path(__file__).with_name(f"train_{run['kind']}.py")
+    copy = Path(out_dir, script.name)
+    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # its code is in a library
+    if is_pretrained or not copy.exists() or model_section(copy) == model_section(script):
+        return script
+    if not trust_run_code:
+        fail(f"{copy} has another model: --trust_run_code=True runs that script, if you trust its author")
+    return copy
+
+
+def supports_bf16(device):
+    """Tell whether the hardware computes in bf16; emulation would be slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return device.type == "cpu" and (features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def load_run():
+    """Load the model in out_dir, its tokenizer and its training script."""
+    global trainer, model, tok
+    run = {"kind": "lm", "model": "Pretrained", "settings": {}}  # for a model of transformers or peft
+    run_file = Path(out_dir, "run.json")
+    if run_file.exists():
+        with named("out_dir", out_dir):
+            run = json.loads(run_file.read_text(encoding="utf-8"))
+        if not any(Path(out_dir).rglob("*.safetensors")):
+            fail(f"{out_dir} has no weights yet: a run saves them at its first evaluation after step 0")
+
+    script = choose_script(run)
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    trainer = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = trainer  # as the import statement does
+    spec.loader.exec_module(trainer)
+    if run["kind"] == "diffusion":
+        model = trainer.load(out_dir, run, base)
+        return
+
+    model, tok = trainer.load(out_dir, run, base)
+    ends = trainer.end_tokens(model)
+    eos = tok.eos_token_id
+    if eos is not None and eos not in ends:  # not all models know the end token of their tokenizer
+        model.generation_config.eos_token_id = [*ends, eos]
+    if merge:  # on the CPU, in fp32
+        return
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if sum(p.numel() for p in model.parameters()) > 10e6 and supports_bf16(device):
+        # A large model spends most of its time reading its weights: halve them. Buffers, such as rotary
+        # frequencies, stay in fp32.
+        for p in model.parameters():
+            if p.dtype == torch.float32:  # and not quantized
+                p.data = p.data.bfloat16()
+    model.to(device)
 
 
 # ---- Text ----
-@torch.inference_mode()  # faster than no_grad, which generate() has for FSDP2
-def continuations(ids, n, **sampling):
-    """Yield n continuations of the tokens `ids` so far, after each new token."""
-    eos = (model.lm.generation_config if hasattr(model, "lm") else model.config).eos_token_id
-    eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    texts, ended, streams = [""] * n, [False] * n, [DecodeStream(ids, True) for _ in range(n)]
-    for tokens in trainer.generate(model, ids, n, eos=sorted(eos), **sampling):
+# Functions that generate take parameters, not the settings, because each visitor of the demo has others.
+
+
+@torch.inference_mode()  # some 15 % faster than the no_grad of trainer.generate()
+def generate_tokens(ids, n, **sampling):
+    """Yield n lists of new token ids that continue the ids of a prompt, after each step.
+
+    sampling: max_new_tokens, temperature, top_k, top_p and seed, as the settings have them.
+    """
+    texts = [[] for _ in range(n)]
+    has_ended = [False] * n
+    ends = trainer.end_tokens(model)
+    n_ids = max(tok.get_vocab().values()) + 1  # more than len(tok) if some ids are unused
+    for tokens in trainer.generate(model, ids, n, vocab_size=n_ids, **sampling):  # tokens: (n,)
         for i, token in enumerate(tokens.tolist()):
-            ended[i] |= token in eos
-            if not ended[i]:  # a character of several tokens comes with its last
-                try:
-                    texts[i] += streams[i].step(tok.backend_tokenizer, token) or ""
-                except Exception:  # the bytes so far are no character
-                    streams[i] = DecodeStream([token], True)
+            if token in ends:
+                has_ended[i] = True
+            if not has_ended[i]:
+                texts[i].append(token)
         yield texts
 
 
-def speak(prompt, num_samples, **sampling):
-    """Yield the prompt with its continuation so far, in the end with all num_samples of them."""
-    with named("prompt", prompt[:100]):  # a tokenizer may not know its letters
+def decode(ids):
+    """Return the text of token ids, without an incomplete character at its end."""
+    return tok.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def complete(prompt, num_samples, **sampling):
+    """Yield the prompt with its first continuation so far, and in the end with all num_samples of them."""
+    with named("prompt", prompt[:100]):  # a tokenizer may not know a character
         ids = tok(prompt)["input_ids"]
+    if ids[-1:] == [tok.eos_token_id] and not prompt.endswith(tok.eos_token):
+        ids.pop()  # some tokenizers end every text, but this one is to be continued
     if not 1 <= len(ids) <= model.context:
         fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {model.context}")
-    start = tok.decode(ids, skip_special_tokens=True)
-    for texts in continuations(ids, num_samples or 1, **sampling):
-        yield start + texts[0]
-    yield "\n".join(start + text for text in texts)
+    for texts in generate_tokens(ids, num_samples or 1, **sampling):
+        yield decode(ids + texts[0])
+    yield "\n".join(decode(ids + text) for text in texts)
 
 
-def reply(message, history, seed, **sampling):
-    """Yield the answer to a message so far; history: the messages before it, as Gradio has them."""
-    limit, messages = model.context, [{"role": "user", "content": message.strip() or fail("no message")}]
-    for m in reversed(history):  # without questions that had no answer
-        if m["role"] != messages[0]["role"]:
-            text = m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]
-            messages.insert(0, {"role": m["role"], "content": text})
-    with named("chat template", out_dir):  # a conversation that is too long loses its beginning
-        while len(ids := tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]) >= limit:
-            messages = messages[2:] or fail(f"{len(ids)} tokens: the model takes fewer than {limit}")
-    for texts in continuations(ids, 1, seed=seed + len(history), **sampling):
-        yield texts[0].strip()
+def encode_chat(messages):
+    """Return the token ids of a conversation. One that is too long loses its oldest questions and answers."""
+    while messages:
+        with named("out_dir", out_dir):  # its chat template may refuse the messages
+            ids = tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        if len(ids) < model.context:
+            return ids
+        messages = messages[2:]
+    fail(f"the message is too long: {len(ids)} tokens, but the model takes fewer than {model.context}")
+
+
+def reply(messages, seed, **sampling):
+    """Yield the answer so far to the last of the messages, dictionaries with a role and a content."""
+    if not messages[-1]["content"].strip():
+        fail("the message is empty")
+    ids = encode_chat(messages)
+    seed += len(messages)  # a question that is repeated may get another answer
+    for texts in generate_tokens(ids, 1, seed=seed, **sampling):
+        yield decode(texts[0]).strip()
 
 
 def print_text(texts, file):
-    text = ""  # it grows
-    for longer in texts:
-        print(longer[len(text) :], end="", file=file, flush=True)
-        text = longer
+    """Print a text while it grows; each of `texts` is all of it so far. Return the whole text."""
+    shown = ""
+    for text in texts:
+        print(text[len(shown) :], end="", file=file, flush=True)
+        # Some tokenizers take back a character while the next one is incomplete.
+        if len(text) > len(shown):
+            shown = text
     print(file=file)
-    return text
+    return shown
+
+
+def chat_in_terminal(message, sampling, file):
+    """Answer a message, unless it is empty, and then each line of stdin."""
+    messages = []
+    while True:
+        if not message.strip():
+            try:
+                message = input("> ")
+            except EOFError:  # Ctrl-D
+                return
+        question = {"role": "user", "content": message}
+        with contextlib.suppress(UserError):  # fail() has said why, and the chat goes on
+            answer = print_text(reply([*messages, question], **sampling), file)
+            messages += [question, {"role": "assistant", "content": answer}]
+        message = ""
 
 
 def merge_lora():
-    lm = getattr(model, "lm", None)
-    if not hasattr(lm, "merge_and_unload") or lm.active_peft_config.is_prompt_learning:
+    """Merge the LoRA adapter into the model and write it to the folder `merge`."""
+    peft_model = getattr(model, "lm", None)  # a GPT of train_lm.py has none
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None or config.peft_type != "LORA":
         fail(f"{out_dir} has no LoRA adapter that could be merged")
-    whole = lm.float().get_base_model()
-    ends = whole.get_input_embeddings(), whole.get_output_embeddings()
-    embedding, head = (getattr(module, "base_layer", module) for module in ends)
-    if embedding.weight is head.weight and ends != (embedding, head):  # what is added to one is not for both
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        whole.config.tie_word_embeddings = False
+    lm = peft_model.get_base_model()
+    embedding = lm.get_input_embeddings()
+    head = lm.get_output_embeddings()
+    plain_embedding = getattr(embedding, "base_layer", embedding)  # without LoRA
+    plain_head = getattr(head, "base_layer", head)
+    has_lora = embedding is not plain_embedding or head is not plain_head
+    if has_lora and plain_head.weight is plain_embedding.weight:
+        # The two matrices are one, but the LoRA changes only one of them. Untie them, or both would change.
+        plain_head.weight = torch.nn.Parameter(plain_head.weight.detach().clone())
+        lm.config.tie_word_embeddings = False
     with named("merge", merge):
-        Path(merge).mkdir(parents=True)  # a new one
-        lm.merge_and_unload().save_pretrained(merge)
+        Path(merge).mkdir(parents=True)
+        peft_model.merge_and_unload().save_pretrained(merge)
         tok.save_pretrained(merge)
 
 
-# ---- Pictures ----
-LOCK = threading.Lock()  # Stop lets a call of draw() end by itself: the next one waits
+# ---- Images ----
+
+# In the demo, a request that was stopped still draws its batch to the end. The next one waits for that.
+DRAWING = threading.Lock()
 
 
-def draw(prompt, class_label, num_samples, seed, **kwargs):
-    """Yield the pictures so far: num_samples of each line of the prompt, or of the classes in turn."""
-    prompts, classes = [*filter(str.strip, prompt.splitlines())], getattr(model, "class_names", [])
-    if bool(prompts) == hasattr(model, "class_names"):
-        fail(f"{out_dir} draws without a prompt" if prompts else f"{out_dir} needs a prompt")
-    if class_label not in classes and class_label in map(str, range(len(classes))):
-        class_label = classes[int(class_label)]
-    conditions = prompts or [class_label] * bool(class_label) or classes or [""] * 16
-    n, pictures = num_samples * max(1, len(prompts)) or len(conditions), []
-    chosen, seeds = [conditions[i % len(conditions)] for i in range(n)], range(seed, seed + n)
+def choose_classes(class_label):
+    """Return the names of the classes to draw. A class can also be given by its number."""
+    names = model.class_names
+    if not class_label:
+        return names or [""] * 16  # 16 images of a model without classes
+    numbers = [str(i) for i in range(len(names))]
+    if class_label in numbers and class_label not in names:
+        return [names[int(class_label)]]
+    return [class_label]
+
+
+def draw(prompt, class_label, num_samples, seed, **sampling):
+    """Yield the images so far, after each batch: num_samples of each prompt, or of the classes in turn."""
+    conditions = [line for line in prompt.splitlines() if line.strip()]
+    if hasattr(model, "class_names"):
+        if conditions:
+            fail(f"{out_dir} draws without a prompt")
+        conditions = choose_classes(class_label)
+        n = num_samples or len(conditions)
+    else:
+        if not conditions:
+            fail(f"{out_dir} needs a prompt")
+        n = max(1, num_samples) * len(conditions)
+
+    conditions = [conditions[i % len(conditions)] for i in range(n)]
+    seeds = range(seed, seed + n)  # one for each image, so that it does not depend on the others
+    images = []
     for i in range(0, n, 16):
-        with LOCK:
-            pictures += trainer.draw(model, chosen[i : i + 16], seeds[i : i + 16], **kwargs)
-        yield pictures
+        with DRAWING:
+            images += trainer.draw(model, conditions[i : i + 16], seeds[i : i + 16], **sampling)
+        yield images
 
 
-# ---- Page ----
+def save_images(values):
+    """Draw, and write a grid of all images to the file `output`."""
+    if not output.endswith(".png") or not Path(output).parent.is_dir():
+        fail(f"{output=} must be a .png in a folder that exists")
+    images = list(draw(**values))[-1]  # the last of the lists has all
+    trainer.make_grid(images).save(output)
+
+
+# ---- Demo ----
+
+
 def losses():
-    """-> the losses of the run by step; of runs to compare, their validation losses"""
+    """Return a table of the losses by step: of this run, or the validation losses of the runs to compare."""
     import pandas as pd
 
-    points, files = [], sorted(glob.glob(f"{compare or out_dir}/metrics.jsonl"))
-    for file in map(Path, files):
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
-        for name in ["val/loss"] if compare else ["train/loss", "val/loss"]:
-            label = str(file.parent) if compare else name
-            points += [(row["step"], row[name], label) for row in map(json.loads, lines) if name in row]
-    return pd.DataFrame(points, columns=["step", "loss", "run"]).dropna()
+    names = ["val/loss"] if compare else ["train/loss", "val/loss"]
+    rows = []
+    for file in sorted(glob.glob(f"{compare or glob.escape(out_dir)}/metrics.jsonl")):
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        for line in lines[:-1]:  # the last line may be half written
+            values = json.loads(line)
+            for name in names:
+                curve = os.path.dirname(file) if compare else name
+                rows.append((values["step"], values.get(name), curve))
+    return pd.DataFrame(rows, columns=["step", "loss", "run"]).dropna()
 
 
-def serve(fn, values):
-    """Serve a page for fn until Ctrl-C; values: {its arguments: where their controls start}"""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would report itself
+def reply_in_demo(message, history, **sampling):
+    """Yield the answer so far to a message; history: the messages before it, as Gradio keeps them."""
+    messages = []
+    for turn in history:
+        content = turn["content"]
+        if isinstance(content, list):  # a browser sends a list of parts, a program a string
+            content = content[0]["text"]
+        messages.append({"role": turn["role"], "content": content})
+    messages.append({"role": "user", "content": message})
+    # Gradio also keeps questions that were refused. No answer follows them.
+    answered = [turn for turn, after in itertools.pairwise(messages) if turn["role"] != after["role"]]
+    yield from reply([*answered, messages[-1]], **sampling)
+
+
+def make_control(name, value, is_visible):
+    """Return a control for a setting of this name and initial value."""
     import gradio as gr
 
-    def generate(*arguments):
-        try:
-            for name, value in zip(values, arguments):
-                if repr(value) in ("None", "nan") or isinstance(value, str) and len(value) > 20_000:
-                    fail(f"{name} must have a value, of at most 20,000 letters")
-            yield from fn(**dict(zip(values, arguments)))
-        except SystemExit as end:  # fail() ends a command, but not the server
-            if chat:  # whose box an error would lock
-                return gr.Warning(str(end.__cause__))
-            raise gr.Error(str(end.__cause__), print_exception=False) from None
+    options = {"label": name, "info": comments(__file__)[name], "value": value, "visible": is_visible}
+    if name in RANGES:
+        smallest, largest, step = RANGES[name]
+        options |= {"minimum": smallest, "maximum": max(largest, value), "step": step}
+        options["precision"] = 0 if step == 1 else 2  # digits behind the point
+        return gr.Number(**options) if name == "seed" else gr.Slider(**options)
+    if name == "class_label":
+        choices = [("all", ""), *getattr(model, "class_names", [])]
+        return gr.Dropdown(choices, **options)
+    return gr.Textbox(**options)
 
-    comments = dict(re.findall(r"^(\w+) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
-    controls, classes = [], getattr(model, "class_names", None)
-    hidden = ["class_label"] if classes is None else ["prompt", "negative_prompt", "lora_scale"]
-    for name, value in values.items():
-        look = {"label": name, "info": comments.get(name), "value": value, "visible": name not in hidden}
-        if name in LIMITS:
-            least, most, step = LIMITS[name]
-            look |= {"minimum": least, "maximum": max(most, value), "step": step}
-            controls.append((gr.Number if name == "seed" else gr.Slider)(precision=2 * (step < 1), **look))
-        elif name == "class_label":
-            controls.append(gr.Dropdown([("all", ""), *(classes or [])], **look))
-        else:
-            controls.append(gr.Textbox(**look))
-    with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page:
+
+def serve(generate, values):
+    """Serve a web page until Ctrl-C. generate yields what to show; values: {setting: its initial value}."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # do not report this to the makers of Gradio
+    import gradio as gr
+
+    unused = ["class_label"]
+    if hasattr(model, "class_names"):
+        unused = ["prompt", "negative_prompt", "lora_scale"]
+    controls = [make_control(name, value, name not in unused) for name, value in values.items()]
+    names = ["message", "history", *values] if chat else list(values)
+
+    def respond(*arguments):
+        """Yield what generate() yields for the values of the controls. Show mistakes of users on the page."""
+        try:
+            for name, value in zip(names, arguments):
+                if value is None:
+                    fail(f"{name} must have a value")
+                if isinstance(value, str) and len(value) > 20_000:
+                    fail(f"{name} has {len(value)} characters: at most 20,000 are allowed")
+            yield from generate(**dict(zip(names, arguments)))
+        except UserError as error:
+            if not chat:
+                raise gr.Error(error.message, print_exception=False) from None
+            gr.Warning(error.message)  # an error would lock the text box of a chat
+
+    with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page:  # images are deleted after an hour
         if chat:
-            gr.ChatInterface(generate, additional_inputs=controls[2:], api_name="generate")
+            gr.ChatInterface(respond, additional_inputs=controls, api_name="generate")
         else:
             with gr.Row():
                 with gr.Column():
                     for control in controls:
                         control.render()
-                    start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-                out = gr.Textbox(label="text", lines=20) if tok else gr.Gallery(label="samples", format="png")
-            progress = "hidden" if tok else "full"  # else text that was stopped may be covered by "Error"
-            click = start.click(generate, controls, out, api_name="generate", show_progress=progress)
+                    start = gr.Button("Generate", variant="primary")
+                    stop = gr.Button("Stop")
+                if tok is None:
+                    shown = gr.Gallery(label="images", format="png")
+                    progress = "full"
+                else:
+                    shown = gr.Textbox(label="text", lines=20)
+                    progress = "hidden"  # it would cover a text that was stopped
+            click = start.click(respond, controls, shown, api_name="generate", show_progress=progress)
             stop.click(None, cancels=click)
-        plot = gr.LinePlot(points := losses(), "step", "loss", color="run", visible=not points.empty)
+        table = losses()
+        plot = gr.LinePlot(table, "step", "loss", color="run", visible=not table.empty)
+        # Read the losses again every 10 seconds.
         gr.Timer(10).tick(losses, None, plot, queue=False, show_progress="hidden", api_visibility="private")
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from Google
-    where = {"server_name": "127.0.0.1", "server_port": port, "share": share, "show_error": True}
+    page.queue(max_size=32, api_open=False)  # programs may not skip the queue
+    # The default theme would load fonts from Google.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with named("port", port):
-        page.queue(max_size=32, api_open=False).launch(theme=theme, **where)
+        page.launch(server_name="127.0.0.1", server_port=port, share=share, show_error=True, theme=theme)
+
+
+# ---- Main ----
+
+
+def check_settings():
+    """End the program for numbers that are out of range."""
+    for name, (smallest, _, _) in RANGES.items():
+        if globals()[name] < smallest:
+            fail(f"{name}={globals()[name]} must be at least {smallest}")
+    if seed >= 2**63:
+        fail(f"{seed=} must be below 2**63")
 
 
 def main():
-    global prompt, trainer, model, tok
-    for name, (least, _, _) in LIMITS.items():
-        if globals()[name] < least:
-            fail(f"{name}={globals()[name]} must be at least {least}")
+    check_settings()
+    text = prompt
     if prompt.startswith("FILE:"):
         with named("prompt", prompt):
-            prompt = Path(prompt[5:]).expanduser().read_text(encoding="utf-8")
-    stdout, sys.stdout = sys.stdout, sys.stderr  # it is for the text alone
-    trainer, model, tok = load_run(Path(out_dir))
+            text = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8")
+    stdout = sys.stdout
+    sys.stdout = sys.stderr  # for the notices of libraries: with "> file", the file gets only the text
+    if hasattr(stdout, "reconfigure"):
+        stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
+
+    load_run()
     if chat and not getattr(tok, "chat_template", None):
         fail(f"{out_dir} has no chat template")
-    fn, names = draw, "prompt negative_prompt class_label num_samples lora_scale steps guidance seed"
-    if tok:
-        fn, names = speak, "prompt num_samples max_new_tokens temperature top_k top_p seed"
-    values = {name: globals()[name] for name in names.split()}
-    if chat:
-        del values["prompt"], values["num_samples"]
-        fn, values = reply, {"message": prompt.strip(), "history": [], **values}
+
+    # What the samples depend on. In the demo, each of these values has a control.
+    if tok is None:
+        generate = draw
+        values = {
+            "prompt": text,
+            "negative_prompt": negative_prompt,
+            "class_label": class_label,
+            "num_samples": num_samples,
+            "lora_scale": lora_scale,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+        }
+    else:
+        generate = complete
+        values = {
+            "prompt": text,
+            "num_samples": num_samples,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+    if chat:  # with messages instead of a prompt
+        generate = reply_in_demo
+        del values["prompt"]
+        del values["num_samples"]
+
     if merge:
         merge_lora()
     elif demo or compare:
-        serve(fn, values)
+        serve(generate, values)
     elif chat:
-        while True:
-            values["message"] = values["message"] or input("> ")
-            with contextlib.suppress(SystemExit):  # fail() has said why; the conversation goes on
-                answer = print_text(reply(**values), stdout)
-                for role, text in ("user", values["message"]), ("assistant", answer):
-                    values["history"].append({"role": role, "content": text})
-            values["message"] = ""
-    elif tok:
-        print_text(speak(**values), stdout)
-    elif not output.endswith(".png") or not Path(output).parent.is_dir():  # before the work, not after it
-        fail(f"{output=} must be a .png in a folder that exists")
+        chat_in_terminal(text, values, stdout)
+    elif tok is None:
+        save_images(values)
     else:
-        trainer.make_grid([*draw(**values)][-1]).save(output)
+        print_text(complete(**values), stdout)
 
 
 if __name__ == "__main__":
     configure(globals())
-    with contextlib.suppress(KeyboardInterrupt, EOFError):  # the ends of a chat
+    try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # the code of programs that Ctrl-C has ended
+    except BrokenPipeError:  # nobody reads stdout any more (| head)
+        os._exit(1)  # at once: a usual exit would flush stdout and fail again

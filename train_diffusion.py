@@ -15,6 +15,7 @@ PARENT = os.getppid()  # before the slow imports: a launcher may die during them
 
 import contextlib
 import ctypes
+import difflib
 import functools
 import glob
 import inspect
@@ -47,7 +48,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
-from configurator import configure, fail, named, nearest, settings
+from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value ----
 # the run
@@ -118,6 +119,7 @@ detect_anomaly = False  # stop at the first NaN in a gradient, and show its orig
 profile = False  # write a trace of steps 6 to 8 for chrome://tracing
 
 # What a resume may not change; a setting of yours that shapes the model belongs here.
+PATHS = ("out_dir", "dataset", "init_from", "vae")  # settings in which ~ means the home directory
 FIXED = "dataset image_size vae init_from adapter optimizer patch_size n_layer n_head n_embd beta1 beta2 weight_decay"
 
 
@@ -844,7 +846,8 @@ def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", l
         return model.draw(conditions, seeds, steps, guidance, negative_prompt, lora_scale)
     names = [*model.class_names, ""]
     for name in set(conditions).difference(names):
-        fail(f"there is no class {name!r}; did you mean {nearest(name, names)!r}?")
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+        fail(f"there is no class {name!r}; did you mean {nearest!r}?")
     guidance = 1.0 if len(names) == 1 or not label_dropout else guidance if guidance >= 0 else 2.0
     cond = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
     x = sample(model, cond, seeds, steps or 25, guidance)

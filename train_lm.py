@@ -1,23 +1,32 @@
 """
-Train a language model: one file with the model, the data and the loop.
+Train a language model. This one file holds the model, the data loading and the training loop.
 
-    accelerate launch train_lm.py  # on Python's own source, anywhere
-    accelerate launch train_lm.py configs/shakespeare_char.py --n_layer=8
-    accelerate launch train_lm.py --dataset=my_texts/ --tokenizer=bpe:4096 --out_dir=out/mine
-    accelerate launch train_lm.py configs/lora_chat.py  # a pretrained model, taught to chat
+    accelerate launch train_lm.py                                          # on Python's own source code
+    accelerate launch train_lm.py configs/shakespeare_char.py --n_layer=8  # a config, one setting changed
+    accelerate launch train_lm.py --dataset=my_texts/ --out_dir=out/mine   # your own texts
+    accelerate launch train_lm.py configs/lora_chat.py                     # fine-tune a pretrained model
 
-Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves; --resume=True goes on.
+Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpoint, and the same command with
+--resume=True goes on from it.
 """
 
 import os
 
-PARENT = os.getppid()  # before the slow imports: a launcher may die during them
+PARENT = os.getppid()  # the launcher; read before the slow imports, during which it may already die
 
+import bz2
 import contextlib
+import csv
 import ctypes
 import functools
+import glob
+import gzip
+import hashlib
+import importlib.util
+import io
 import itertools
 import json
+import lzma
 import math
 import re
 import shutil
@@ -25,237 +34,373 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import filelock
 import numpy as np
 import psutil
+import pyarrow.compute
+import pyarrow.parquet
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, tqdm
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint as recompute  # in the backward pass
 from torch.utils.data import DataLoader
 
 from configurator import configure, fail, named, settings
 
-# ---- Settings: change them here, in a config file, or by --name=value ----
+# ---- Settings: change them here, in a config file, or by --name=value on the command line ----
+
 # the run
-out_dir = "out/lm"  # everything that the run writes
-resume = False  # go on from the checkpoint in out_dir, or start if there is none
-overwrite = False  # delete the run in out_dir and start anew
-seed = 1337  # of weights, order of the data, dropout
+out_dir = "out/lm"  # the folder that everything is written to
+resume = False  # continue from the checkpoint in out_dir, or start if there is none
+overwrite = False  # replace the run in out_dir by a new one
+seed = 1337  # of the initial weights, the order of the data, and dropout
 # data
-dataset = "python"  # "python" (its own library), a file, folder, glob, URL, or hub name:config@revision
-train_split = "train"  # its name in a hub data set, as train_sft
-text_column = "text"  # with the documents, where data has columns
-prompt_column = "prompt"  # where there are prompts or messages, only the answers are learned
-completion_column = "completion"  # of the answers to prompts
-tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens), hub name, folder; "": init_from's, or bpe:1024
-val_fraction = 0.05  # of the data, where it has no validation split of its own; 0: no validation
-test_fraction = 0.05  # likewise, for the test split, which is evaluated once, at the end
-fold = ""  # "2/5": validate on the second of five parts
-num_workers = 0  # DataLoader processes: 2 or more where a GPU would wait for data
-# model; with init_from, only block_size counts, and dropout in a run of ours
-init_from = "scratch"  # or a causal language model to go on from: hub name, folder, or run of ours
-adapter = ""  # "lora" or "p_tuning": train a few new weights instead of those of init_from
+dataset = "python"  # Python's own source code; or a file, folder, pattern, URL, or Hub name:config@revision
+train_split = "train"  # name of the training split, such as train_sft
+text_column = "text"  # column with the documents, if the data is a table
+prompt_column = "prompt"  # column with prompts; of prompts and chats, only the answers are learned
+completion_column = "completion"  # column with the answers to the prompts
+tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens), Hub name, folder; "": bpe:1024, or that of init_from
+val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
+test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
+fold = ""  # cross-validation: "2/5" validates on the second of five parts
+num_workers = 0  # processes that load data; use 2 or more if a GPU waits for data
+# model; with init_from, the model brings its own shape, and only block_size has an effect
+init_from = "scratch"  # or a causal language model to fine-tune: Hub name, folder, or an earlier run's folder
+adapter = ""  # with init_from: "lora" or "p_tuning" trains a few new weights and keeps the model as it is
 block_size = 256  # context length in tokens
-dropout = 0.0  # 0.1 to 0.2 for many passes over the same text
-n_layer = 4  # transformer blocks
-n_head = 2  # attention heads; size 64 is fastest
-n_kv_head = 1  # heads of keys and values, fewer for grouped-query attention; 0: n_head
-n_embd = 128  # width; n_embd / n_head, the size of a head, must be even
+dropout = 0.0  # 0.1 to 0.2 helps against overfitting when the same text is seen many times
+n_layer = 4  # number of transformer blocks
+n_head = 2  # number of attention heads
+n_kv_head = 1  # number of heads for keys and values (grouped-query attention); 0: n_head
+n_embd = 128  # width of the model; n_embd / n_head, the width of a head, must be even
 # adapter
-lora_rank = 16  # of the product added to a frozen matrix
-lora_alpha = 32.0  # the product is scaled by lora_alpha / lora_rank
-lora_targets = "all-linear"  # or names of layers, as q_proj,v_proj
-virtual_tokens = 20  # p_tuning: learned vectors before every text
+lora_rank = 16  # rank of the matrices that are added to the frozen ones
+lora_alpha = 32.0  # what is added is scaled by lora_alpha / lora_rank
+lora_targets = "all-linear"  # or names of layers, such as q_proj,v_proj
+virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows per process and forward pass, if memory is short; 0: all at once
-max_steps = 2000  # optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data, instead of max_steps
+micro_batch_size = 0  # rows per process and forward pass: lower it if memory is short; 0: all at once
+max_steps = 2000  # number of optimizer steps; 0: only evaluate
+epochs = 0.0  # passes over the data; if not 0, used instead of max_steps
 # optimizer and learning rate
-optimizer = "muon"  # for matrices, with AdamW for the rest; or "adamw", which init_from always takes
-learning_rate = 0.0  # peak; 0: muon 0.03, adamw 0.001, with init_from 5e-5, lora 2e-4, p_tuning 0.001
-embed_lr = 0.3  # peak, of embeddings beside muon
-head_lr = 0.004  # peak, of head and vectors beside muon
-beta1 = 0.8  # AdamW's memory of the gradient
-beta2 = 0.95  # AdamW's memory of the squared gradient
-weight_decay = 0.03  # of the matrices in the blocks; with adamw of all matrices
-warmup_steps = 20  # steps to the peak of the learning rate
+optimizer = "muon"  # for the matrices in the blocks, AdamW for the rest; or "adamw" for all
+learning_rate = 0.0  # at its peak; 0: the DEFAULT_LR of the optimizer or of the kind of fine-tuning
+embed_lr = 0.3  # peak for embeddings, used with muon
+head_lr = 0.004  # peak for the output layer and for vectors that you add, used with muon
+beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
+beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
+weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
+warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # the last part of the steps, in which wsd decays
-min_lr = 0.02  # at the end, as a fraction of the peak
-grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
+cooldown = 0.9  # part of the steps, at the end, in which wsd decays
+min_lr = 0.02  # learning rate at the end, as a fraction of the peak
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 # evaluation, saving, reports
-eval_interval = 200  # steps between evaluations; 0: at the end
-eval_batches = 20  # of batch_size rows, spread evenly over the validation split; 0: all of it
-log_interval = 10  # steps between reports; 0: at the end
-save_interval = 200  # steps between checkpoints; 0: at the end
-patience = 0  # stop after so many evaluations without a better loss; 0: never
-tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
+eval_interval = 200  # steps between evaluations; 0: only at the end
+eval_batches = 20  # batches per evaluation, spread evenly over the validation split; 0: the whole split
+log_interval = 10  # steps between reports; 0: only at the end
+save_interval = 200  # steps between checkpoints; 0: only at the end
+patience = 0  # stop early after this many evaluations without a better loss; 0: never
+tracker = ""  # "wandb" or "tensorboard" get the same numbers as metrics.jsonl
 # the machine
-mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", "fp16", "no"
-compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
-gradient_checkpointing = False  # less memory, but slower: activations are computed twice
-deterministic = False  # bitwise repeatable on CUDA; slower
-detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
-profile = False  # write a trace of steps 6 to 8 for chrome://tracing
+mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
+compile = True  # torch.compile, used on CUDA only: takes a minute at the start, then trains much faster
+gradient_checkpointing = False  # saves memory by computing activations twice; slower
+deterministic = False  # makes runs on CUDA bitwise repeatable; slower
+detect_anomaly = False  # stops at the first NaN in a gradient and shows where it came from; very slow
+profile = False  # writes a trace of steps 6 to 8, to be opened in chrome://tracing
 
-# What a resume may not change; a setting of yours that shapes the model belongs here.
-FIXED = "dataset tokenizer fold init_from adapter block_size n_layer n_head n_kv_head n_embd"
-FIXED += " optimizer beta1 beta2 weight_decay"
+DEFAULT_LR = {"muon": 0.03, "adamw": 0.001, "fine-tuning": 5e-5, "lora": 2e-4, "p_tuning": 0.001}
+PATHS = ("out_dir", "dataset", "init_from", "tokenizer")  # settings in which ~ means the home directory
+# What a resumed run may not change. If you add a setting that shapes the model, add its name.
+FIXED = "seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets"
+FIXED += " virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay"
+
+# ---- Process helpers ----
+
+RANK = int(os.environ.get("RANK", "0"))  # index of this process, set by the launcher
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
+MAIN = RANK == 0  # the process that writes files and reports
+STOP = []  # signals that asked the run to save and exit
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+
+
+def log(message):
+    """Print a message, in the main process only."""
+    if not MAIN:
+        return
+    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal does not have
+    try:
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
+        STOP.append(signal.SIGTERM)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def catch_signals():
+    """Let Ctrl-C, SIGTERM, a closed terminal and (on Linux) the launcher's death ask for a checkpoint."""
+    for name in SIGNALS:
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
+            signal.signal(name, lambda signum, frame: STOP.append(signum))
+    # If `accelerate launch` is killed, the processes that it started would train on unnoticed.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != PARENT:  # it has died already
+            STOP.append(signal.SIGTERM)
+
+
+def ignore_signals(worker_id):
+    """Let a DataLoader worker ignore signals, so that the training process can finish its step and save."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+# ---- Check the settings ----
+
+NOT_ZERO = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens"
+BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction"
+CHOICES = {
+    "adapter": ("", "lora", "p_tuning"),
+    "optimizer": ("muon", "adamw"),
+    "lr_schedule": ("wsd", "cosine", "constant"),
+    "mixed_precision": ("auto", "bf16", "fp16", "no"),
+    "tracker": ("", "wandb", "tensorboard"),
+}
 
 
 def check_settings():
-    """End the program, before any data is touched, for values that cannot work."""
-    scratch, part = init_from == "scratch", re.fullmatch(r"(\d+)/(\d+)", fold or "1/2")
-    wrong = {
-        f"{adapter=}: lora, p_tuning, or empty": adapter not in ("", "lora", "p_tuning"),
-        f"{adapter=} needs a pretrained model, as --init_from=gpt2": adapter and scratch,
-        f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
-        f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
-        f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
-        f"{mixed_precision=} needs CUDA and --optimizer=adamw": mixed_precision == "fp16"
-        and (not torch.cuda.is_available() or (scratch and optimizer == "muon")),
-        f"{fold=}: 2/5 is the second of five parts": not part or not 1 <= int(part[1]) <= int(part[2]) > 1,
-        f"{n_embd=} must be a multiple of 2 x {n_head=}": n_embd % (2 * n_head),
-        f"{n_head=} must be a multiple of {n_kv_head=}": n_head % (n_kv_head or n_head),
-        f"{tokenizer=}: {init_from} has its own": not scratch and re.match("bytes|char|bpe:", tokenizer),
-        "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
-    }
-    if mistakes := [message for message, is_wrong in wrong.items() if is_wrong]:
-        fail(mistakes[0])
+    """End the program for settings that cannot work, before any data is touched."""
+    for name, value in settings(globals()).items():
+        if name in CHOICES and value not in CHOICES[name]:
+            fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
+        if isinstance(value, str):
+            continue  # the rest is about numbers
+        if value < 0:
+            fail(f"{name}={value} must not be negative")
+        if value == 0 and name in NOT_ZERO.split():
+            fail(f"{name}={value} must be greater than 0")
+        if value >= 1 and name in BELOW_ONE.split():
+            fail(f"{name}={value} must be below 1")
+    if seed >= 2**63:  # torch takes no more
+        fail(f"{seed=} must be below 2**63")
+    if n_embd % (2 * n_head) != 0:
+        fail(f"{n_embd=} must be a multiple of 2 x {n_head=}")
+    if n_head % (n_kv_head or n_head) != 0:
+        fail(f"{n_head=} must be a multiple of {n_kv_head=}")
+    part = re.fullmatch(r"(\d+)/(\d+)", fold)
+    if fold and not (part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) > 1):
+        fail(f"{fold=} must look like 2/5 (the second of five parts)")
+    if adapter and init_from == "scratch":
+        fail(f"{adapter=} needs a pretrained model, such as --init_from=gpt2")
+    if init_from != "scratch" and re.match("bytes|char|bpe:", tokenizer):
+        fail(f"{tokenizer=} cannot be used: {init_from} has its own tokenizer")
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        fail(f"{mixed_precision=} needs a CUDA GPU")
+    if mixed_precision == "fp16" and optimizer == "muon" and init_from == "scratch":
+        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon has no loss scaling")
+    if tracker and importlib.util.find_spec(tracker) is None:
+        fail(f"{tracker=} is not installed: pip install {tracker}")
+    if resume and overwrite:
+        fail("resume continues the run that overwrite would delete: choose one")
+    if not dataset:
+        fail("dataset is empty: name a file, a folder, a URL or a dataset of the Hub")
 
 
-# ---- Model: RoPE, QK-norm, squared ReLU; no biases, no learned norms. In transformers it is "nanochat" ----
+# ---- Model: a decoder-only transformer with rotary positions, QK-norm and squared ReLU ----
+# It has no biases and no learned norms. transformers knows it as "nanochat", so its weights load there, too.
 
 
 def norm(x):
-    """Divide each vector by its root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    if x.device.type == "cpu":  # torch's takes up to twice as long
-        return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    """Return x divided by the root mean square of its last dimension (RMSNorm, arXiv:1910.07467)."""
+    return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Return x (..., T, D) with rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def attend(q, k, v, dropout):
-    """Causal attention: q (B, n_head, T, D), k and v (B, n_kv_head, T, D) -> softmax(q k^T / sqrt(D)) v, as q"""
-    (B, H, T, D), K = q.shape, k.size(1)
-    grouped = q.reshape(B, K, -1, D)  # heads that share keys and values are one with more queries
-    if T == 1:  # the last token attends to all
-        return F.scaled_dot_product_attention(grouped, k, v, dropout_p=dropout).reshape_as(q)
-    if q.device.type == "cpu" and T <= 512:  # torch's kernel takes up to four times as long on short texts
-        later = torch.full((T, T), -1e9, dtype=q.dtype).triu(1).repeat(H // K, 1)
-        weights = (grouped / math.sqrt(D) @ k.mT + later).softmax(dim=-1, dtype=v.dtype)
-        return (F.dropout(weights, dropout) @ v).view_as(q)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=K < H)
+def attention(q, k, v, p):
+    """Return causal attention: softmax(q k^T / sqrt(D)) v, in which no token sees a later one.
+
+    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D). p: the dropout probability.
+    """
+    T = q.size(2)
+    if q.is_cpu and 1 < T <= 512:
+        return cpu_attention(q, k, v, p)  # makes the default run 1.2 times as fast
+    is_causal = T > 1  # a single new token may attend to all tokens before it
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal, enable_gqa=True)
+
+
+def cpu_attention(q, k, v, p):
+    """Compute attention() step by step, which on a CPU is faster than torch's kernel for short texts."""
+    B, n_head, T, D = q.shape
+    n_shared = n_head // k.size(1)  # heads that share keys and values; stack their queries into one matrix
+    q = q.reshape(B, -1, n_shared * T, D)  # (B, n_kv_head, n_shared * T, D)
+    mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)
+    scores = q / math.sqrt(D) @ k.mT + mask.repeat(n_shared, 1)  # (B, n_kv_head, n_shared * T, T)
+    weights = scores.softmax(dim=-1, dtype=v.dtype)
+    return (F.dropout(weights, p) @ v).view(B, n_head, T, D)
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """Causal self-attention, in which several heads can share keys and values (arXiv:2305.13245)."""
+
+    def __init__(self, config, layer):
         super().__init__()
         C = config.hidden_size
-        self.head_dim = D = C // config.num_attention_heads
+        self.layer = layer  # index of this block, for the cache
+        self.head_dim = C // config.num_attention_heads  # D
         self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, cos, sin, cache=None):
-        B, T, C = x.shape  # D: head_dim
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)  # (B, heads, T, D)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK-norm bounds the attention logits
-        if cache is not None:  # {layer: keys and values of all tokens so far}
-            if self in cache:
-                k, v = torch.cat((cache[self][0], k), dim=2), torch.cat((cache[self][1], v), dim=2)
-            cache[self] = k, v
-        y = attend(q, k, v, dropout * self.training)  # (B, n_head, T, D)
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        q = norm(rotate(q, cos, sin))  # QK-norm keeps the attention logits in bounds
+        k = norm(rotate(k, cos, sin))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)  # keys and values of all tokens so far
+        y = attention(q, k, v, dropout if self.training else 0.0)  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
+    """Two layers with a squared ReLU between them (So et al. 2021, arXiv:2109.08668)."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
+        return self.fc2(F.relu(self.fc1(x)).square())
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    """A transformer block: attention and an MLP, each on the normed input and added to it."""
+
+    def __init__(self, config, layer):
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None):
         x = x + F.dropout(self.self_attn(norm(x), cos, sin, cache), dropout, self.training)
-        return x + F.dropout(self.mlp(norm(x)), dropout, self.training)
+        x = x + F.dropout(self.mlp(norm(x)), dropout, self.training)
+        return x
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, with the config and the names of transformers' NanoChatForCausalLM."""
+    """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    _no_split_modules = ("Block",)  # the parts in which FSDP2 gathers weights
+    _no_split_modules = ("Block",)  # accelerate reads here what FSDP2 should gather at a time
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.context = config, config.max_position_embeddings
-        layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers})
+        self.config = config
+        self.context = config.max_position_embeddings
+        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict({"embed_tokens": embed_tokens, "layers": layers})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        D = config.hidden_size // config.num_attention_heads  # the size of a head
-        angle = torch.outer(torch.arange(self.context), 1 / 10000 ** (torch.arange(0, D, 2) / D))
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        # matrices in the blocks and the head: here; all else by torch
-        for weight in layers.parameters():
-            if weight.ndim == 2:
-                nn.init.normal_(weight, std=config.hidden_size**-0.5)
-        for block in layers:  # each starts as the identity
-            nn.init.zeros_(block.self_attn.o_proj.weight)
-            nn.init.zeros_(block.mlp.fc2.weight)
-        tied = self.lm_head.weight is embedding.weight
-        nn.init.normal_(self.lm_head.weight, std=0.02 * tied)  # 0: the loss starts at ln(vocab_size)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V) in fp32; with targets (B, T), the sum of their losses; -100 has none.
-        With a cache (a dict, empty at first) idx follows what is in it; -> the logits of the last (B, 1, V)."""
-        start = next(iter(cache.values()))[0].size(2) if cache else 0  # the position of the first token
-        x = norm(self.model.embed_tokens(idx))  # (B, T, C)
-        if torch.is_autocast_enabled("cpu"):  # elsewhere not measured
-            x = x.bfloat16()  # half the memory in the blocks
-        x = F.dropout(x, dropout, self.training)
-        cos, sin = (t[start : start + idx.size(1)].to(x.dtype) for t in (self.cos, self.sin))  # (T, D / 2)
+        D = config.hidden_size // config.num_attention_heads
+        frequencies = 1 / 10000 ** (torch.arange(0, D, 2) / D)  # (D / 2,)
+        angles = torch.outer(torch.arange(self.context), frequencies)  # (context, D / 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Set the initial weights. Parameters that you add keep the initialization of torch."""
+        std = self.config.hidden_size**-0.5  # keeps the scale of the activations
+        for block in self.model.layers:
+            nn.init.normal_(block.self_attn.q_proj.weight, std=std)
+            nn.init.normal_(block.self_attn.k_proj.weight, std=std)
+            nn.init.normal_(block.self_attn.v_proj.weight, std=std)
+            nn.init.zeros_(block.self_attn.o_proj.weight)  # so each block starts as the identity
+            nn.init.normal_(block.mlp.fc1.weight, std=std)
+            nn.init.zeros_(block.mlp.fc2.weight)
+        nn.init.zeros_(self.lm_head.weight)  # so the loss starts at ln(vocab_size)
+        is_tied = self.lm_head.weight is self.model.embed_tokens.weight  # if you tie them
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.02 if is_tied else 1.0)
+
+    def forward(self, idx, targets=None, learned=None, cache=None):
+        """Return the logits for the token after each of idx, or with targets the sum of their losses.
+
+        idx: token ids (B, T). targets: the token after each (B, T), -100 where there is no loss. learned: the
+        indices in targets.flatten() that have a loss, or None to take all. cache: a dictionary, empty at
+        first, which keeps keys and values from call to call, so that idx holds new tokens only. Logits: (B,
+        T, V) in fp32; with a cache (B, 1, V), those of the last token.
+        """
+        start = 0  # position of the first token
+        past = None
+        if cache is not None:
+            past = cache.setdefault("past_key_values", transformers.DynamicCache())
+            start = past.get_seq_length()
+
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):  # the residual stream in bf16, too: half the memory
+            x = x.to(torch.get_autocast_dtype(device_type))
+        x = F.dropout(norm(x), dropout, self.training)
+        cos = self.cos[start : start + idx.size(1)].to(x.dtype)  # (T, D / 2)
+        sin = self.sin[start : start + idx.size(1)].to(x.dtype)
         for block in self.model.layers:
             if gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = recompute(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
-        logits = self.lm_head(norm(x if cache is None else x[:, -1:])).float()  # (B, T, V)
-        logits = 15.0 * torch.tanh(logits / 15.0)  # softcap (Gemma 2, arXiv:2408.00118): no logit runs away
+                x = block(x, cos, sin, past)
+        x = norm(x)
+
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            return self.logits(x if cache is None else x[:, -1:])
+        x = x.flatten(0, 1)  # (B * T, C)
+        targets = targets.flatten()
+        if learned is not None:
+            x = x[learned]
+            targets = targets[learned]
+        return F.cross_entropy(self.logits(x), targets, reduction="sum")
+
+    def logits(self, x):
+        """Return logits in fp32, softly capped at +-15 so that none runs away (Gemma 2, arXiv:2408.00118)."""
+        logits = self.lm_head(x).float()
+        return 15.0 * torch.tanh(logits / 15.0)
 
 
-def make_gpt(vocab_size, end):
-    """-> GPT of the shape that the settings say; end: the id of the end-of-text token"""
+def count_ids(tok):
+    """Return the number of ids of a tokenizer; len(tok) would be too small if some are not in use."""
+    return max(tok.get_vocab().values()) + 1
+
+
+def make_gpt(tok):
+    """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
+    vocab_size = count_ids(tok)
+    if tokenizer not in ("bytes", "char"):  # GPUs multiply such shapes faster; padding is never sampled
+        vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
         max_position_embeddings=block_size,
@@ -264,441 +409,929 @@ def make_gpt(vocab_size, end):
         num_hidden_layers=n_layer,
         num_attention_heads=n_head,
         num_key_value_heads=n_kv_head or n_head,
-        bos_token_id=end,
-        eos_token_id=end,
+        bos_token_id=tok.eos_token_id,
+        eos_token_id=tok.eos_token_id,
         pad_token_id=None,
         architectures=["NanoChatForCausalLM"],
     )
     torch.manual_seed(seed)
-    return GPT(config)
+    gpt = GPT(config)
+    gpt.generation_config = transformers.GenerationConfig.from_model_config(config)
+    return gpt
 
 
-# ---- Data: documents -> rows of block_size + 1 token ids -> splits, all in the cache of `datasets` ----
-KINDS = {".txt": "text", ".md": "text", ".py": "text", ".csv": "csv", ".parquet": "parquet"}
-KINDS |= {".jsonl": "json", ".json": "json"}
-SPLITS = {"test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
+# ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
+
+TABLES = {".json": "json", ".jsonl": "json", ".jsonlines": "json", ".ndjson": "json"}
+TABLES |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+NOT_TEXT = "7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle"
+NOT_TEXT += " pkl png ppt pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx"
+NOT_TEXT += " zip zst"
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
-END = "<|endoftext|>"
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+END = "<|endoftext|>"  # of the tokenizers that are learned here
+PIECE = 200_000  # characters that are tokenized at a time, because that takes about 100 bytes each
+
+
+def kind_of(name):
+    """Return "json", "csv", "parquet" or "text" by a file's suffix, or "" if it cannot be read."""
+    path = Path(name.lower())
+    if path.suffix in OPENERS:
+        path = path.with_suffix("")
+    if path.suffix[1:] in NOT_TEXT.split():
+        return ""
+    return TABLES.get(path.suffix, "text")
+
+
+def split_of(path):
+    """Return the split that a file belongs to: the first folder, or else the file, that is named like one."""
+    for name in [*path.parts[:-1], path.name.split(".")[0]]:
+        # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
+        name = re.sub(r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$", "", name.lower())
+        if name in SPLITS:
+            return SPLITS[name]
+    return "train"
+
+
+def list_files(root):
+    """Return the files below a folder that are not hidden. Follow links, but return each file once."""
+    files = []
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if dataset == "python":
+            folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+        if os.path.realpath(folder) in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in names:
+            path = Path(folder, name)
+            if name[0] != "." and path.is_file() and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                files.append(path)
+    return sorted(files)
+
+
+def open_text(path, newline=None):
+    """Open a file of text, which may be compressed. Bytes that are not UTF-8 are kept as lone surrogates."""
+    opener = OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def is_text(path):
+    """Tell whether a file can be read and begins with UTF-8."""
+    try:
+        open_text(path).read(PIECE).encode()  # fails for lone surrogates
+    except (OSError, EOFError, lzma.LZMAError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def find_files():
+    """Return (kind, {split: paths}) for the files that `dataset` names, or ("hub", {}) if there are none."""
+    if "://" in dataset:
+        with named("dataset", dataset):
+            path = datasets.DownloadManager().download_and_extract(dataset)
+        return kind_of(dataset.split("?")[0]), {"train": [Path(path)]}
+    root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
+    if root.is_dir():
+        files = list_files(root)
+    else:
+        names = [dataset] if root.exists() else glob.glob(dataset, recursive=True)
+        files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
+        if not files:
+            return "hub", {}
+
+    # Tables come before texts (a README.md lies beside them); take the kind of the largest one.
+    tables = [path for path in files if kind_of(path.name) not in ("", "text")]
+    kind = kind_of(max(tables, key=os.path.getsize).name) if tables else "text"
+    used = [path for path in files if kind_of(path.name) == kind and (tables or is_text(path))]
+    if dataset == "python":
+        used = [path for path in used if path.suffix == ".py"]
+    if len(used) < len(files) and dataset != "python":
+        left_out = sorted(set(files) - set(used))
+        log(f"left out: {len(left_out)} files that are not {kind}, or not UTF-8, such as {left_out[0]}")
+    if not used:
+        fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
+
+    if dataset == "python" or not root.is_dir():
+        return kind, {"train": used}
+    paths = defaultdict(list)
+    for path in used:
+        paths[split_of(path.relative_to(root))].append(path)
+    return kind, paths
+
+
+def parse_table(path, kind):
+    """Yield the rows of a table, unchecked. The fields of a CSV stay text, whatever they look like."""
+    if kind == "parquet":
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+    elif kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # the default is too small for texts
+        delimiter = "\t" if ".tsv" in path.name.lower() else ","
+        yield from csv.DictReader(open_text(path, newline=""), delimiter=delimiter, strict=True)
+    else:
+        lines = (line for line in open_text(path) if line.strip())
+        first = next(lines, "")
+        if first.lstrip().startswith("["):  # the file is one array
+            yield from json.load(open_text(path))
+        elif first:
+            yield from map(json.loads, itertools.chain([first], lines))
+
+
+def read_table(path, kind):
+    """Yield the rows of a table as dictionaries; end the program with the place if one is damaged."""
+    rows = parse_table(path, kind)
+    for n in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            fail(f"{dataset=}: {path}, row {n} cannot be read ({error}): mend it or take it out")
+        if not isinstance(row, dict):
+            fail(f"{dataset=}: {path}, row {n} must have named fields, not be {row!r:.50}")
+        if None in row:  # the csv module's name for fields without a name
+            fail(f"{dataset=}: {path}, row {n} has more fields than the first line: quote fields with commas")
+        yield row
+
+
+def choose_columns(names):
+    """Return those of a table's columns that are learned from, and log the others."""
+    if text_column == "text" and {"messages", "conversations"} & set(names):
+        columns = [name for name in ("messages", "conversations") if name in names][:1]
+        columns += ["system", "tools"]  # which only some rows may have
+    elif text_column == "text" and prompt_column in names and completion_column in names:
+        columns = [prompt_column, completion_column]
+    elif text_column in names:
+        columns = [text_column]
+    else:
+        fail(f"{dataset=} has no column {text_column!r}: --text_column= takes one of {', '.join(names)}")
+    unused = [name for name in names if name not in columns]
+    used = ", ".join(name for name in columns if name in names)
+    log(f"columns: {used}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+    return columns
 
 
 def load_documents():
-    """-> DatasetDict with the splits that the data has and the settings want; train is shuffled"""
-    datasets.disable_progress_bars()
-    root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
-    without = NOT_LIBRARY if dataset == "python" else ()
-    kind, files, paths = "hub", [], {}  # paths: of the files of each split
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = (name for name in folders if name[0] != "." and name not in without)
-        files += [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix in KINDS]
-    if root.is_file() or "*" in dataset or "://" in dataset:
-        kind, paths = KINDS.get(Path(re.sub(r"\.gz|\?.*", "", dataset)).suffix, "text"), {"train": dataset}
-    elif files:
-        kind = KINDS[max(files, key=os.path.getsize).suffix]  # not a README.md
-    for file in sorted(file for file in files if KINDS[file.suffix] == kind):
-        try:
-            _ = kind == "text" and file.read_bytes().decode()
-        except UnicodeDecodeError:
-            log(f"skipped, as it is not UTF-8 text: {file}")
-            continue
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # of a part, as train-00000-of-00002.parquet
-        split = SPLITS.get(file.relative_to(root).parts[0]) or SPLITS.get(stem) or "train"
-        paths.setdefault(split, []).append(str(file))
-    with named("dataset", dataset):
-        if kind == "hub":
-            name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
-            found = datasets.load_dataset(name, config or None, revision=revision or None)
+    """Return ({split: documents}, columns): paths of texts and [], or rows of tables and their columns."""
+    kind, paths = find_files()
+    documents = {}
+    if kind == "text":
+        for split, files in paths.items():
+            order = np.random.default_rng(0).permutation(len(files))  # the same splits for every seed
+            documents[split] = [files[i] for i in order]
+        return documents, []
+    if kind == "hub":
+        name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
+        with named("dataset", dataset):
+            documents = dict(datasets.load_dataset(name, config or None, revision=revision or None))
+        columns = choose_columns(next(iter(documents.values())).column_names)
+    else:
+        names = {}  # a dictionary, because it keeps the order
+        for path in itertools.chain(*paths.values()):
+            for row in itertools.islice(read_table(path, kind), 100):
+                names |= dict.fromkeys(row)
+        columns = choose_columns(list(names))
+        for split, files in paths.items():
+            documents[split] = cached(rows_as_json, {"_json": datasets.Value("string")}, files, kind, columns)
+    return {split: rows.shuffle(seed=0) for split, rows in documents.items()}, columns
+
+
+def rows_as_json(files, kind, columns):
+    """Yield the rows of tables as JSON, because Arrow needs one type for what may differ from row to row."""
+    for path in files:
+        for row in read_table(path, kind):
+            yield {"_json": json.dumps({name: row.get(name) for name in columns}, default=str)}
+
+
+def read_rows(documents):
+    """Yield the rows of a table that load_documents() returned, as dictionaries."""
+    for row in documents:
+        yield json.loads(row["_json"]) if "_json" in row else row
+
+
+def cached(generator, features, *args):
+    """Return what generator(*args) yields as a Dataset, from a cache if arguments and code are the same."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    key = re.findall(r"^# ---- (?:Data|Answers).*?(?=^# ----)", source, re.MULTILINE | re.DOTALL)
+    key += [generator.__name__, block_size]
+    for arg in args:
+        if isinstance(arg, datasets.Dataset):
+            key.append(arg._fingerprint)
+        elif isinstance(arg, transformers.PreTrainedTokenizerBase):
+            key += [arg.backend_tokenizer.to_str() if arg.is_fast else arg.name_or_path]
+            key += [arg.special_tokens_map, arg.chat_template]
+        elif isinstance(arg, list) and arg and isinstance(arg[0], Path):
+            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in arg]
         else:
-            kwargs = {"sample_by": "document", "encoding": "utf-8-sig"} if kind == "text" else {}
-            found = datasets.load_dataset(kind, data_files=paths, **kwargs)
-    if train_split not in found:
-        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(found)}")
-    wanted = {"validation": val_fraction and not fold, "test": test_fraction}
-    splits = datasets.DatasetDict(train=found.pop(train_split).shuffle(seed=0))
-    splits |= {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
-    return splits.map(cut_texts, batched=True, batch_size=10) if kind == "text" else splits
+            key.append(arg)
+    make_rows = functools.partial(generator, *args)
+    fingerprint = hashlib.md5(repr(key).encode()).hexdigest()
+    return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
-def cut_texts(batch):
-    """Texts -> pieces of 64 KB to 1 MB that end before a line break, so that a text of any size fits in memory."""
-    pieces = [re.findall(r"[\s\S]{65536,999999}?\S(?=\n)|[\s\S]{1,999999}", text) for text in batch["text"]]
-    last = [i == len(of_text) for of_text in pieces for i in range(1, len(of_text) + 1)]
-    return {"text": list(itertools.chain(*pieces)), "last_piece": last}
+def as_text(value, column):
+    """Return a field of a table as text. None is empty, a list of parts is the text of the parts."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in value
+    ):
+        return "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
+    return check_unicode(value, f"column {column!r}")
 
 
-def learn_tokens(rows, n_tokens):
-    """Yield a tokenizer of bytes and frequent pairs, as JSON, which `datasets` keeps."""
-    core, texts = ByteLevelBPETokenizer(), (" ".join(map(str, row.values())) for row in rows)
+def check_unicode(text, where):
+    """Return the text, unless it holds lone surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        fail(f"{dataset=}: {where} is not UTF-8 ({error}): convert it, or take it out")
+    return text
+
+
+def read_pieces(documents, columns):
+    """Yield (piece, is_last) of the texts of documents; is_last marks the last piece of each document."""
+    if not columns:
+        files = (open_text(path) for path in documents)
+    elif columns == [text_column]:
+        files = (io.StringIO(as_text(row[text_column], text_column)) for row in read_rows(documents))
+    else:  # chats, or prompts and answers, from which a tokenizer learns
+        rows = read_rows(documents)
+        files = (io.StringIO(text) for row in rows for text, _ in answers_of(row, columns, None))
+    for file in files:
+        where = getattr(file, "name", columns)
+        piece = file.read(PIECE)
+        while more := file.read(PIECE):  # read ahead, so that the last piece is known
+            cut = max(piece.rfind("\n"), piece.rfind(" "))  # tokens begin with the white space before a word
+            if cut < 1:
+                cut = len(piece)
+            yield check_unicode(piece[:cut], where), False
+            piece = piece[cut:] + more
+        yield check_unicode(piece, where), True
+        file.close()
+
+
+def begin_of_text(tok):
+    """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
+    if not tok("")["input_ids"]:  # GPT-2 and Qwen write nothing
+        return []
+    first = tok("a")["input_ids"][:1]
+    return first if first == [tok.bos_token_id] else []
+
+
+def encode_texts(documents, columns, tok):
+    """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
+
+    Each token is the target of exactly one row. A row begins with <bos> where the tokenizer writes one, else
+    with the last token of the row before. The last row holds two counts instead of ids: documents dropped,
+    rows cut.
+    """
+    begin = begin_of_text(tok)
+    overlap = 0 if begin else 1  # tokens that a row repeats from the row before
+    n_dropped = 0
+    ids = []
+    pieces = read_pieces(documents, columns)
+    while batch := list(itertools.islice(pieces, 16)):
+        texts = [text for text, _ in batch]
+        encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for (text, is_end), tokens in zip(batch, encoded):
+            ids += tokens
+            if text == "":  # an empty document
+                n_dropped += 1
+            elif is_end:
+                ids.append(tok.eos_token_id)
+        n_full = (len(ids) - overlap) // block_size
+        for start in range(0, n_full * block_size, block_size):
+            yield {"ids": begin + ids[start : start + block_size + overlap]}
+        ids = ids[n_full * block_size :]
+    if len(ids) > overlap:
+        yield {"ids": begin + ids}
+    yield {"ids": [n_dropped, 0]}
+
+
+def learn_bpe(documents, columns, n_tokens):
+    """Yield a tokenizer of bytes and frequent pairs, learned from at most 100 MB of text, as JSON."""
+    core = ByteLevelBPETokenizer()
+    pieces = itertools.islice(read_pieces(documents, columns), 100_000_000 // PIECE)
+    texts = (text for text, _ in pieces)
     core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
     yield {"json": core.to_str()}
 
 
-def load_tokenizer(splits):
-    """-> a fast tokenizer of transformers; "bpe:N" learns from train, "char" has the characters of all splits"""
+def load_tokenizer(documents, columns):
+    """Return a tokenizer of transformers; "bpe:N" is learned from the training split, "char" from all."""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
+    learned = re.fullmatch(r"bytes|bpe:(\d+)", name)
     if name == "char":
-        texts = (str(x) for rows in splits.values() for row in rows for x in row.values())
-        core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(set().union(*texts)))}))
-        core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    elif learned := re.fullmatch(r"bytes|bpe:(\d+)", name):
-        args = {"rows": splits["train"] if learned[1] else (), "n_tokens": int(learned[1] or 257)}
-        core = Tokenizer.from_str(datasets.Dataset.from_generator(learn_tokens, gen_kwargs=args)[0]["json"])
+        letters = set()
+        for split in documents.values():
+            for text, _ in read_pieces(split, columns):
+                letters.update(text)
+        core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(sorted(letters))}))
+        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        core.decoder = decoders.Fuse()
+    elif learned:
+        n_tokens = int(learned[1] or 257)  # 256 bytes and the end of text
+        train = documents["train"] if learned[1] else []
+        row = cached(learn_bpe, {"json": datasets.Value("string")}, train, columns, n_tokens)[0]
+        core = Tokenizer.from_str(row["json"])
     else:
         with named("tokenizer", name):
-            return transformers.AutoTokenizer.from_pretrained(name)
-    kwargs = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **kwargs)
+            tok = transformers.AutoTokenizer.from_pretrained(name)
+        if not tok("a")["input_ids"]:  # transformers makes an empty tokenizer where files are missing
+            fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
+        if tok.eos_token_id is None:
+            fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
+        return tok
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def encode_texts(batch, tok, columns):
-    """Documents -> rows of block_size + 1 token ids, each begins with the last of the one before"""
-    core, end = tok.backend_tokenizer, [tok.eos_token_id, *tok("")["input_ids"][:1]]  # and the next <bos>
-    core.encode_special_tokens = True  # spelled out in a document, they are just text
-    encoded = core.encode_batch_fast([text or "" for text in batch[columns[0]]], add_special_tokens=False)
-    last = batch.get("last_piece", [True] * len(encoded))
-    ids = np.concatenate([np.array(text.ids + end * ends, np.uint32) for text, ends in zip(encoded, last)])
-    rows = [ids[i : i + block_size + 1] for i in range(0, len(ids) - 1, block_size)]
-    return {"ids": rows, "length": list(map(len, rows))}
+def cut_off(rows, fraction):
+    """Split off the last part of the rows. Return (rest, part)."""
+    with named("dataset", dataset):
+        parts = rows.train_test_split(fraction, shuffle=False)
+    return parts["train"], parts["test"]
 
 
 def prepare_data():
-    """-> (tokenizer, {split: rows of token ids}). Splits that the data does not have are cut from the end of train."""
-    splits = load_documents()
-    columns = choose_columns(splits["train"].features)
-    tok = load_tokenizer(splits.select_columns(columns))
-    encode = encode_texts if columns == [text_column] else encode_answers
-    kwargs = {"remove_columns": splits["train"].column_names, "fn_kwargs": {"tok": tok, "columns": columns}}
-    with named("dataset", dataset):
-        splits = dict(splits.map(encode, batched=True, batch_size=100, **kwargs).with_format("torch"))
-        if test_fraction and "test" not in splits:
-            splits |= splits["train"].train_test_split(test_fraction, shuffle=False)
-        if fold:
-            k, n = map(int, fold.split("/"))
-            parts = [splits["train"].shard(n, i, contiguous=True) for i in range(n)]
-            splits |= {"validation": parts.pop(k - 1), "train": datasets.concatenate_datasets(parts)}
-        elif val_fraction and "validation" not in splits:
-            parts = splits["train"].train_test_split(val_fraction, shuffle=False)
-            splits |= {"validation": parts["test"], "train": parts["train"]}
-    for split, rows in splits.items():
-        if not len(rows):
+    """Return (tokenizer, {split: rows}). Missing splits are cut off from the end of the training rows."""
+    datasets.disable_progress_bars()
+    documents, columns = load_documents()
+    if train_split not in documents:
+        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(documents)}")
+    splits = {"train": documents.pop(train_split)}
+    wanted = {"validation": val_fraction and not fold, "test": test_fraction}
+    for name, found in documents.items():
+        split = SPLITS.get(name)
+        if wanted.get(split):
+            splits[split] = found
+        else:
+            log(f"not used: the split {name}")
+
+    tok = load_tokenizer(splits, columns)
+    features = {"ids": datasets.List(datasets.Value("int32"))}
+    encode = encode_texts
+    has_answers = columns not in ([], [text_column])
+    if has_answers:
+        features["labels"] = features["ids"]
+        encode = encode_answers
+        if not tok.chat_template:
+            tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
+        if not tok.is_fast:
+            fail(
+                f"the tokenizer of {init_from} has no fast version, which answers need to be found in a text"
+            )
+    for split, found in splits.items():
+        rows = cached(encode, features, found, columns, tok)
+        n_rows = len(rows) - 1
+        n_dropped, n_cut = rows[n_rows]["ids"]  # see encode_texts()
+        if n_dropped or n_cut:
+            log(f"{split}: {n_dropped} dropped (empty, or without an answer), {n_cut} cut at {block_size=}")
+        if n_rows == 0:
             fail(f"{dataset=} has nothing to learn from in its {split} split")
+        splits[split] = rows.select(range(n_rows)).with_format("torch")
+
+    if test_fraction and "test" not in splits:
+        splits["train"], splits["test"] = cut_off(splits["train"], test_fraction)
+    if fold:
+        k, n = map(int, fold.split("/"))
+        parts = [splits["train"].shard(n, i, contiguous=True) for i in range(n)]
+        splits["validation"] = parts.pop(k - 1)
+        splits["train"] = datasets.concatenate_datasets(parts)
+    elif val_fraction and "validation" not in splits:
+        splits["train"], splits["validation"] = cut_off(splits["train"], val_fraction)
+    for split, rows in splits.items():
         log(f"{split}: {len(rows):,} rows of {block_size} tokens")
     return tok, splits
 
 
 def collate(rows):
-    """Rows -> x, y (B, T), padded on the right: y is the token after each of x, -100 where none is learned."""
-    x = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], True)
-    y = nn.utils.rnn.pad_sequence([row.get("labels", row["ids"]) for row in rows], True, -100)
-    return x[:, :-1], y[:, 1:]
+    """Return a batch (x, y, learned) of rows.
+
+    x: token ids (B, T), padded on the right. y: the token after each (B, T), -100 where there is no loss.
+    learned: the indices of the others in y.flatten(), or None for rows of text, in which almost all tokens
+    have a loss.
+    """
+    x = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
+    labels = [row.get("labels", row["ids"]) for row in rows]
+    y = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    x = x[:, :-1].contiguous()
+    y = y[:, 1:].contiguous()
+    learned = (y.flatten() != -100).nonzero()[:, 0] if "labels" in rows[0] else None
+    return x, y, learned
 
 
-def batch_rows(lengths, first_step, last_step, micro, world, rank):
-    """Yield the rows of each micro-batch of this process. An epoch is a shuffle in which rows of similar length share
-    a batch. It depends on (seed, step) alone, whatever the number of processes or the size of micro-batches."""
+def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
+    """Yield the row numbers of each micro-batch of a process, a function of (seed, step) alone.
+
+    The rows of a step are the same for any number of processes and size of micro-batches. An epoch is a
+    permutation in which rows of similar length share a batch, which saves padding.
+    """
     n_batches = max(1, len(lengths) // batch_size)
+    epoch = None
     for step in range(first_step, last_step):
-        epoch, i = divmod(step, n_batches)
-        if i == 0 or step == first_step:
+        if step // n_batches != epoch:
+            epoch = step // n_batches
             rng = np.random.default_rng([seed, epoch])
-            rows = np.resize(rng.permutation(len(lengths)), n_batches * batch_size)  # few rows repeat
-            rows = rows[np.argsort(lengths[rows] * rng.uniform(0.9, 1.1, len(rows)))]
+            rows = rng.permutation(len(lengths))
+            rows = np.resize(rows, n_batches * batch_size)  # drop an incomplete batch, or repeat too few rows
+            # Let rows of similar length meet, but not the same ones in every epoch.
+            noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
+            rows = rows[np.argsort(noisy_lengths)]
             batches = rng.permutation(rows.reshape(n_batches, batch_size))
-        yield from batches[i].reshape(-1, world, micro)[:, rank].tolist()
+        micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
+        yield from micro_batches[:, rank].tolist()
 
 
 # ---- Optimizers and learning rate ----
 
 
+def orthogonalize(x):
+    """Bring all singular values of the matrices x (n, rows, columns) near 1 by five Newton-Schulz iterations.
+
+    The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
+    """
+    is_tall = x.size(-2) > x.size(-1)
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon): torch's, but for all matrices
-    of a shape at once, so faster, and in any dtype."""
+    """torch's Muon (momentum with orthogonalized updates), but for all matrices of a shape at once."""
 
     def __init__(self, matrices, dtype, **kwargs):
-        super().__init__(matrices, adjust_lr_fn="original", **kwargs)
-        self.dtype = dtype
+        super().__init__(matrices, **kwargs)
+        self.dtype = dtype  # of the Newton-Schulz iterations; torch's own are always in bf16
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-            for (rows, columns), same_shape in itertools.groupby(matrices, key=lambda p: p.shape):
-                params = list(same_shape)
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for (rows, columns), params in by_shape.items():
+                grads = [p.grad for p in params]
+                averages = []
                 for p in params:
-                    self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
-                grads, averages = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    averages.append(self.state[p]["momentum_buffer"])
+                # average <- momentum average + (1 - momentum) grad, and Nesterov's direction from it
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))  # (n, rows, columns)
-                x = (x.mT if rows > columns else x).to(self.dtype)
-                x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):  # Newton and Schulz: all singular values come near 1
-                    gram = x @ x.mT
-                    gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                    x = torch.baddbmm(x, gram, x, beta=3.4445)
-                updates = (x.mT if rows > columns else x).to(params[0].dtype).unbind()
+                directions = torch._foreach_lerp(grads, averages, group["momentum"])
+                updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
+                scale = max(1, rows / columns) ** 0.5  # the factor of adjust_lr_fn="original" in torch
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                torch._foreach_add_(params, updates.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
-    """Muon for the matrices in the blocks, AdamW for tables, the head and vectors; or AdamW for all."""
-    kwargs = {"betas": (beta1, beta2), "weight_decay": 0.0, "fused": True}
+    """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     if optimizer == "adamw" or init_from != "scratch":
-        default = {"lora": 2e-4, "p_tuning": 1e-3}.get(adapter, 0.001 if init_from == "scratch" else 5e-5)
+        kind = optimizer if init_from == "scratch" else adapter or "fine-tuning"
         trained = [p for p in model.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
-        return [torch.optim.AdamW(groups, learning_rate or default, **kwargs)]
-    matrices, tables, others = [], [], []
-    for name, p in model.named_parameters():  # a tied head is a table: it has the name of the embedding
-        in_blocks, is_head = name.startswith("model.layers."), name == "lm_head.weight"
-        (others if p.ndim != 2 or is_head else matrices if in_blocks else tables).append(p)
-    groups = [{"params": ps, "lr": lr} for ps, lr in ((tables, embed_lr), (others, head_lr)) if ps]
-    adamw = torch.optim.AdamW(groups, **kwargs)
-    kwargs = {"lr": learning_rate or 0.03, "weight_decay": weight_decay, "momentum": 0.95}
-    if accelerator.is_fsdp2:  # which cuts matrices into parts: torch's own puts them together
-        return [torch.optim.Muon(matrices, adjust_lr_fn="original", **kwargs), adamw]
+        return [adamw(groups, lr=learning_rate or DEFAULT_LR[kind])]
+
+    matrices = []
+    embeddings = []
+    vectors_and_head = []
+    for name, p in model.named_parameters():  # names a tied head as the embedding
+        if p.ndim != 2 or name == "lm_head.weight":
+            vectors_and_head.append(p)
+        elif name.startswith("model.layers."):
+            matrices.append(p)
+        else:
+            embeddings.append(p)
+    groups = [{"params": embeddings, "lr": embed_lr}]
+    if vectors_and_head:
+        groups.append({"params": vectors_and_head, "lr": head_lr})
+    muon = {
+        "lr": learning_rate or DEFAULT_LR["muon"],
+        "weight_decay": weight_decay,
+        "adjust_lr_fn": "original",
+    }
+    if accelerator.is_fsdp2:  # shards matrices, which only the Muon of torch can put together
+        return [torch.optim.Muon(matrices, **muon), adamw(groups)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return [Muon(matrices, dtype, **kwargs), adamw]
+    return [Muon(matrices, dtype, **muon), adamw(groups)]
 
 
 def lr_at(step, total_steps):
-    """The learning rate as a fraction of its peak: the least of warm-up and decay."""
+    """Return the learning rate at a step as a fraction of its peak: the smaller of warm-up and decay."""
+    warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-        decay = 0.5 * (1 + math.cos(math.pi * min(1, done)))
+        progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
     elif lr_schedule == "wsd":
         decay = min(1.0, (total_steps - step) / max(1, cooldown * total_steps))
-    return min((step + 1) / (warmup_steps + 1), min_lr + (1 - min_lr) * decay)
+    return min(warmup, min_lr + (1 - min_lr) * decay)
 
 
-# ---- The run directory ----
+# ---- Checkpoints and the run directory ----
+
+# What a run writes. A new run in the same folder removes these files of an old one, and no others.
+RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json *.safetensors"
+RUN_FILES += " adapter_config.json chat_template.jinja tokenizer* samples/step_*.txt train_lm/events*"
+RUN_FILES += " *.trace.json *.tmp"
+LOCKS = []  # held until this process ends
 
 
 def write_file(name, content):
-    """Write a .json or a .pt; under its name there is always a complete file."""
-    temporary = Path(out_dir, f"{name}{RANK}.tmp")
+    """Write a .json or .pt file in out_dir so that a crash leaves the old file or the new one, complete."""
+    temporary = Path(out_dir, f"{name}.tmp")
     with open(temporary, "wb") as f:
-        f.write(json.dumps(content, indent=1).encode()) if name[-5:] == ".json" else torch.save(content, f)
+        if name.endswith(".json"):
+            f.write(json.dumps(content, indent=1).encode())
+        else:
+            torch.save(content, f)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(Path(out_dir, name))
 
 
-def gather(accelerator, model, optimizers=(), frozen=False):
-    """-> ({name: weight} of what is trained, or with frozen=True of all, a tied one once; the optimizers' state)"""
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
-    weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    module = accelerator.unwrap_model(model)
-    once = {name for name, weight in module.named_parameters() if frozen or weight.requires_grad}
-    others = {name for name, _ in module.named_parameters(remove_duplicate=False)} - once
-    return {name: weight for name, weight in weights.items() if name not in others}, state
-
-
-def save_state(accelerator, model, optimizers, progress, name):
-    """Write all that a resume needs, or without optimizers the trained weights."""
-    weights, optimizer_state = gather(accelerator, model, optimizers)
-    if MAIN:
-        write_file(name, {"model": weights, "optimizers": optimizer_state, "progress": progress})
-
-
-def load_state(accelerator, model, optimizers, name, fixed):
-    """Put back what save_state wrote, read by the first process; -> progress"""
-    state, expected = {"model": {}, "optimizers": {}, "progress": {}}, gather(accelerator, model)[0].keys()
-    options = dcp.StateDictOptions(True, cpu_offload=True, strict=False, broadcast_from_rank0=WORLD > 1)
-    with named("checkpoint", f"{out_dir}/{name}"):
-        if MAIN:
-            state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
-            if changed := dict(state["progress"]["fixed"].items() - fixed.items()):
-                raise ValueError(f"it was made with {changed}: choose another --out_dir")
-            if state["model"].keys() != expected:
-                raise ValueError("it holds the weights of another model")
-        dcp.set_model_state_dict(model, state["model"], options=options)
-        if optimizers:
-            dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    return broadcast_object_list([state["progress"]])[0]
+def read_json(setting, folder, name):
+    """Return the content of a .json file in the folder that a setting names."""
+    with named(setting, folder):
+        return json.loads(Path(folder, name).read_text(encoding="utf-8"))
 
 
 def open_run_dir():
-    """End the program if out_dir holds other files, or a run that is not to be resumed or overwritten."""
+    """Make, check and lock out_dir. Return the content of run.json if there is a run to resume, else None."""
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        files = {path.name for path in Path(out_dir).iterdir() if path.suffix != ".tmp"}
-    if MAIN and files and ("run.json" not in files or not (resume or overwrite)):
-        fail(f"{out_dir} holds {min(files)}: choose another, or for a run --resume=True or --overwrite=True")
+    folder = Path(out_dir).resolve()
+    for path in (os.getcwd(), init_from, dataset):
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
+            fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
+    if not MAIN:
+        return None
+    LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
+    try:
+        LOCKS[0].acquire(timeout=10)  # data workers keep the lock for some seconds after their run was killed
+    except filelock.Timeout:
+        fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
+    files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
+    is_run = "run.json" in files
+    if files and not is_run:
+        fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
+    if is_run and not resume and not overwrite:
+        fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
+    if not (resume and is_run and "checkpoint.pt" in files):
+        return None
+    run = read_json("out_dir", out_dir, "run.json")
+    check_fixed(run, {name: globals()[name] for name in FIXED.split()})
+    return run
 
 
-def write_run(model, tok, splits):
-    """-> the content of run.json, written beside the tokenizer and the script as it is"""
-    if overwrite:
-        shutil.rmtree(out_dir)
-        Path(out_dir).mkdir()
-    run = {"kind": "lm", "model": type(model).__name__.removeprefix("FSDP"), "command": sys.argv}
-    run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
-    run["parameters"] = sum(p.numel() for p in model.parameters())
-    run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run |= {"settings": settings(globals()), "rows": {split: len(rows) for split, rows in splits.items()}}
+def check_fixed(run, values):
+    """End the program if values that a resume may not change are not those of the run."""
+    for name, value in values.items():
+        before = run["fixed"].get(name)
+        if before != value:
+            fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {value!r}")
+
+
+def start_run(model, tok, rows, old_run):
+    """Write run.json, the tokenizer and this script to out_dir. Return the content of run.json."""
+    chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)  # a resume compares these rows
+    ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
+    fixed = {name: globals()[name] for name in FIXED.split()}
+    fixed["data"] = [len(rows["train"]), hashlib.md5(repr(ids).encode()).hexdigest()]
+    run = {
+        "kind": "lm",
+        "model": type(model).__name__.removeprefix("FSDP"),  # which FSDP2 adds
+        "command": sys.argv,
+        "settings": settings(globals()),
+        "fixed": fixed,
+        "rows": {split: len(rows[split]) for split in rows},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+    }
+    if old_run:
+        check_fixed(old_run, fixed)
+    else:
+        for pattern in RUN_FILES.split():
+            for path in Path(out_dir).glob(pattern):
+                path.unlink()
     write_file("run.json", run)
-    shutil.copy(__file__, out_dir)
+    with contextlib.suppress(shutil.SameFileError):
+        shutil.copy(__file__, out_dir)
     tok.save_pretrained(out_dir)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
     return run
 
 
-# ---- Starting, evaluating, training, stopping ----
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-MAIN = RANK == 0  # the first of all processes writes and reports
-log = functools.partial(print, flush=True) if MAIN else lambda message: None
-STOP = []  # the signals that ask the run to stop
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16
+def unwrap(model):
+    """Return the model inside DistributedDataParallel."""
+    return getattr(model, "module", model)
 
 
-def catch_signals():
-    """Note Ctrl-C, SIGTERM, on Linux the launcher's death: one wish to stop, of which workers may die."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda s, _: STOP.append(s) or signal.signal(signal.SIGCHLD, signal.SIG_DFL))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-        if os.getppid() != PARENT:  # it is dead already
-            STOP.append(signal.SIGTERM)
+def gather(model, optimizers=(), with_frozen=False):
+    """Return ({name: weight} of the trained or of all weights, each once; the state of the optimizers)."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options.ignore_frozen_params = not with_frozen
+    weights, state = dcp.get_state_dict(model, optimizers, options=options)
+    names = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
+    others = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)} - names
+    return {name: weight for name, weight in weights.items() if name not in others}, state
 
 
-def finish(accelerator, step, stop):
-    """End this process when all are here."""
-    log(f"stopped at step {step}; the same command with --resume=True goes on" if stop else "done")
-    code = 128 + (STOP or [signal.SIGTERM])[0] if stop else 0
+def save_checkpoint(model, optimizers, progress, name):
+    """Write all that a resume needs; without optimizers, the trained weights and the progress."""
+    weights, state = gather(model, optimizers)
+    if MAIN:
+        write_file(name, {"model": weights, "optimizers": state, "progress": progress})
+
+
+def load_checkpoint(model, optimizers, name):
+    """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
+    state = {"model": {}, "optimizers": {}, "progress": {}}
+    weights, _ = gather(model)
+    if MAIN:
+        with named("checkpoint", f"{out_dir}/{name}"):
+            state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
+        shapes = [{key: p.shape for key, p in found.items()} for found in (state["model"], weights)]
+        if shapes[0] != shapes[1]:
+            fail(f"{out_dir}/{name} has the weights of another model: undo the edit, or start anew elsewhere")
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    options.broadcast_from_rank0 = WORLD > 1
+    dcp.set_model_state_dict(model, state["model"], options=options)
+    if optimizers:
+        dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
+    return broadcast_object_list([state["progress"]])[0]
+
+
+def save_weights(model, weights):
+    """Write the weights as transformers or peft does, by way of a folder, so that each file is complete."""
+    folder = Path(out_dir, "weights")
+    folder.mkdir(exist_ok=True)
+    if isinstance(model, GPT):
+        config = model.config.to_dict()
+        if not is_native(model.config):  # transformers must not load this: it would compute something else
+            config |= {"model_type": "edited", "architectures": ["GPT"]}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        model.generation_config.save_pretrained(folder)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+        model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    for path in folder.iterdir():
+        path.replace(Path(out_dir, path.name))
+    folder.rmdir()
+
+
+def is_native(config):
+    """Tell whether transformers computes the same as GPT. The initial zeros would hide a difference."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        ours = GPT(config).eval()
+        theirs = transformers.NanoChatForCausalLM(config).eval()
+        for p in ours.parameters():
+            nn.init.normal_(p, std=p.size(-1) ** -0.5)
+        idx = torch.randint(config.vocab_size, (1, min(1024, ours.context)))
+        with contextlib.suppress(RuntimeError):  # weights of other names or shapes
+            theirs.load_state_dict(dict(ours.named_parameters()))
+            if torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3):
+                return True
+    log("edited model: sample.py and init_from can load this run, transformers cannot")
+    return False
+
+
+# ---- Evaluation ----
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
+    """Return the loss per token of a split, and the bits per byte, which can be compared across tokenizers.
+
+    n_batches: how many batches of batch_size rows to take, spread evenly over the split; 0: all rows.
+    """
+    n_rows = len(rows)
+    if n_batches > 0:
+        n_rows = min(n_rows, n_batches * batch_size)
+    chosen = np.linspace(0, len(rows) - 1, n_rows).astype(int)
+    mine = chosen[RANK::WORLD].tolist()
+    totals = np.zeros(3)  # loss, tokens, bytes
+    model.eval()
+    for i in range(0, math.ceil(n_rows / WORLD), micro_size):
+        batch = mine[i : i + micro_size]
+        x, y, learned = collate([rows[j] for j in batch or [0]])
+        if not batch:  # FSDP2 needs every process in every forward pass, also those that have no rows left
+            y = torch.full_like(y, -100)
+        with accelerator.autocast():
+            loss = model(*send_to_device((x, y, learned), accelerator.device))
+        texts = tok.batch_decode([targets[targets != -100] for targets in y], skip_special_tokens=True)
+        n_bytes = len("".join(texts).encode("utf-8", "replace"))
+        totals += [loss.item(), (y != -100).sum().item(), n_bytes]
+    model.train()
+    loss, n_tokens, n_bytes = np.sum(gather_object([totals]), axis=0).tolist()
+    return {f"{name}/loss": loss / n_tokens, f"{name}/bits_per_byte": loss / max(1, n_bytes) / math.log(2)}
+
+
+def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report):
+    """Report the validation loss, keep the best weights (without validation, the last) and write a sample."""
+    loss = -math.inf  # without a validation split, the last weights count as the best
+    if "validation" in splits:
+        values = evaluate(accelerator, model, tok, "val", splits["validation"], micro_size, eval_batches)
+        report(values)
+        loss = values["val/loss"]
+    if progress["step"] > 0:
+        progress["evals_since_best"] += 1
+        if loss <= progress["best"]:
+            progress["best"] = loss
+            progress["evals_since_best"] = 0
+            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, its own weights only
+            if MAIN:
+                save_weights(unwrap(model), weights)
+            if "test" in splits:  # which is evaluated at the end, by the best weights
+                save_checkpoint(model, [], progress, "best.pt")
+        write_sample(model, tok, splits.get("validation", splits["train"])[0], progress["step"])
+
+
+def write_sample(model, tok, row, step):
+    """Write what the model makes of the first 16 tokens of a row, or of all up to the first answer."""
+    n = 16
+    if "labels" in row:
+        n = (row["labels"] != -100).int().argmax().item()
+    prompt = row["ids"][:n].tolist()
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # each new length would be compiled, for a minute
+        tokens = [
+            token.item() for token in generate(unwrap(model), prompt, 1, 200, count_ids(tok), 0.8, seed=seed)
+        ]
+    model.train()
+    if MAIN:
+        Path(out_dir, "samples").mkdir(exist_ok=True)
+        text = tok.decode(prompt + tokens)
+        Path(out_dir, f"samples/step_{step:08d}.txt").write_text(text, encoding="utf-8", errors="replace")
+
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}  # bf16 without sparsity, by NVIDIA's data sheets
+
+
+def speed(tokens_per_s, model):
+    """Return tokens/s, memory in GB, and mfu, the used part of the GPUs' peak FLOPS (arXiv:2204.02311)."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
+    values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
+    for name, peak in PEAK_FLOPS.items():
+        if name in gpu and isinstance(model, GPT):
+            multiplied = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+            attention_flops = 12 * len(model.model.layers) * model.config.hidden_size * block_size
+            flops_per_token = 6 * multiplied + attention_flops  # forward and backward, by the paper
+            values["mfu"] = tokens_per_s * flops_per_token / (peak * WORLD)
+    return values
+
+
+# ---- Training ----
+
+
+def start_accelerator():
+    """Return an Accelerator for the best device there is, with precision, threads and processes set up."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    torch.autograd.set_detect_anomaly(detect_anomaly)
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process makes the model and keeps its part
+    warnings.filterwarnings(
+        "ignore", "`?broadcast_buffers"
+    )  # its new name in torch 2.13 is unknown to accelerate
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=choose_precision(),
+        log_with=tracker or None,
+        project_dir=out_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process tokenizes
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    if accelerator.num_processes != WORLD:
+        fail(
+            f"{WORLD} processes were started, but do not train together: on CPUs, set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.is_fsdp2:
+        set_up_fsdp2(accelerator)
+    if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        log("warning: no GPU was found; a CPU is fast enough for small models only")
+    log(f"device: {accelerator.device.type} x {WORLD}, precision: {accelerator.mixed_precision}")
+    return accelerator
+
+
+def choose_precision():
+    """Return the precision of matrix products: bf16 where the hardware has it."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "no" if init_from == "scratch" else "fp16"  # T4, V100: Muon has no loss scaling for fp16
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
+
+
+def set_up_fsdp2(accelerator):
+    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
+    policy = {"cast_forward_inputs": False}
+    if accelerator.mixed_precision == "bf16":
+        policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+    plugin.reshard_after_forward = True  # else evaluate() would use weights of before the last step
+    torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
+
+
+def finish(accelerator, step, is_stopped):
+    """End this process when all processes have come here."""
+    log(f"stopped at step {step}; the same command with --resume=True goes on" if is_stopped else "done")
+    code = 0
+    if is_stopped:
+        signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
+        code = 128 + signum  # as shells report it
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if WORLD > 1:  # gloo's threads may abort a process that ends in the usual way
         os._exit(code)
-    raise SystemExit(code)
+    sys.exit(code)
 
 
-def start_accelerator():
-    """-> an Accelerator on the best device there is, with precision and threads set."""
-    on_cpu, cpu = not torch.accelerator.is_available(), torch.cpu.get_capabilities()
-    bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
-    precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    torch.set_float32_matmul_precision("high")  # TF32: much faster
-    torch.autograd.set_detect_anomaly(detect_anomaly)
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each makes the model, and keeps a part
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one tokenizes
-    kwargs = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
-    if accelerator.is_fsdp2:  # weights remain in fp32; autocast computes in bf16
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        torch.set_autocast_cache_enabled(False)  # which would keep all weights in bf16
-    if on_cpu:  # `accelerate launch` leaves a process one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        log("warning: no GPU was found, which is fine for small models only")
-    if on_cpu and sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    log(f"device: {accelerator.device.type} x {WORLD}, precision {precision}")
-    return accelerator
-
-
-@torch.no_grad()
-def evaluate(accelerator, model, tok, split, rows, micro, batches):
-    """-> the loss of a split per token, and per byte, comparable across tokenizers. batches: how many, spread evenly;
-    0: all. The processes make equally many passes."""
-    n = min(len(rows), batches * batch_size or len(rows))
-    mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
-    loss, n_tokens, n_bytes = 0.0, 0, 0
-    model.eval()
-    for i in tqdm(range(0, math.ceil(n / WORLD), micro), desc=split, leave=False, disable=split != "test"):
-        x, y = collate(rows.__getitems__(mine[i : i + micro].tolist() or [0]))
-        y = y if i < len(mine) else torch.full_like(y, -100)  # a pass that only the others need
-        with accelerator.autocast():
-            loss += float(model(x.to(accelerator.device), y.to(accelerator.device)))
-        n_tokens += int((y != -100).sum())
-        texts = tok.backend_tokenizer.decode_batch([row[row != -100].tolist() for row in y])
-        n_bytes += len("".join(texts).encode())
-    loss, n_tokens, n_bytes = np.sum(gather_object([(loss, n_tokens, n_bytes)]), axis=0).tolist()
-    return {f"{split}/loss": loss / n_tokens, f"{split}/bits_per_byte": loss / n_bytes / math.log(2)}
-
-
-def evaluate_and_save(accelerator, model, tok, splits, micro, progress, report):
-    """Report the validation loss, keep the best weights (without validation the last), write a sample."""
-    loss, module = -math.inf, accelerator.unwrap_model(model).eval()
-    rows = splits.get("validation", splits["train"])
-    if "validation" in splits:
-        report(values := evaluate(accelerator, model, tok, "val", rows, micro, eval_batches))
-        loss = values["val/loss"]
-    progress["waited"] += progress["step"] > 0
-    if progress["step"] and loss <= progress["best"]:
-        progress |= {"best": loss, "waited": 0}
-        weights, _ = gather(accelerator, model, frozen=not adapter)
-        if MAIN:
-            save_weights(module, weights)
-        if "test" in splits:
-            save_state(accelerator, model, [], progress, "best.pt")
-    n = int((rows[0]["labels"] != -100).int().argmax()) if "labels" in rows[0] else 16  # up to an answer
-    prompt = rows[0]["ids"][:n].tolist()  # all processes speak, for FSDP2
-    with torch.compiler.set_stance("force_eager"):  # compiled, each new length takes a minute
-        new = generate(module, prompt, 1, 200, 0.8, seed=seed, eos=[tok.eos_token_id])
-        text = tok.decode(prompt + [int(token) for token in new])
-    model.train()
-    if MAIN:
-        Path(out_dir, "samples").mkdir(exist_ok=True)
-        Path(out_dir, f"samples/step_{progress['step']:08d}.txt").write_text(text, encoding="utf-8")
-
-
-def speed(tokens_per_s, model):
-    """-> tokens/s, memory, and mfu: the share of the GPUs' peak FLOPS (Chowdhery et al. 2022, arXiv:2204.02311)"""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
-    values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-    if peak and isinstance(model, GPT):
-        multiplied = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
-        flops = 6 * multiplied + 12 * len(model.model.layers) * model.config.hidden_size * block_size
-        values["mfu"] = tokens_per_s * flops / peak / WORLD
-    return values
+def is_due(step, interval):
+    """Tell whether something that is done every `interval` steps is due; with 0 it never is."""
+    return interval > 0 and step % interval == 0
 
 
 def main():
+    # ---- set up: device, batch, run directory ----
     check_settings()
     accelerator = start_accelerator()
     device = accelerator.device
-    micro = micro_batch_size or max(1, batch_size // WORLD)  # rows of a forward pass
-    accumulation = batch_size // (micro * WORLD)  # forward passes of a step
-    if accumulation * micro * WORLD != batch_size:
-        fail(f"{batch_size=} is no multiple of {micro} rows x {WORLD} processes")
-    open_run_dir()
+    micro_size = micro_batch_size or max(1, batch_size // WORLD)  # rows per process and forward pass
+    accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
+    if accumulation_steps * micro_size * WORLD != batch_size:
+        fail(f"{batch_size=} must be a multiple of {micro_size} rows x {WORLD} processes")
+    old_run = open_run_dir()
 
-    # first: a wrong name costs no tokenizing
+    # ---- model and data; a pretrained model first: a wrong name fails before the data is tokenized ----
     model = load_pretrained(accelerator.mixed_precision) if init_from != "scratch" else None
-    with accelerator.local_main_process_first():  # the others read what the first has cached
+    with accelerator.local_main_process_first():  # the other processes read what it has cached
         tok, splits = prepare_data()
-    model = model or make_gpt(1 + max(tok.get_vocab().values()), tok.eos_token_id)  # some have gaps
-    if tok.vocab_size > model.config.vocab_size:
-        fail(f"the tokenizer has {tok.vocab_size} tokens, {init_from} knows {model.config.vocab_size}")
+    if model is None:
+        model = make_gpt(tok)
+    check_ids(model, splits)
+    set_generation_config(model, tok, splits["train"])
     optimizers = make_optimizers(model, accelerator)
-    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
         model.compile()
     model, *prepared = accelerator.prepare(model, *optimizers)
-    module = accelerator.unwrap_model(model)
-    if accelerator.is_fsdp2:
-        model.set_reshard_after_forward(True)  # weights gathered for each use are never stale
 
-    fixed = {name: globals()[name] for name in FIXED.split()} | {"rows": len(splits["train"])}
-    progress = {"step": 0, "best": math.inf, "waited": 0, "seconds": 0.0, "metrics_bytes": 0, "fixed": fixed}
-    if broadcast_object_list([resume and Path(out_dir, "checkpoint.pt").exists()])[0]:
-        progress = load_state(accelerator, model, optimizers, "checkpoint.pt", fixed)
+    # ---- start the run, or resume it ----
+    progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
+    if MAIN:
+        run = start_run(unwrap(model), tok, splits, old_run)
+    if broadcast_object_list([old_run is not None])[0]:
+        progress = load_checkpoint(model, optimizers, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # loading made new ones
-    n_batches = max(1, len(splits["train"]) // batch_size)
-    total_steps = math.ceil(epochs * n_batches) if epochs else max_steps
+    groups = [group for o in optimizers for group in o.param_groups]  # loading a checkpoint replaces them
+    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
+
+    # ---- logging ----
+    start = time.monotonic() - progress["seconds"]
     if MAIN:
-        run = write_run(module, tok, splits)
         metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.seek(metrics.truncate(progress["metrics_bytes"]))  # the rest is done again
+        metrics.truncate(progress["metrics_bytes"])  # what came after the checkpoint is done again
+        metrics.seek(0, os.SEEK_END)
     with named("tracker", tracker):  # without a login: WANDB_MODE=offline
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_lm"), settings(globals()))
 
@@ -709,146 +1342,309 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    catch_signals()  # before the workers, which Ctrl-C must not end
-    order = batch_rows(splits["train"]["length"][:].numpy(), step, total_steps, micro, WORLD, RANK)
-    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=collate, num_workers=num_workers)
-    batches, start = iter(loader), time.monotonic() - progress["seconds"]
+    # ---- the loop ----
+    catch_signals()
+    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"]).to_numpy()
+    order = batch_rows(lengths, step, total_steps, micro_size, WORLD, RANK)
+    loader = DataLoader(
+        splits["train"],
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # of the first step
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
-    since, tokens_since, skipped = time.monotonic(), 0, 0
+    timer = time.monotonic()
+    tokens_since = 0  # tokens trained on since the timer was set
+    n_skipped = 0  # steps in a row
+    stop = False
     while True:
-        # save, then evaluate: a run that goes on from here does both again
-        if STOP:
-            accelerator.set_trigger()
-        stop, done = accelerator.check_trigger(), step >= total_steps
-        if step and (stop or done or step % (save_interval or math.inf) == 0):
+        done = step >= total_steps
+
+        # Save before evaluating, so that a run resumed from here evaluates again.
+        if step > 0 and (stop or done or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0
-            save_state(accelerator, model, optimizers, progress, "checkpoint.pt")
-        if not stop and (done or step % (eval_interval or math.inf) == 0):
-            evaluate_and_save(accelerator, model, tok, splits, micro, progress, report)
-            since, tokens_since = time.monotonic(), 0  # speed is measured between evaluations
-        if stop or done or 0 < patience <= progress["waited"]:
+            save_checkpoint(model, optimizers, progress, "checkpoint.pt")
+        if not stop and (done or is_due(step, eval_interval)):
+            evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report)
+            timer = time.monotonic()  # speed is measured between evaluations
+            tokens_since = 0
+        is_out_of_patience = 0 < patience <= progress["evals_since_best"]
+        if stop or done or is_out_of_patience:
             break
 
-        # one step by the mean loss over all tokens of the global batch
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * lr_at(step, total_steps)
-            if "momentum" in group:  # of muon: shorter while gradients turn quickly
+        for group, peak_lr in zip(groups, peak_lrs):
+            group["lr"] = peak_lr * lr_at(step, total_steps)
+            if "momentum" in group:  # Muon: lower at first, while the gradient still turns, as in nanochat
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        n_tokens = torch.tensor(sum(int((y != -100).sum()) for _, y in micro_batches), device=device)
-        n_tokens, loss = accelerator.reduce(n_tokens, "sum"), 0.0
-        torch.manual_seed(hash((seed, step, RANK)))  # for dropout
-        for i, (x, y) in enumerate(micro_batches):
-            # gradients travel once a step; FSDP2 has no room for them until then
-            sync = i == accumulation - 1 or accelerator.is_fsdp2
-            with contextlib.nullcontext() if sync else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    part = model(x.to(device), y.to(device)) / n_tokens  # of the mean
-                accelerator.backward(part * WORLD)  # DDP and FSDP2 take the mean over processes
-            loss += part.detach()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-        loss = float(accelerator.reduce(loss, "sum"))
-        finite = math.isfinite(loss + grad_norm)  # in one process as in all
-        for optimizer in prepared:
-            if finite or accelerator.scaler:  # fp16's scaler skips it itself, and lowers its scale
-                optimizer.step()
-            optimizer.zero_grad()
-        progress["step"] = step = step + 1
-        tokens_since, skipped = tokens_since + int(n_tokens), 0 if finite else skipped + 1
-        if skipped:
-            log(f"step {step}: the loss or the gradient is not finite: skipped")
-        if skipped == 10:
-            raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
-        if step % (log_interval or math.inf) == 0 or step == total_steps:
-            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values |= speed(tokens_since / (time.monotonic() - since), module)
-            report(values | {"epoch": step / n_batches})
-            since, tokens_since = time.monotonic(), 0
-        if profile and step in (5, 8):
-            profiler.start() if step == 5 else profiler.stop()
 
-    # the end: the test loss of the best weights
-    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-    summary |= {"val/loss": progress["best"]} if math.isfinite(progress["best"]) else {}
-    if "test" in splits and not stop:
+        # The loss is the mean over the target tokens of the batch in all processes, so count them first.
+        n_tokens = sum((y != -100).sum() for _, y, _ in micro_batches).float()  # still on the CPU
+        n_tokens = accelerator.reduce(n_tokens.to(device, non_blocking=True), "sum")
+        loss = torch.zeros((), device=device)
+        torch.manual_seed(hash((seed, step, RANK)))  # a resumed run draws the same dropout
+        for i, batch in enumerate(micro_batches):
+            # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
+            # time, because unsharded gradients would not fit.
+            sync = i == accumulation_steps - 1 or accelerator.is_fsdp2
+            accumulate = contextlib.nullcontext() if sync else accelerator.no_sync(model)
+            with accumulate:
+                with accelerator.autocast():
+                    micro_loss = model(*send_to_device(batch, device, non_blocking=True)) / n_tokens
+                accelerator.backward(micro_loss * WORLD)  # DDP takes the mean over processes, we want the sum
+            loss += micro_loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        if accelerator.is_fsdp2:
+            grad_norm = grad_norm.full_tensor()
+        # Load the next batch while the GPU computes.
+        micro_batches = list(itertools.islice(batches, accumulation_steps))
+
+        # This is the only place in a step where the CPU waits for the GPU. Every process gets the same
+        # numbers, so that all of them skip, stop or go on together.
+        n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
+        loss, n_stop = accelerator.reduce(torch.stack([loss, n_stop]), "sum")
+        loss, n_stop, grad_norm, n_tokens = torch.stack([loss, n_stop, grad_norm, n_tokens]).tolist()
+        stop = n_stop > 0
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        for o in prepared:
+            if is_finite or accelerator.scaler:  # the scaler of fp16 skips the step and lowers its scale
+                o.step()
+            o.zero_grad()
+        step += 1
+        progress["step"] = step
+        tokens_since += n_tokens
+        if is_finite:
+            n_skipped = 0
+        else:
+            n_skipped += 1
+            log(f"step {step}: the loss or the gradient is not finite: skipped")
+            if n_skipped == 10:
+                sys.exit(
+                    "ten such steps in a row: lower learning_rate, or find the cause by --detect_anomaly=True"
+                )
+
+        if is_due(step, log_interval) or step == total_steps:
+            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
+            values |= speed(tokens_since / (time.monotonic() - timer), unwrap(model))
+            values["epoch"] = step / steps_per_epoch
+            report(values)
+            timer = time.monotonic()
+            tokens_since = 0
+        if profile and step == 5:
+            profiler.start()
+        elif profile and step == 8:
+            profiler.stop()
+
+    # ---- the end: the test loss of the best weights, and a summary in run.json ----
+    if not stop:
+        summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
         if math.isfinite(progress["best"]):
-            load_state(accelerator, model, [], "best.pt", fixed)
-        report(values := evaluate(accelerator, model, tok, "test", splits["test"], micro, 0))
-        summary |= values
-    if MAIN and not stop:
-        write_file("run.json", run | {"summary": summary})
+            summary["val/loss"] = progress["best"]
+        if "test" in splits:
+            if math.isfinite(progress["best"]):
+                load_checkpoint(model, [], "best.pt")
+            values = evaluate(accelerator, model, tok, "test", splits["test"], micro_size)
+            report(values)
+            summary |= values
+        if MAIN:
+            write_file("run.json", run | {"summary": summary})
     finish(accelerator, step, stop)
 
 
-# ---- Sampling, and models as other programs read them ----
+# ---- Sampling ----
 
 
 @torch.no_grad()
-def generate(model, prompt, n, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, eos=()):
-    """Yield the next token, (n,), of n continuations of `prompt`, a list of ids, until each has had an `eos`.
-    temperature < 0.001: the likeliest token. Text that outgrows the model's context goes on from its last half."""
-    idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)
-    rng, cache, ended = torch.Generator().manual_seed(seed), {}, torch.zeros_like(idx[:, 0])
+def generate(model, prompt, n, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+    """Yield the next token (n,) of n continuations of a prompt, a list of ids, until all of them have ended.
+
+    vocab_size: the number of ids that the tokenizer knows; the model may have more, as padding. temperature
+    0: the most likely token. A text that outgrows the model's context goes on from its last half.
+    """
+    idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)  # (n, T)
+    rng = torch.Generator().manual_seed(seed)
+    has_ended = torch.zeros(n, dtype=torch.bool)
+    cache = {}
     for _ in range(max_new_tokens):
         if idx.size(1) > model.context:
-            idx, cache = idx[:, -max(1, model.context // 2) :], {}
-        logits = model(idx[:, -1:] if cache else idx, cache=cache)[:, -1].float().nan_to_num()  # (n, V)
-        token = logits.argmax(dim=-1)  # (n,)
-        if temperature > 1e-3:
+            idx = idx[:, -max(1, model.context // 2) :]
+            cache = {}
+        logits = model(idx[:, -1:] if cache else idx, cache=cache)  # (n, T, V)
+        logits = logits[:, -1, :vocab_size].float().cpu()
+        if temperature < 1e-3:
+            token = logits.argmax(dim=-1)
+        else:
             logits = logits / temperature
-            logits = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-            logits = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
-            total = logits.softmax(dim=-1).cpu().cumsum(dim=-1)  # torch.multinomial is slow on CPUs
-            random = 1 - torch.rand(n, 1, generator=rng)  # in (0, 1], on any device the same
-            token = torch.searchsorted(total, total[:, -1:] * random)[:, 0].to(idx.device)
+            if top_k:
+                logits = transformers.TopKLogitsWarper(top_k)(None, logits)
+            if top_p < 1:
+                logits = transformers.TopPLogitsWarper(top_p)(None, logits)
+            token = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
         yield token
-        ended |= sum(token == end for end in eos)
-        if ended.all():
+        has_ended |= torch.isin(token, torch.tensor(end_tokens(model)))
+        if has_ended.all():
             return
-        idx = torch.cat((idx, token[:, None]), dim=1)
+        idx = torch.cat((idx, token[:, None].to(idx.device)), dim=1)
 
 
-def save_weights(model, weights):
-    """Make the run directory a model of transformers or peft; each file is written elsewhere first."""
-    folder = Path(out_dir, "model.tmp")
-    folder.mkdir(exist_ok=True)
-    if isinstance(model, GPT):
-        config = model.config.to_dict()
-        if not is_native(model):  # a name that transformers refuses
-            config |= {"model_type": "edited", "architectures": ["GPT"]}
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    else:
-        weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
-        model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-    for path in folder.iterdir():
-        path.replace(Path(out_dir, path.name))
-    folder.rmdir()
+def end_tokens(model):
+    """Return the ids that end a text."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
-@functools.cache
-def is_native(gpt):
-    """Does transformers compute the same? Tried on random weights: zeros hide a difference."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        ours, theirs = GPT(gpt.config).eval(), transformers.NanoChatForCausalLM(gpt.config).eval()
-        for weight in ours.parameters():
-            nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
-        idx = torch.randint(gpt.config.vocab_size, (1, min(1024, gpt.context)))
-        with contextlib.suppress(RuntimeError):  # other names, other sizes
-            theirs.load_state_dict(dict(ours.named_parameters()))
-            if torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3):
-                return True
-    return log("edited model: sample.py and init_from load this run, transformers does not")
+def set_generation_config(model, tok, rows):
+    """Set which tokens end a text and which ids are padding, for generate() and for transformers."""
+    ends = {tok.eos_token_id, *end_tokens(model)}
+    if "labels" in rows.column_names and tok.chat_template:
+        with contextlib.suppress(Exception):  # a template may demand more than these two messages
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            _, _, tail = tok.apply_chat_template(messages, tokenize=False).rpartition("!")
+            special = [
+                i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in tok.added_tokens_decoder
+            ]
+            ends.update(special[:1])  # a chat template may end answers with a token of its own
+        special = sorted(set(rows[0]["ids"].tolist()) & tok.added_tokens_decoder.keys())
+        if adapter:
+            names = ", ".join(tok.convert_ids_to_tokens(special))
+            log(f"not trained by the adapter: the embeddings of the special tokens in the data ({names})")
+    model.generation_config.eos_token_id = sorted(ends)
+    if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
+        model.generation_config.suppress_tokens = list(range(count_ids(tok), model.config.vocab_size))
 
 
 def load(folder, run, base=""):
-    """-> (model, tokenizer) of a run directory; run: its run.json; base: where the model under an adapter is now"""
-    globals().update(run["settings"])
-    return load_model(str(folder), base=base).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    """Return (model, tokenizer) of a run, or of any causal language model of transformers.
+
+    run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
+    """
+    globals().update(run["settings"])  # of which the model reads some
+    model = load_model(str(folder), base=base, setting="out_dir").eval()
+    with named("out_dir", str(folder)):
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-# ---- Fine-tuning: only with init_from, or with data that holds answers ----
+# ---- Answers: only with data that has prompts or chats ----
+
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES |= {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}  # ShareGPT
+# For a tokenizer without a chat template: lines of "role: content", with an <eos> behind each answer.
+PLAIN_CHAT_TEMPLATE = """\
+{%- if tools %}{{ 'tools: ' + (tools | tojson) + '\\n' }}{% endif %}
+{%- for m in messages %}
+    {{- m['role'] + ': ' + m['content'] }}
+    {%- if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def read_messages(row, column):
+    """Return the messages in a row of a table as chat templates expect them, with a role and a content."""
+    messages = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": as_text(row["system"], "system")})
+    for fields in row[column] or []:
+        if not isinstance(fields, dict):
+            fail(f"{dataset=}: column {column!r} must hold lists of messages, not {row[column]!r:.60}")
+        message = {name: value for name, value in fields.items() if value is not None}
+        role = message.pop("from", None) or message.get("role")  # ShareGPT has from and value
+        content = message.pop("value", None) or message.get("content")
+        if role not in ROLES:
+            fail(f"{dataset=}: the role {role!r} in column {column!r} is not one of {', '.join(ROLES)}")
+        messages.append({**message, "role": ROLES[role], "content": as_text(content, column)})
+    return messages
+
+
+def answers_of(row, columns, tok):
+    """Yield (text, spans) for a row of a table; spans are the (start, end) of its answers, in characters.
+
+    A chat template may write earlier turns in another way than the last one (Qwen3 leaves out their
+    thoughts). Then each answer gets a text of its own, as the model will see it. tok: None if the tokenizer
+    is yet to be learned.
+    """
+    if columns[0] == prompt_column:
+        prompt = as_text(row[prompt_column], prompt_column)
+        answer = as_text(row[completion_column], completion_column)
+        yield prompt + answer, [(len(prompt), len(prompt + answer))]
+        return
+    messages = read_messages(row, columns[0])
+    if tok is None:
+        yield "\n".join(message["content"] for message in messages), []
+        return
+    tools = row.get("tools") or None
+    text = ""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i > 0:  # an answer to nothing is not learned
+            with named("dataset", dataset):
+                parsed = json.loads(tools) if isinstance(tools, str) else tools
+                render = functools.partial(tok.apply_chat_template, tools=parsed, tokenize=False)
+                prompt = render(messages[:i], add_generation_prompt=True)
+                answered = render(messages[: i + 1])
+            if not prompt.startswith(text):
+                yield text, spans
+                spans = []
+            # A prompt may open a thought that the message lacks (DeepSeek-R1): the answer begins where they
+            # part.
+            start = len(os.path.commonprefix([prompt, answered]))
+            spans.append((start, len(answered)))
+            text = answered
+    yield text, spans
+
+
+def encode_answers(documents, columns, tok):
+    """Yield rows of ids and labels: the ids of what is learned, and -100 elsewhere.
+
+    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row holds
+    two counts instead of ids: documents dropped, rows cut.
+    """
+    is_chat = columns[0] != prompt_column
+    begin = [] if is_chat else begin_of_text(tok)  # a chat template writes <bos> itself
+    ends = [token.content for token in tok.added_tokens_decoder.values() if token.special and is_chat]
+    n_dropped = 0
+    n_cut = 0
+    for row in read_rows(documents):
+        n_rows = 0
+        for text, spans in answers_of(row, columns, tok):
+            encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids = begin + encoding["input_ids"]
+            labels = [-100] * len(begin)
+            for token, (_, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
+                is_learned = any(first < end <= last for first, last in spans)  # it ends within an answer
+                labels.append(token if is_learned else -100)
+            if max(labels, default=-100) < 0:
+                continue
+            if not text.rstrip().endswith((tok.eos_token, *ends)):  # else the model would never stop
+                ids.append(tok.eos_token_id)
+                labels.append(tok.eos_token_id)
+            if labels[0] >= 0:  # the first token of a row is never a target, so put an <eos> before it
+                ids.insert(0, tok.eos_token_id)
+                labels.insert(0, -100)
+            if len(ids) > block_size + 1:
+                n_cut += 1
+            ids = ids[: block_size + 1]
+            labels = labels[: block_size + 1]
+            if max(labels) >= 0:
+                n_rows += 1
+                yield {"ids": ids, "labels": labels}
+        if n_rows == 0:
+            n_dropped += 1
+    yield {"ids": [n_dropped, n_cut], "labels": []}
+
+
+# ---- Fine-tuning: only with init_from ----
 
 
 class Pretrained(nn.Module):
@@ -856,123 +1652,171 @@ class Pretrained(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.config, self._no_split_modules = lm, lm.config.get_text_config(), lm._no_split_modules
+        self.lm = lm
+        self.config = lm.config.get_text_config()
+        self.generation_config = lm.generation_config
+        self._no_split_modules = lm._no_split_modules
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.n_virtual = getattr(getattr(lm, "active_peft_config", None), "num_virtual_tokens", 0)  # p_tuning
-        self.context = (getattr(self.config, "max_position_embeddings", None) or 2**31) - self.n_virtual
+        adapter_config = getattr(lm, "active_peft_config", None)
+        self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
+        positions = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self.context = positions - self.n_virtual
+        self.has_plain_head = False  # check_model() finds out whether logits() is what the model computes
 
-    def forward(self, idx, targets=None, cache=None):
-        """As GPT.forward; a cache remains empty where the model has none or, in p_tuning, begins each call anew."""
-        use_cache = cache is not None and not self.n_virtual
-        # padding is on the right, where no token sees it: no mask is needed
-        out = self.lm(input_ids=idx, use_cache=use_cache, **(cache or {}))
-        if use_cache and out.get("past_key_values") is not None:
-            cache["past_key_values"] = out.past_key_values
-        logits = out.logits[:, -idx.size(1) :]  # (B, T, V); those of the virtual tokens stand before
+    def forward(self, idx, targets=None, learned=None, cache=None):
+        """Do as GPT.forward() does. The cache stays empty if the model has none."""
+        T = idx.size(1)
+        # No mask is needed: padding is on the right, where causal attention does not look.
+        if cache is not None:
+            # After the first call, the virtual tokens are in the cache; peft would put them in front again.
+            lm = self.lm.base_model if cache and self.n_virtual else self.lm
+            out = lm(input_ids=idx, use_cache=True, **cache)
+            if out.get("past_key_values") is not None:
+                cache["past_key_values"] = out.past_key_values
+            return out.logits[:, -T:]
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+            return self.lm(input_ids=idx, use_cache=False).logits[:, -T:].float()  # no virtual tokens
+        if not self.has_plain_head:
+            return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten(), reduction="sum")
+
+        # The logits of all positions would take most of the memory. Compute them for learned positions only,
+        # at most 128 MB at a time, and once more in the backward pass.
+        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        targets = targets.flatten()
+        if learned is not None:
+            hidden = hidden[learned]
+            targets = targets[learned]
+        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))  # rows of fp32
+        loss = torch.zeros((), device=idx.device)
+        for h, y in zip(hidden.split(size), targets.split(size)):
+            loss = loss + recompute(self.sum_of_losses, h, y, use_reentrant=False)
+        return loss
+
+    def hidden(self, idx):
+        """Return the hidden states in front of the output layer (B, T, C)."""
+        no_logits = idx.new_empty(0)  # the positions whose logits we want: none
+        out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_logits)
+        return out.hidden_states[-1][:, -idx.size(1) :]
+
+    def logits(self, hidden):
+        """Return logits in fp32, with the soft cap of Gemma 2."""
+        logits = self.lm.get_output_embeddings()(hidden).float()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def sum_of_losses(self, hidden, targets):
+        return F.cross_entropy(self.logits(hidden), targets, reduction="sum")
 
 
-def load_model(name, dtype=torch.float32, base=""):
-    """-> the GPT of a run of ours, or else a Pretrained; an adapter comes with its base, which is now in `base`"""
-    run = Path(name, "run.json")
-    if not adapter and run.exists() and json.loads(run.read_text())["model"] == "GPT":
-        gpt = GPT(transformers.NanoChatConfig.from_json_file(Path(name, "config.json")))
-        safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))
-        return gpt
-    import peft
+@torch.no_grad()
+def check_model(model):
+    """Refuse a model in which a token sees later ones; find out whether Pretrained.logits() fits it."""
+    model.eval()
+    idx = torch.arange(8, device=model.lm.device)[None]
+    logits = model(idx)  # (1, 8, V)
+    tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()  # far above rounding errors
+    if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
+        fail(f"{init_from=} is not a causal language model: its tokens see later ones")
+    with contextlib.suppress(TypeError, AttributeError):  # the model lacks an argument or an output layer
+        difference = (model.logits(model.hidden(idx)) - logits).abs().max()
+        model.has_plain_head = (difference < 0.01 * tolerance).item()
+    model.train()
 
+
+def load_model(name, dtype=torch.float32, base="", setting="init_from"):
+    """Return the GPT of an earlier run, or else a Pretrained; an adapter comes with its base model.
+
+    base: where that is now, if it has moved. setting: the name of the setting that names the model.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    is_run = Path(name, "run.json").exists()
+    if is_run and not adapter and read_json(setting, name, "run.json")["model"] == "GPT":
+        with named(setting, name):
+            config = transformers.NanoChatConfig.from_json_file(Path(name, "config.json"))
+            generation_config = transformers.GenerationConfig.from_pretrained(name)
+            weights = safetensors.torch.load_file(Path(name, "model.safetensors"))
+        gpt = GPT(config)
+        gpt.generation_config = generation_config
+        gpt.load_state_dict(weights, strict=False)  # a tied head is stored once
+        return gpt
     if Path(name, "adapter_config.json").exists():
-        lm = load_model(base or peft.PeftConfig.from_pretrained(name).base_model_name_or_path, dtype).lm
-        return Pretrained(peft.PeftModel.from_pretrained(lm, name, is_trainable=adapter == "lora"))
-    lm, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        import peft
+
+        base = base or read_json(setting, name, "adapter_config.json")["base_model_name_or_path"]
+        lm = load_model(base, dtype, setting=setting).lm
+        with named(setting, name):
+            lm = peft.PeftModel.from_pretrained(lm, name, is_trainable=(adapter == "lora"))
+            stored = safetensors.torch.load_file(Path(name, "adapter_model.safetensors")).keys()
+        expected = peft.get_peft_model_state_dict(lm).keys()
+        if any("lora_" in key for key in expected ^ stored):
+            fail(f"{setting}={name!r} is an adapter of another model than {base}")
+        return Pretrained(lm)
+    with named(setting, name):
+        lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
     if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {min(info['missing_keys'])}")
+        fail(f"{setting}={name!r} has no weights for {min(info['missing_keys'])}")
     return Pretrained(lm)
 
 
 def load_pretrained(precision):
-    """-> what init_from names, with the adapter asked for, whose base is in the precision of training. LoRA: Hu et al.
-    2021, arXiv:2106.09685; P-tuning, vectors that stand before every text: Liu et al. 2021, arXiv:2103.10385"""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(adapter and precision, torch.float32)
-    with named("init_from", init_from):
-        model = load_model(init_from, dtype)
-        if hasattr(getattr(model, "lm", None), "peft_config") and adapter != "lora":
-            raise ValueError("it is an adapter: --adapter=lora goes on with a LoRA, but not with others")
-        if adapter and not hasattr(model.lm, "peft_config"):
-            import peft
+    """Return the model that init_from names, with the adapter that is asked for.
 
-            torch.manual_seed(seed)
-            targets = lora_targets if lora_targets == "all-linear" else lora_targets.split(",")
-            lora = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
-            size = {"num_virtual_tokens": virtual_tokens, "encoder_hidden_size": model.config.hidden_size}
-            config = lora if adapter == "lora" else peft.PromptEncoderConfig(**size)
-            config.task_type = "CAUSAL_LM"
+    Under an adapter, the frozen weights are in the precision of training. LoRA: Hu et al. 2021
+    (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021 (arXiv:2103.10385).
+    """
+    dtype = torch.float32
+    if adapter:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, dtype)
+    model = load_model(init_from, dtype)
+    is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
+    if is_adapter and adapter != "lora":
+        fail(f"{init_from=} is an adapter: add --adapter=lora, or merge it first by sample.py --merge=FOLDER")
+    if adapter and not is_adapter:
+        import peft
+
+        if adapter == "lora":
+            config = peft.LoraConfig(
+                r=lora_rank, lora_alpha=lora_alpha, target_modules=find_targets(model.lm)
+            )
+        else:
+            size = model.config.hidden_size
+            config = peft.PromptEncoderConfig(num_virtual_tokens=virtual_tokens, encoder_hidden_size=size)
+        config.task_type = "CAUSAL_LM"
+        torch.manual_seed(seed)
+        with named("adapter", adapter):
             model = Pretrained(peft.get_peft_model(model.lm, config))
+    if isinstance(model, Pretrained):
+        check_model(model)
     if block_size > model.context:
         fail(f"{block_size=} is beyond the positions of {init_from}: at most --block_size={model.context}")
     return model.train()
 
 
-def choose_columns(features):
-    """-> the columns with messages, with prompts and completions, or [text_column]"""
-    for columns in ["messages"], ["conversations"], [prompt_column, completion_column]:
-        if features.keys() >= set(columns) and text_column == "text":
-            log(f"learning the answers in {' and '.join(columns)}")
-            return columns
-    texts = [name for name in features if "string" in getattr(features[name], "dtype", "")]
-    if text_column not in texts:
-        fail(f"{dataset=} has no text in {text_column!r}: --text_column= takes one of {', '.join(texts)}")
-    return [text_column]
+def find_targets(lm):
+    """Return lora_targets as peft takes them. Each name must be that of a layer."""
+    if lora_targets == "all-linear":
+        return lora_targets
+    targets = [name.strip() for name in lora_targets.split(",")]
+    layers = [f".{name}" for name, _ in lm.named_modules()]
+    for target in targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            fail(
+                f"{lora_targets=}: {init_from} has no layer {target!r}; all-linear cannot be mixed with names"
+            )
+    return targets
 
 
-def cut_conversation(tok, rows):
-    """Messages -> lists of (text, is it learned): what the chat template adds to the prompt for an answer is.
-    Where it writes earlier turns in another way than the last (Qwen3 without thoughts), an answer begins a new list."""
-    found, text, messages = [], None, []
-    names = {"from": "role", "value": "content", "human": "user", "gpt": "assistant"}  # of ShareGPT
-    for row in rows or []:
-        row = {names.get(key, key): value for key, value in row.items() if value is not None}
-        messages.append({"content": "", **row, "role": names.get(row["role"], row["role"])})
-        if messages[-1]["role"] != "assistant" or len(messages) == 1:
-            continue
-        before = tok.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        after = tok.apply_chat_template(messages, tokenize=False)
-        if not after.startswith(before):
-            raise ValueError(f"the chat template does not put an answer behind its prompt: {after[:200]!r}")
-        if text is None or not before.startswith(text):
-            found, text = [*found, []], ""
-        found[-1] += [(before[len(text) :], False), (after[len(before) :], True)]
-        text = after
-    return found
-
-
-def encode_answers(batch, tok, columns):
-    """Rows with answers -> token ids, and labels: the same where they are learned, else -100. What is longer than
-    block_size + 1 is cut off; rows with nothing to learn are dropped."""
-    found, out = [], {"ids": [], "labels": [], "length": []}
-    for row in zip(*(batch[name] for name in columns)):
-        if len(columns) == 1:
-            found += cut_conversation(tok, row[0])
-        elif row[1]:
-            found.append([(row[0] or tok.eos_token, False), (row[1], True)])
-    for pieces in found:
-        if not pieces[-1][0].rstrip().endswith(tok.eos_token):  # or it would never stop
-            pieces.append((tok.eos_token, True))
-        ids, labels = [], []
-        for text, learned in pieces:
-            n, room = min(1, len(ids)), block_size + 1 - len(ids)  # after an <eos>, Llama's adds no space
-            begin = len(columns) > 1 and not ids  # a chat template writes <bos> itself
-            part = tok(n * tok.eos_token + text, add_special_tokens=begin)["input_ids"][n:][:room]
-            ids, labels = ids + part, labels + (part if learned else [-100] * len(part))
-        if max(labels) >= 0:
-            for name, value in zip(out, (ids, labels, len(ids))):
-                out[name].append(value)
-    return out
+def check_ids(model, splits):
+    """End the program if the data has ids that the model lacks, of tokens added to the tokenizer only."""
+    for rows in splits.values():
+        ids = pyarrow.compute.list_flatten(rows.data["ids"])
+        largest = pyarrow.compute.max(ids).as_py()
+        if largest >= model.config.vocab_size:
+            fail(f"{dataset=} has the token {largest}, but {init_from} knows only {model.config.vocab_size}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+import filelock
 import pytest
 import yaml
 
@@ -118,6 +119,30 @@ def pretrained(tmp_path_factory, text_file):
     return pretrained
 
 
+def writes_around(folder, single):
+    """Let the tokenizer of a model write its special tokens around each text, as "<s> $A"."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tok = AutoTokenizer.from_pretrained(folder)
+    tokens = [token for token in single.split() if token != "$A"]
+    ids = zip(tokens, tok.convert_tokens_to_ids(tokens), strict=True)
+    core = tok.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids))
+    bos = {"bos_token": "<s>"} if "<s>" in tokens else {}
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tok.eos_token, **bos).save_pretrained(folder)
+
+
+def edited(folder, function, line):
+    """-> a copy of train_lm.py in which a function begins with another line"""
+    source = (ROOT / "train_lm.py").read_text(encoding="utf-8")
+    changed = re.sub(rf"(\ndef {function}\(.*\):\n)", rf"\1    {line}\n", source)
+    assert changed != source
+    path = folder / "train_lm.py"
+    path.write_text(changed, encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """pipeline(kind) -> the folder of a tiny pipeline of diffusers, made once"""
@@ -213,25 +238,36 @@ def run(*arguments, code=0, seconds=300, **options):
 
 def execute(script, arguments, out, err):
     """What a new process would do, in this one, which has made its imports already; -> the exit code."""
+    import datasets  # noqa: F401, which derives a class from FileLock, before FileLock is replaced
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)  # a process has one, a new one none
     os.chdir(ROOT)
+    locks = []
+
+    def make_lock(*args, make=filelock.FileLock, **kwargs):
+        locks.append(make(*args, **kwargs))
+        return locks[-1]
+
     argv = mock.patch.object(sys, "argv", [str(script), *map(str, arguments)])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
+    making = mock.patch.object(filelock, "FileLock", make_lock)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv, making:
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             if isinstance(end.code, str):
                 print(end.code, file=err)
             return 1 if isinstance(end.code, str) else end.code or 0
+        finally:
+            for lock in locks:  # the end of a process releases them
+                lock.release(force=True)
     return 0
 
 
 def within(script, *arguments, code=0, stdin=""):
     """As run(), in this process: it saves the seconds that the imports of a new one take."""
     out, err, where = io.StringIO(), io.StringIO(), os.getcwd()
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     trainers = {name: module for name, module in sys.modules.items() if name.startswith("train_")}
     try:
         with mock.patch.object(sys, "stdin", io.StringIO(stdin)):

@@ -1,40 +1,62 @@
 """
-Bad input to train_lm.py: one line that names the remedy, exit code 2, no traceback, nothing overwritten; and
-whatever file a stranger has made, none of its code runs.
+Bad input to train_lm.py: one line that names the remedy, exit code 2, no traceback, nothing written or changed;
+--overwrite removes nothing but what an old run has written, and that only when the new one can start; a mistake in
+an edit of the script keeps its traceback; and whatever file a stranger has made, none of its code runs.
 """
 
+import gzip
 import json
 import shutil
+import traceback
 
 import pytest
 import torch
-from conftest import Hostile, refusal, run, within
+from conftest import ROOT, Hostile, edited, refusal, run, within
 from safetensors.torch import load_file, save_file
 
 SAYS, ANSWERS = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
+NARRATOR = {"role": "narrator", "content": "he waits"}
 ROWS = {  # files of such rows
     "rows": {"body": "some text", "n": 1},
     "questions": {"messages": [SAYS]},
     "chats": {"messages": [SAYS, ANSWERS]},
+    "told": {"messages": [SAYS, NARRATOR, ANSWERS]},
+    "fields": {"messages": [SAYS, {"role": "assistant", "content": {"answer": 4}}]},
+    "sentences": {"messages": "hello? hi!"},
     "answers": {"prompt": "a long question", "completion": "a short answer"},
     "numbers": {"prompt": "a question", "completion": 42},
+    "new": {"prompt": "hello", "completion": "<|new|> world"},
+    "surrogates": {"text": "half a letter: \ud83d"},
 }
-BLIND = "{% for m in messages %}{{ m.content }}{% endfor %}!"
+FILES = {
+    "empty.txt": b"",
+    "latin.txt": "déjà vu ".encode("latin-1") * 100,
+    "latin_later.txt": b"plain text " * 20000 + "déjà vu ".encode("latin-1"),
+    "latin.csv": "text\ndéjà vu\n".encode("latin-1"),
+    "short.txt": b"too short",
+    "good.txt": b"the quick brown fox jumps over the lazy dog\n" * 500,
+    "paper.pdf": b"%PDF-1.4 obj endobj",
+    "commas.csv": b"prompt,completion\nq one,a one\nq two,no, never\n",
+    "line.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": \n',
+    "list.json": b'[{"text": "one"}, {"text": ]\n',
+    "list.jsonl": b'{"text": "one"}\n["two"]\n',
+    "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 5000)[:60],
+    "no.jsonl.gz": b'{"text": "one"}\n',
+    "cut.parquet": b"PAR1 and no more",
+    "nothing/.hidden": b"",
+    "foreign/thesis.doc": b"years of work",
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Files of every kind that cannot be trained on, and one that can: good.txt."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "empty.txt").write_text("")
-    (folder / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
-    (folder / "short.txt").write_text("too short")
-    (folder / "good.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 500)
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     for name, row in ROWS.items():
         (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 50)
-    (folder / "nothing").mkdir()
-    (folder / "foreign").mkdir()
-    (folder / "foreign" / "thesis.doc").write_text("years of work")
     return folder
 
 
@@ -44,7 +66,7 @@ def models(tmp_path_factory, pretrained):
     import transformers
 
     folder, lm = tmp_path_factory.mktemp("models"), pretrained("qwen3", False)
-    for name in ("lm", "headless", "young", "strict", "blind"):
+    for name in ("lm", "headless", "young", "strict", "mute", "endless"):
         shutil.copytree(lm, folder / name)
     shape = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
     transformers.T5Config(**shape).save_pretrained(folder / "t5")
@@ -53,47 +75,86 @@ def models(tmp_path_factory, pretrained):
     save_file(weights, folder / "headless" / "model.safetensors", {"format": "pt"})
     (folder / "young" / "run.json").write_text("{")
     shutil.copytree(pretrained("qwen3", False, vocab_size=290), folder / "words")
-    for name, template in ("strict", "{{ raise_exception('no system message') }}"), ("blind", BLIND):
-        (folder / name / "chat_template.jinja").write_text(template)
+    shutil.copytree(pretrained("bert"), folder / "bert")
+    (folder / "strict/chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    for path in (folder / "mute").glob("tokenizer*"):
+        path.unlink()
+    file = folder / "endless/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+    (folder / "qwen99").mkdir()
+    (folder / "qwen99/config.json").write_text('{"model_type": "qwen99"}')
+    shutil.copytree(lm, folder / "added")
+    tok = transformers.AutoTokenizer.from_pretrained(lm)
+    tok.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tok.save_pretrained(folder / "added")
     return folder
 
 
+NUMBERS = "batch_size=0 block_size=0 n_layer=0 n_head=0 n_embd=0 lora_rank=0 dropout=1 beta1=1 beta2=1.5"
+NUMBERS += " val_fraction=1 test_fraction=1.5 seed=9223372036854775808 grad_clip=-1 learning_rate=-0.1"
+NUMBERS += " max_steps=-1 warmup_steps=-1 num_workers=-1 optimizer=sgd lr_schedule=linear mixed_precision=fp8"
+NUMBERS += " tracker=wandbb adapter=qlora dataset= n_embd=102 fold=6/5 fold=one mixed_precision=fp16"
+
 LORA, GOOD = ("--adapter=lora", "--block_size=32"), "--dataset={data}/good.txt"
+TUNE = ("--init_from={models}/lm", "--block_size=32")
 CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
+NEW = ("--dataset={data}/new.jsonl", "--block_size=32")
 REFUSED = [
     (["--n_embd=100", "--n_head=3"], "must be a multiple of 2 x n_head=3"),
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
-    (["--optimizer=sgd"], "optimizer='sgd': muon or adamw"),
-    (["--mixed_precision=fp16"], "needs CUDA and --optimizer=adamw"),
-    (["--val_fraction=1"], "test_size=1.0"),
-    (["--fold=6/5"], "2/5 is the second of five parts"),
     (["--resume=True", "--overwrite=True"], "choose one"),
-    (["--batch_size=16", "--micro_batch_size=5"], "no multiple of 5 rows x 1 processes"),
+    (["--batch_size=16", "--micro_batch_size=5"], "must be a multiple of 5 rows x 1 processes"),
+    # data
     (["--dataset={data}/missing.txt"], "Couldn't find any data file"),
-    (["--dataset={data}/nothing"], "doesn't contain any data files"),
+    (["--dataset={data}/nothing"], "holds nothing that can be read"),
+    (["--dataset={data}/paper.pdf"], "paper.pdf' holds nothing that can be read"),
     (["--dataset={data}/empty.txt"], "has nothing to learn from in its train split"),
-    (["--dataset={data}/latin.txt"], "can't decode byte"),
+    (["--dataset={data}/latin.txt"], "latin.txt' holds nothing that can be read: UTF-8 text"),
+    (["--dataset={data}/latin_later.txt"], "latin_later.txt is not UTF-8"),
+    (["--dataset={data}/latin.csv"], "column 'text' is not UTF-8"),
+    (["--dataset={data}/surrogates.jsonl"], "column 'text' is not UTF-8"),
     (["--dataset={data}/short.txt"], "train set will be empty"),
-    (["--dataset={data}/rows.jsonl"], "--text_column= takes one of body"),
-    (["--dataset={data}/rows.jsonl", "--text_column=n"], "no text in 'n'"),
-    (["--dataset={data}/rows.jsonl", "--train_split=sft"], "takes one of train"),
-    ([GOOD, "--out_dir={data}/foreign"], "holds thesis.doc: choose another"),
-    ([GOOD, "--out_dir={data}/good.txt"], "out_dir="),
-    ([GOOD, "--tokenizer={data}/nothing"], "tokenizer="),
-    (["--adapter=lora"], "needs a pretrained model, as --init_from=gpt2"),
-    (["--init_from={models}/t5"], "init_from="),
-    (["--init_from={models}/headless"], "has no weights for lm_head.weight"),
-    (["--init_from={models}/young"], "init_from="),
-    (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own"),
-    (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
-    (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
-    (["--init_from={models}/words", GOOD, "--block_size=32"], "300 tokens, {models}/words knows 290"),
-    (["--init_from={models}/lm", *LORA, "--lora_targets=qkv"], "qkv"),
+    (["--dataset={data}/commas.csv"], "commas.csv, row 2 has more fields than the first line"),
+    (["--dataset={data}/line.jsonl"], "line.jsonl, row 3 cannot be read"),
+    (["--dataset={data}/list.jsonl"], "list.jsonl, row 2 must have named fields"),
+    (["--dataset={data}/list.json"], "list.json"),
+    (["--dataset={data}/cut.jsonl.gz"], "cut.jsonl.gz"),
+    (["--dataset={data}/no.jsonl.gz"], "no.jsonl.gz"),
+    (["--dataset={data}/cut.parquet"], "cut.parquet"),
+    (["--dataset={data}/rows.jsonl"], "--text_column= takes one of body, n"),
+    (["--dataset={data}/rows.jsonl", "--text_column=n"], "column 'n' holds 1, which is not text"),
+    (["--train_split=sft"], "--train_split= takes one of train"),
     (["--dataset={data}/questions.jsonl"], "nothing to learn from"),
     (["--dataset={data}/answers.jsonl", "--block_size=8", "--tokenizer=bytes"], "nothing to learn from"),
-    (["--dataset={data}/numbers.jsonl"], "cannot be used"),
+    (["--dataset={data}/numbers.jsonl"], "column 'completion' holds 42, which is not text"),
+    (["--dataset={data}/told.jsonl"], "the role 'narrator' in column 'messages'"),
+    (["--dataset={data}/fields.jsonl"], "column 'messages' holds {{'answer': 4}}, which is not text"),
+    (["--dataset={data}/sentences.jsonl"], "'messages'"),
+    # the run directory
+    ([GOOD, "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
+    ([GOOD, "--out_dir={data}/good.txt"], "out_dir="),
+    ([GOOD, "--out_dir={root}"], "is or holds {root}"),
+    ([GOOD, "--out_dir={root}/.."], "is or holds {root}"),
+    ([GOOD, "--out_dir={data}", "--overwrite=True"], "is or holds {data}/good.txt"),
+    ([*TUNE, "--out_dir={models}/lm", "--overwrite=True"], "is or holds {models}/lm"),
+    # models and tokenizers
+    ([GOOD, "--tokenizer={data}/nothing"], "tokenizer="),
+    (["--adapter=lora"], "needs a pretrained model, such as --init_from=gpt2"),
+    (["--init_from={models}/t5"], "init_from="),
+    (["--init_from={models}/qwen99"], "pip install"),
+    (["--init_from={models}/bert", "--block_size=32"], "bert' is not a causal language model"),
+    (["--init_from={models}/headless"], "has no weights for lm_head.weight"),
+    (["--init_from={models}/young"], "init_from="),
+    (["--init_from={models}/mute", "--block_size=32"], "tokenizer"),
+    (["--init_from={models}/endless", "--block_size=32"], "no end-of-text token (eos_token)"),
+    (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own tokenizer"),
+    (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
+    (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
+    (["--init_from={models}/words", "--block_size=32"], "{models}/words knows only 290"),
+    (["--init_from={models}/added", *NEW], "has the token 300, but {models}/added knows only 300"),
+    (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "has no layer 'qkv'"),
+    (["--init_from={models}/lm", *LORA, "--lora_targets=all-linear,q_proj"], "all-linear cannot be mixed"),
     (["--init_from={models}/strict", *CHATS], "no system message"),
-    (["--init_from={models}/blind", *CHATS], "does not put an answer behind"),
 ]
 
 
@@ -104,19 +165,32 @@ def fill_in(tmp_path, data, models):
     def fill_in(arguments):
         where = [] if any("out_dir" in argument for argument in arguments) else [f"--out_dir={tmp_path}/run"]
         where += [] if any("dataset" in argument for argument in arguments) else [GOOD]
-        return [argument.format(data=data, models=models) for argument in (*where, *arguments)]
+        return [argument.format(data=data, models=models, root=ROOT) for argument in (*where, *arguments)]
 
     return fill_in
+
+
+def contents(*folders):
+    """-> {file: what is in it}, but the lock that a run takes"""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "lock"}
+
+
+@pytest.mark.parametrize("setting", NUMBERS.split())
+def test_settings_that_cannot_work_are_refused_before_the_data_is_read(tmp_path, setting):
+    how = (f"--dataset={tmp_path}/nowhere", f"--out_dir={tmp_path}/run")
+    message = refusal("train_lm.py", *how, f"--{setting}")
+    assert message.startswith(f"train_lm.py: {setting.split('=')[0]}") and "nowhere" not in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "arguments, message", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
 )
 def test_the_trainer_refuses(tmp_path, data, models, fill_in, arguments, message):
-    before = {p: p.read_bytes() for p in (*data.rglob("*"), *models.rglob("*")) if p.is_file()}
-    assert message.format(models=models) in refusal("train_lm.py", *fill_in(arguments))
-    assert {p: p.read_bytes() for p in before} == before
-    assert not (tmp_path / "run" / "run.json").exists()
+    before = contents(data, models)
+    assert message.format(data=data, models=models, root=ROOT) in refusal("train_lm.py", *fill_in(arguments))
+    assert contents(data, models, tmp_path) == before
 
 
 def test_the_command_refuses(fill_in):
@@ -124,6 +198,36 @@ def test_the_command_refuses(fill_in):
     arguments, message = REFUSED[0]
     _, err = run("train_lm.py", *fill_in(arguments), code=2)
     assert message in err and err.count("\n") == 1
+
+
+def test_overwrite_takes_nothing_but_an_old_run_and_that_late(tmp_path, tiny, data, models):
+    """Late: when the new run has loaded its model and its data."""
+    out = tmp_path / "run"
+    within("train_lm.py", tiny, "--max_steps=10")
+    mine = {out / name: name.encode() for name in ("notes.md", "plots/loss.svg", "samples/mine.txt", "my.pt")}
+    for path, content in mine.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    before = contents(out)
+    bad = ["--dropout=2", f"--dataset={data}/latin_later.txt", f"--dataset={data}/missing.txt"]
+    bad += [f"--dataset={data}/commas.csv", f"--init_from={models}/t5"]
+    for argument in (*bad, "--tokenizer=no/such"):
+        refusal("train_lm.py", tiny, "--overwrite=True", argument)
+        assert contents(out) == before
+    within("train_lm.py", tiny, "--overwrite=True", "--max_steps=0", "--test_fraction=0")
+    after = contents(out)
+    assert {path: after.get(path) for path in mine} == mine
+    assert not (out / "checkpoint.pt").exists() and not (out / "model.safetensors").exists()
+    assert not list((out / "samples").glob("step_*"))
+
+
+@pytest.mark.parametrize("function, name", [("encode_texts", "good.txt"), ("encode_answers", "chats.jsonl")])
+def test_a_mistake_in_an_edit_keeps_its_traceback(tmp_path, tiny, data, function, name):
+    script = edited(tmp_path, function, "[].no_such_method()")
+    with pytest.raises(Exception) as raised:
+        within(script, tiny, f"--dataset={data}/{name}")
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "no_such_method" in shown and f"in {function}" in shown
 
 
 HOSTILE = {

@@ -1,45 +1,55 @@
 """
-Settings: precedence, types; every mistake is one line and exit code 2; whatever is passed, there is no
-traceback and nothing is accepted silently (hypothesis); --help lists every setting with its comment.
+Settings: the later one wins, types follow the defaults, ~ is expanded in paths alone; every mistake is one line and
+exit code 2, in every process; a config file that fails shows its own traceback; whatever is passed is applied or
+refused, never anything else (hypothesis); --help lists every setting with its comment.
 """
 
 import importlib
 import re
-import types
 from pathlib import Path
 
 import pytest
-from conftest import within
+from conftest import ROOT, within
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configurator import configure, settings
+from configurator import UserError, comments, configure, fail, named, settings
 
-DEFAULTS = {"name": "a", "count": 3, "rate": 0.5, "flag": False}
+DEFAULTS = {"name": "a", "folder": "b", "count": 3, "rate": 0.5, "flag": False}
+FILES = {
+    "one": "import math\ncount = 4\nrate = 0\n_half = count / 2\nname = f'n{_half}'\n",
+    "two": "count = count + 1\n",
+    "bad_name": "lerning = 1",
+    "bad_type": "count = '3'",
+    "bad_bool": "count = True",
+    "raises": "_a = 1\ncount = 1 / 0",
+    "syntax": "count = = 3",
+}
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """The globals of a script with these settings; config files are looked up in tmp_path."""
+    """The globals of a script with these settings, in a folder with config files."""
     monkeypatch.chdir(tmp_path)
-    return dict(DEFAULTS)
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    return {**DEFAULTS, "PATHS": ("folder",)}
 
 
-def test_later_wins_and_types_follow_the_default(script, tmp_path):
-    one = "import math\ncount = 4\nrate = 0\n_half = count / 2\nname = f'n{_half}'\n"
-    (tmp_path / "one.py").write_text(one)
-    (tmp_path / "two.py").write_text("count = count + 1\n")
+def test_later_wins_and_types_follow_the_default(script):
     configure(script, ["one.py", "--flag=true", "--count=7", "two.py", "--rate=1e-3", "--name=x=y.py"])
-    assert settings(script) == {"name": "x=y.py", "count": 8, "rate": 0.001, "flag": True}
+    assert settings(script) == {"name": "x=y.py", "folder": "b", "count": 8, "rate": 0.001, "flag": True}
     configure(script, ["--rate=2"])
     assert type(script["rate"]) is float
-    configure(script, ["--name=~/runs"])  # which a shell leaves as it is
-    assert script["name"] == str(Path.home() / "runs")
 
 
-FILES = {"bad_name": "lerning = 1", "bad_type": "count = '3'", "bad_bool": "count = True"}
-FILES |= {"raises": "_a = 1\ncount = 1 / 0", "syntax": "count = = 3"}
+def test_a_tilde_means_the_home_directory_in_paths_alone(script):
+    configure(script, ["--name=~/runs", "--folder=~/runs"])
+    assert script["name"] == "~/runs"
+    assert script["folder"] == str(Path.home() / "runs")
+
+
 MISTAKES = {
     "--cuont=3": "did you mean count",
     "--count": "write --name=value",
@@ -50,24 +60,45 @@ MISTAKES = {
     "--rate=nan": "of type float",
     "--rate=1e999": "of type float",
     "--flag=yes": "of type bool, like False",
-    "missing.py": "config='missing.py' cannot be used",
-    "bad_name.py": "lerning is no setting",
+    "missing.py": "there is no config file missing.py",
+    "bad_name.py": "lerning is not a setting",
     "bad_type.py": "of type int",
     "bad_bool.py": "of type int",
-    "raises.py": "division by zero",
-    "syntax.py": "invalid syntax",
 }
 
 
 @pytest.mark.parametrize("argument", MISTAKES)
-def test_a_mistake_is_one_line(script, tmp_path, capsys, argument):
-    for name, text in FILES.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    with pytest.raises(SystemExit) as stop:
+def test_a_mistake_is_one_line(script, monkeypatch, capsys, argument):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # every process that fails says why
+    with pytest.raises(UserError) as stop:
         configure(script, [argument])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and MISTAKES[argument] in err, err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1
+    assert MISTAKES[argument] in err
+    assert stop.value.message in err
     assert settings(script) == DEFAULTS  # nothing was changed
+
+
+@pytest.mark.parametrize("name, error", [("raises", ZeroDivisionError), ("syntax", SyntaxError)])
+def test_a_config_file_that_fails_shows_its_own_traceback(script, name, error):
+    with pytest.raises(error) as stop:
+        configure(script, [f"{name}.py"])
+    place = stop.value.filename if error is SyntaxError else stop.traceback[-1].path
+    assert str(place).endswith(f"{name}.py")
+
+
+def test_named_passes_on_the_whole_reason_on_one_line(capsys):
+    with pytest.raises(UserError), named("dataset", "mine"):
+        raise OSError("first line\n  second line") from ValueError("the cause")
+    err = capsys.readouterr().err
+    assert err.endswith("dataset='mine' cannot be used: first line second line the cause\n")
+    with pytest.raises(UserError), named("dataset", "mine"):
+        raise KeyError
+    assert "cannot be used: KeyError" in capsys.readouterr().err
+    with pytest.raises(UserError) as stop, named("dataset", "mine"):
+        fail("a sentence of our own")  # is not wrapped in another one
+    assert stop.value.message == "a sentence of our own"
 
 
 @pytest.mark.parametrize("name", ["train_lm.py", "train_diffusion.py", "sample.py"])
@@ -75,7 +106,9 @@ def test_help_lists_every_setting_with_its_default_and_comment(name):
     out, _ = within(name, "--help")
     for key, value in settings(vars(importlib.import_module(name[:-3]))).items():
         line = re.search(rf"^  --{key}=(.*)$", out, re.MULTILINE)
-        assert line and line[1].startswith(repr(value)) and len(line[1].split()) > 2, key
+        assert line, key
+        assert line[1].startswith(repr(value))
+        assert line[1].endswith(comments(ROOT / name)[key])
 
 
 names = st.sampled_from([*DEFAULTS, "counts", "Rate", "fl ag", "_count", ""])
@@ -86,14 +119,15 @@ values |= st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
 @hypothesis_settings(max_examples=1000, deadline=None)
 @given(st.lists(st.builds("--{}={}".format, names, values) | st.text(max_size=8), max_size=3))
 def test_any_arguments_are_applied_or_refused(arguments):
-    namespace = types.SimpleNamespace(**DEFAULTS, __file__=__file__, __doc__="").__dict__
+    namespace = {**DEFAULTS, "__file__": __file__, "__doc__": ""}
     try:
         configure(namespace, arguments)
     except SystemExit as stop:
         assert stop.code == 2 or {"--help", "-h"} & set(arguments)
         assert settings(namespace) == DEFAULTS
     else:
-        assert [type(v) for v in settings(namespace).values()] == [type(v) for v in DEFAULTS.values()]
+        for name, value in settings(namespace).items():
+            assert type(value) is type(DEFAULTS[name])
         said = dict(argument[2:].split("=", 1) for argument in arguments)  # all else is refused
         assert said.keys() <= DEFAULTS.keys()
         for name, value in settings(namespace).items():

@@ -1,14 +1,26 @@
 """
-Data: tokenizers give back the text they were given; each split has its share of the bytes, of one text, three
-books or many unlike files; folds are disjoint and complete; odd files and folders are understood; the order
-of the rows is a function of (seed, step).
+Data: tokenizers give back the text they were given, also in pieces; each file is read once, whatever its name, and
+is a text or a table by its suffix; splits are known by name, or have their share of the bytes; fields of a table
+stay text; documents fill rows, each token the target of one; what is not used is counted; nothing is tokenized
+again by a second start; the order of the rows is a function of (seed, step).
 """
 
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import re
 import string
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import edited, within, writes_around
 
 import train_lm
 
@@ -32,6 +44,11 @@ def prepare(monkeypatch):
     return prepare
 
 
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:300"])
 def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
     text = "the cat sat\n héllo wörld\r\n\tindented  twice  数学 🙂 <|endoftext|> end\n" * 9
@@ -40,7 +57,22 @@ def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
     assert texts["train"] == text.replace("\r\n", "\n") + tok.eos_token  # as Python reads lines
 
 
-@pytest.mark.parametrize("sizes", [[30000] * 3, [int(50 * 1.012**i) for i in range(450)]], ids=len)
+@pytest.mark.parametrize("space", [" ", "\n", ""])
+def test_a_long_text_gives_the_tokens_of_the_whole(prepare, monkeypatch, tmp_path, space):
+    """It is tokenized in pieces. Without white space, a word may be cut, which gives other tokens of the same text."""
+    monkeypatch.setattr(train_lm, "PIECE", 100)
+    words = np.random.default_rng(0).choice(["the", "cat", "é", "数学", "🙂", "a, b"], 2000)
+    text = space.join(words)
+    write(tmp_path / "t.txt", text)
+    tok, texts, _ = prepare(dataset=tmp_path / "t.txt", tokenizer="bpe:300", **WHOLE)
+    assert texts["train"] == text + tok.eos_token
+    _, splits = train_lm.prepare_data()
+    ids = torch.cat([splits["train"][0]["ids"][:1], *(row["ids"][1:] for row in splits["train"])])
+    if space:
+        assert ids.tolist() == [*tok(text).input_ids, tok.eos_token_id]
+
+
+@pytest.mark.parametrize("sizes", [[30000] * 3, [int(50 * 1.008**i) for i in range(450)]], ids=len)
 def test_each_split_has_its_share_of_the_bytes(prepare, tmp_path, sizes):
     """A byte is a token here."""
     for i, size in enumerate(sizes):
@@ -67,39 +99,188 @@ def test_one_text_is_cut_by_position_and_folds_cover_everything(prepare, tmp_pat
         assert part["validation"][1:-1] not in part["train"] and part["test"] == whole["test"]
 
 
-def test_odd_folders(prepare, tmp_path, capfd):
-    """What is hidden, a directory called notes.md, test_results.txt, a file not in UTF-8; splits by name."""
-    names = ["a.txt", "b.md", "test_results.txt", "e/f.txt"]
-    for name in (*names, ".hidden.txt", ".git/c.txt", "val/d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"<{name}>" * 50)
-    (tmp_path / "notes.md").mkdir()
-    (tmp_path / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
-    _, texts, sizes = prepare(dataset=tmp_path, test_fraction=0.0)
-    assert sizes.keys() == {"train", "validation"} and texts["validation"].startswith("<val/d.txt>")
-    assert all(f"<{name}>" in texts["train"] for name in names)
-    assert ".hidden" not in texts["train"] and ".git" not in texts["train"]
-    assert f"not UTF-8 text: {tmp_path / 'latin.txt'}" in capfd.readouterr().out
-    _, _, sizes = prepare(dataset=tmp_path, test_fraction=0.0, train_split="validation")
-    assert sizes == {"train": 8, "validation": 1}  # not all in both
+def test_each_file_is_read_once_whatever_its_name(prepare, tmp_path, capfd):
+    """Names that look like patterns or are not UTF-8, links that lead back, a pipe; hidden files are not read."""
+    folder = tmp_path / "[v1] books*"
+    names = ["a.txt", "a*.txt", "a [b].txt", "{x,y}.md", "-dash", "100%.rst", "LOUD.TXT", "caf\udce9.txt"]
+    for i, name in enumerate(names):
+        write(folder / name, f"<{i}>")
+    write(folder / "e/f::g#.tex", f"<{len(names)}>")
+    for name in (".hidden.txt", ".git/c.txt"):
+        write(folder / name, "<hidden>")
+    (folder / "notes.md").mkdir()
+    (folder / "latin.txt").write_bytes("déjà vu ".encode("latin-1") * 100)
+    for name in ("loop", "again"):
+        (folder / name).symlink_to(".")
+    (folder / "same.txt").symlink_to("a.txt")
+    (folder / "dangling.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    tok, texts, _ = prepare(dataset=folder, **WHOLE)
+    documents = texts["train"].split(tok.eos_token)[:-1]
+    assert sorted(documents) == [f"<{i}>" for i in range(len(names) + 1)]
+    out, _ = capfd.readouterr()
+    assert "left out: 1 files" in out and "latin.txt" in out
+
+
+def test_a_folder_is_tables_or_texts_by_the_suffixes_in_it(prepare, tmp_path, capfd):
+    """What cannot be read is not learned as text, a README.md beside a table neither; both are counted."""
+    write(tmp_path / "texts/a.txt", "<a>" * 50)
+    for name in ("paper.pdf", "weights.safetensors", "old.ZIP"):
+        write(tmp_path / "texts" / name, "<binary>" * 50)
+    _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
+    assert texts["train"] == "<a>" * 50 + "<|endoftext|>"
+    assert "left out: 3 files" in capfd.readouterr().out
+    write(tmp_path / "tables/README.md", "<a card>" * 500)
+    write(tmp_path / "tables/a.jsonl", '{"text": "one"}\n')
+    write(tmp_path / "tables/b.jsonl", '{"text": "two", "more": {"x": 1}}\n')
+    _, texts, _ = prepare(dataset=tmp_path / "tables", **WHOLE)
+    assert sorted(texts["train"].split("<|endoftext|>")) == ["", "one", "two"]
+    out, _ = capfd.readouterr()
+    assert "left out: 1 files" in out and "README.md" in out
+    assert "columns: text; not used: more" in out
+
+
+SPLITS = {  # by a folder at any depth, or else by the name of the file
+    "train": ["train.txt", "en/Train/a.txt", "test_results.txt", "latest.txt", "contest/a.txt"],
+    "validation": ["val/a.txt", "en/DEV/b.txt", "valid.txt", "validation-00001-of-00002.txt"],
+    "test": ["Test/val.txt", "x/eval/a.txt", "test-00000-of-00001-a09b74b3ef9c3b56.txt", "testing_3.txt"],
+}
+
+
+def test_splits_are_known_by_name(prepare, tmp_path, capfd):
+    for names in SPLITS.values():
+        for name in names:
+            write(tmp_path / "data" / name, f"<{name}>")
+    tok, texts, sizes = prepare(dataset=tmp_path / "data", val_fraction=0.1, test_fraction=0.1)
+    for split, names in SPLITS.items():
+        assert sorted(texts[split].split(tok.eos_token)[:-1]) == sorted(f"<{name}>" for name in names)
+    out, _ = capfd.readouterr()
+    for split, n in sizes.items():
+        assert f"{split}: {n} rows" in out
+    _, _, sizes = prepare(dataset=tmp_path / "data", train_split="validation", **WHOLE)
+    assert list(sizes) == ["train"]  # no row is in two splits
+
+
+def as_csv(rows, delimiter):
+    file = io.StringIO()
+    table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+    table.writeheader()
+    table.writerows(rows)
+    return file.getvalue().encode()
 
 
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
-    from datasets import Dataset
-
-    texts = [f"text number {i}, {'é' * i}\n" for i in range(12)]
-    (tmp_path / "folder").mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / "folder" / f"{i:02}.md").write_text(text)
-    data = Dataset.from_dict({"body": texts, "other": range(12)})
-    data.to_json(tmp_path / "data.jsonl")
-    data.to_json(tmp_path / "data.jsonl.gz", compression="gzip")
-    data.to_parquet(tmp_path / "data.parquet")
-    data.to_csv(tmp_path / "data.csv")
-    for name in ("folder", "folder/*.md", "data.jsonl", "data.jsonl.gz", "data.parquet", "data.csv"):
-        column = "body" if name[:4] == "data" else "text"
+    fields = [
+        "None",
+        "NA",
+        "null",
+        "nan",
+        "007",
+        "1",
+        "2024-01-01",
+        "a, b",
+        'say "yes"',
+        "two\nlines",
+        "é",
+        "x\ty",
+    ]
+    rows = [{"body": text, "other": i} for i, text in enumerate(fields)]
+    for i, text in enumerate(fields):
+        write(tmp_path / f"folder/{i:02}.md", text)
+    write(tmp_path / "folder/other.txt", "not of the pattern")
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {
+        "a.jsonl": lines,
+        "b.NDJSON": lines,
+        "c.jsonlines.XZ": lzma.compress(lines),
+        "d.Jsonl.gz": gzip.compress(lines),
+        "e.json": json.dumps(rows, indent=1).encode(),
+        "f.csv": b"\xef\xbb\xbf" + as_csv(rows, ","),  # a byte-order mark, as Excel writes it
+        "g.TSV": as_csv(rows, "\t"),
+        "h.csv.bz2": bz2.compress(as_csv(rows, ",")),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "i.Parquet")
+    for name in ("folder/*.md", *files, "i.Parquet"):
+        column = "text" if name == "folder/*.md" else "body"
         tok, found, _ = prepare(dataset=tmp_path / name, text_column=column, **WHOLE)
-        assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(texts), name
+        assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(fields), name
+
+
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "$A <|endoftext|>"])
+def test_documents_fill_rows_and_each_token_is_learned_once(tmp_path, prepare, pretrained, around):
+    """Where the tokenizer writes a <bos>, each row begins with one; behind each document there is one <eos>."""
+    base = pretrained("llama", True, "<s>")
+    writes_around(base, around)
+    documents = [f"a text of some words, number {i}" for i in range(60)]
+    write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    tok, _, _ = prepare(dataset=tmp_path / "t.jsonl", init_from=base, tokenizer="", block_size=32, **WHOLE)
+    _, splits = train_lm.prepare_data()
+    rows = [row["ids"].tolist() for row in splits["train"]]
+    assert {len(row) for row in rows[:-1]} == {33} and len(rows[-1]) <= 33
+    if "<s>" in around:
+        assert {row[0] for row in rows} == {tok.bos_token_id}
+        learned = sum([row[1:] for row in rows], [])
+    else:
+        learned = sum([row[1:] for row in rows], rows[0][:1])
+    found = tok.decode(learned).split(tok.eos_token)
+    assert found.pop() == "" and sorted(found) == sorted(documents)
+
+
+def cache_files():
+    """-> {file of the cache of datasets: time of its last change}"""
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "texts"])
+def test_a_second_start_tokenizes_nothing_and_says_the_same(tmp_path, prepare, capfd, name):
+    """It also says what was dropped, without an answer or empty, and which answers had no room."""
+    answers = ["", None, "long " * 40, "long " * 50, "long " * 60, *"abcdef"]
+    rows = [{"prompt": f"{i}?", "completion": answer} for i, answer in enumerate(answers)]
+    write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "texts/a.txt", "some text " * 50)
+    write(tmp_path / "texts/empty.txt", "")
+    prepare(dataset=tmp_path / name, **WHOLE)
+    first, _ = capfd.readouterr()
+    files = cache_files()
+    prepare(dataset=tmp_path / name, **WHOLE)
+    second, _ = capfd.readouterr()
+    assert cache_files() == files and second == first
+    n_dropped, n_cut = (2, 3) if name == "rows.jsonl" else (1, 0)
+    assert re.search(rf"^train: {n_dropped} dropped .*, {n_cut} cut", first, re.MULTILINE)
+    prepare(dataset=tmp_path / name, block_size=63, **WHOLE)
+    assert cache_files() != files
+
+
+def test_an_edit_of_the_data_or_of_the_code_that_reads_it_is_not_missed(tmp_path, prepare, tiny):
+    write(tmp_path / "texts/a.txt", "first " * 20)
+    write(tmp_path / "texts/b.txt", "second " * 20)
+    _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
+    assert texts["train"].count("second") == 20
+    write(tmp_path / "texts/b.txt", "third " * 20)
+    _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
+    assert texts["train"].count("third") == 20 and "second" not in texts["train"]
+
+    # this edit leaves out one of the two files
+    how = (tiny, f"--dataset={tmp_path / 'texts'}", "--max_steps=0", "--val_fraction=0", "--test_fraction=0")
+    script = edited(tmp_path, "encode_texts", "documents = documents[:1]")
+    before, _ = within("train_lm.py", *how)
+    after, _ = within(script, *how, f"--out_dir={tmp_path / 'edited'}")
+    assert "train: 8 rows" in before and "train: 4 rows" in after
+
+
+def test_another_eos_of_the_same_vocabulary_is_not_missed(tmp_path, prepare, pretrained):
+    write(tmp_path / "t.txt", "some text " * 20)
+    base = pretrained("gpt2", True, "<|end|>")
+    how = {"dataset": tmp_path / "t.txt", "init_from": base, "tokenizer": "", **WHOLE}
+    tok, texts, _ = prepare(**how)
+    assert tok.eos_token == "<|endoftext|>" and texts["train"].endswith("<|endoftext|>")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    write(base / "tokenizer_config.json", json.dumps(config | {"eos_token": "<|end|>"}))
+    tok, texts, _ = prepare(**how)
+    assert tok.eos_token == "<|end|>" and texts["train"].endswith("<|end|>")
 
 
 def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
@@ -120,3 +301,5 @@ def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
     padded = sum(lengths[batch].max() * 8 for batch in whole)
     assert sum(lengths[batch].sum() for batch in whole) > 0.8 * padded
     assert set(batches(lengths[:3], 0, 2, 8, 1, 0)[0]) == {0, 1, 2}  # few are repeated
+    monkeypatch.setattr(train_lm, "seed", 7)
+    assert batches(lengths, 0, 30, 8, 1, 0) != whole

@@ -1,7 +1,8 @@
 """
 Fine-tuning through the real commands, on tiny models of transformers and on a run of ours: whole, by LoRA and
 by P-tuning they train, go on bit for bit, load in transformers and peft with the logits they had, speak and
-are merged; what is learned of chats is what transformers' own masks say.
+are merged; what is learned of chats is what transformers' own masks say, whatever the template and the tokenizer
+write; the loss is that of transformers, also where it is computed in chunks.
 """
 
 import json
@@ -10,7 +11,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from conftest import differences, last_state, rows, within
+from conftest import differences, last_state, rows, within, writes_around
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -68,6 +69,7 @@ def test_it_trains_goes_on_loads_speaks_and_merges(tmp_path, pretrained, finishe
 
 
 CHATML = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -78,6 +80,11 @@ QWEN = (  # writes the last answer with its thoughts, and those before without, 
     "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
     "{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
+R1 = (  # opens a thought in the prompt, and leaves the thoughts of all answers out, as DeepSeek-R1-Distill does
+    "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello?"},
@@ -85,6 +92,31 @@ CONVERSATION = [
     {"role": "user", "content": "How are you, and what can you do?"},
     {"role": "assistant", "content": "Fine, and much."},
 ]
+WITH_TOOL = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "{weather}"},
+    {"role": "tool", "content": "0 mm"},
+    {"role": "assistant", "content": "No."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
+
+
+PARTS = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CONVERSATION]
+SHAREGPT = [
+    {"from": "human", "value": "Rain?"},
+    {"from": "function_call", "value": "{weather}"},
+    {"from": "observation", "value": "0 mm"},
+    {"from": "gpt", "value": "No."},
+]
+ROWS = {  # of a table, with the messages that they stand for
+    "messages": ({"messages": CONVERSATION}, CONVERSATION),
+    "one answer": ({"messages": CONVERSATION[1:3]}, CONVERSATION[1:3]),
+    "parts": ({"messages": PARTS}, CONVERSATION),
+    "system": ({"system": "Be brief.", "messages": CONVERSATION[1:]}, CONVERSATION),
+    "tools": ({"messages": WITH_TOOL, "tools": TOOLS}, WITH_TOOL),
+    "tools as JSON": ({"messages": WITH_TOOL, "tools": json.dumps(TOOLS)}, WITH_TOOL),
+    "ShareGPT": ({"conversations": SHAREGPT}, WITH_TOOL),
+}
 
 
 @pytest.fixture
@@ -109,18 +141,24 @@ def learned(tok, row):
     return tok.decode(row["labels"][row["labels"] != -100])
 
 
-def test_the_assistants_tokens_are_those_that_transformers_marks(prepare, pretrained):
-    base = pretrained("qwen3", True, "<|im_start|>", "<|im_end|>")
-    chats = [CONVERSATION, CONVERSATION[1:3]]
-    tok, found = prepare([{"messages": chat} for chat in chats], CHATML, init_from=base)
-    names = {"user": "human", "assistant": "gpt", "system": "system"}  # of ShareGPT
-    shared = [[{"from": names[m["role"]], "value": m["content"]} for m in chat] for chat in chats]
-    _, same = prepare([{"conversations": chat} for chat in shared], init_from=base)
-    for chat, row, other in zip(chats, found, same, strict=True):
-        theirs = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-        assert row["ids"].tolist() == other["ids"].tolist() == [*theirs["input_ids"], tok.eos_token_id]
-        mask = np.array([*theirs["assistant_masks"], 1], dtype=bool)
-        assert row["labels"].tolist() == np.where(mask, row["ids"], -100).tolist()
+@pytest.fixture(scope="module")
+def chatty(pretrained):
+    """A model whose tokenizer has the special tokens and the template of ChatML."""
+    folder = pretrained("qwen3", True, "<|im_start|>", "<|im_end|>")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_assistants_tokens_are_those_that_transformers_marks(prepare, chatty, kind):
+    data, chat = ROWS[kind]
+    tok, (row,) = prepare([data], init_from=chatty)
+    tools = TOOLS if "tools" in data else None
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    theirs = tok.apply_chat_template(chat, tools=tools, **marked)
+    assert row["ids"].tolist() == theirs["input_ids"]
+    mask = np.array(theirs["assistant_masks"], dtype=bool)
+    assert mask.any() and row["labels"].tolist() == np.where(mask, row["ids"], -100).tolist()
 
 
 def test_a_template_that_rewrites_the_past_gives_a_row_for_each_answer(prepare, pretrained):
@@ -131,14 +169,113 @@ def test_a_template_that_rewrites_the_past_gives_a_row_for_each_answer(prepare, 
         assert tok.decode(row["ids"]) == shown + answer and learned(tok, row) == answer
 
 
-def test_no_space_comes_in_where_a_sentencepiece_tokenizer_would_begin_a_text_with_one(prepare, pretrained):
-    base = pretrained("qwen3")
+def test_a_template_that_opens_a_thought_in_the_prompt_trains(prepare, pretrained):
+    chat = [dict(m) for m in CONVERSATION]
+    chat[2]["content"] = "<think>\nWell.\n</think>Hi."
+    tok, (row,) = prepare([{"messages": chat}], R1, init_from=pretrained("qwen3"))
+    assert tok.decode(row["ids"]) == tok.apply_chat_template(chat, tokenize=False)
+    assert learned(tok, row) == f"Hi.{tok.eos_token}Fine, and much.{tok.eos_token}"
+
+
+def test_an_answer_that_the_template_leaves_open_ends_with_an_eos(prepare, pretrained):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} | {% endfor %}"
+    tok, (row,) = prepare([{"messages": CONVERSATION}], template, init_from=pretrained("qwen3"))
+    assert tok.decode(row["ids"]) == tok.apply_chat_template(CONVERSATION, tokenize=False) + tok.eos_token
+    assert learned(tok, row).endswith("Fine, and much. | " + tok.eos_token)
+
+
+def test_a_column_that_the_first_row_lacks_is_used(prepare, chatty):
+    chat = CONVERSATION[1:3]
+    tok, found = prepare([{"messages": chat}, {"messages": chat, "system": "Be brief."}], init_from=chatty)
+    assert ["Be brief." in tok.decode(row["ids"]) for row in found].count(True) == 1
+
+
+@pytest.mark.parametrize("what", ["a plain template", "a template", "an answer that is cut"])
+def test_a_run_knows_which_tokens_end_an_answer(tmp_path, pretrained, chatty, what):
+    """A base without a template gets a plain one. What is left of an answer that is cut ends in no such token."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    row, base, end = {"messages": CONVERSATION}, pretrained("qwen3", True, "<think>"), "<|endoftext|>"
+    if what == "a template":
+        base, end = chatty, "<|im_end|>"
+    if what == "an answer that is cut":
+        row = {"prompt": "Why?", "completion": "<think>" + "Hm. " * 50}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    how = (*FAST, "--max_steps=1", f"--dataset={tmp_path / 'rows.jsonl'}", f"--out_dir={tmp_path / 'run'}")
+    within("train_lm.py", *how, "--block_size=64", f"--init_from={base}")
+    tok = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ends = GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id
+    assert set(np.atleast_1d(ends)) == {tok.eos_token_id, tok.convert_tokens_to_ids(end)}
+    if "messages" in row:
+        shown = tok.apply_chat_template(CONVERSATION, tokenize=False)
+        assert shown.count("Hello?") == 1 and shown.rstrip().endswith("Fine, and much." + end)
+
+
+@pytest.mark.parametrize("answer", [" It is.", "<|yes|>"])
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "$A <|endoftext|>"])
+def test_a_prompt_and_its_answer_are_one_text_that_ends_once(prepare, pretrained, around, answer):
+    """Also where the tokenizer writes tokens around each text by itself; what it writes in front is not learned."""
+    base = pretrained("llama", True, "<s>", "<|yes|>")
+    writes_around(base, around)
+    tok, (row,) = prepare([{"prompt": "How many?", "completion": answer}], init_from=base)
+    begin = [tok.bos_token_id] if "<s>" in around else []
+    answer_ids = tok(answer, add_special_tokens=False).input_ids
+    prompt_ids = begin + tok("How many?", add_special_tokens=False).input_ids
+    assert row["ids"].tolist() == [*prompt_ids, *answer_ids, tok.eos_token_id]
+    assert row["labels"].tolist() == [-100] * len(prompt_ids) + [*answer_ids, tok.eos_token_id]
+
+
+@pytest.fixture
+def spaced(pretrained):
+    """A model whose tokenizer begins each text with a space, as SentencePiece does."""
+    folder = pretrained("qwen3")
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", "\u2581", *string.printable])}, []))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    tok.save_pretrained(base)
-    _, (row,) = prepare([{"prompt": "How many?", "completion": "It is."}], init_from=base)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_no_space_comes_in_between_a_prompt_and_its_answer(prepare, spaced):
+    tok, (row,) = prepare([{"prompt": "How many?", "completion": "It is."}], init_from=spaced)
     assert row["ids"].tolist() == tok("How many?It is.</s>").input_ids
+
+
+HEADS = {"qwen3": {}, "gemma2": {"final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 4.0}}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_loss_in_chunks_is_that_of_all_positions(pretrained, monkeypatch, kind):
+    """A model whose logits are scaled is not computed in chunks, which would be another loss."""
+    base, is_plain = pretrained(kind, **HEADS[kind]), kind != "granite"
+    monkeypatch.setattr(train_lm, "init_from", str(base))
+    model = train_lm.load_model(str(base))
+    train_lm.check_model(model)
+    assert model.has_plain_head == is_plain
+    model.eval()
+    ids = torch.randint(300, (3, 33), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[:, :20] = -100
+    theirs = load(base, "")
+    expected = torch.nn.functional.cross_entropy(theirs(x).logits.mT, y, reduction="sum")
+    expected.backward()
+    sizes = []
+    sum_of_losses = model.sum_of_losses
+    monkeypatch.setattr(model, "sum_of_losses", lambda h, y: sizes.append(len(y)) or sum_of_losses(h, y))
+    monkeypatch.setattr(model.config, "vocab_size", 2**24)  # chunks of a few positions
+    loss = model(x, y, (y.flatten() != -100).nonzero()[:, 0])
+    assert sum(sizes) == (3 * 12 if is_plain else 0) and len(sizes) != 1
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    for ours, other in zip(model.lm.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(ours.grad, other.grad, atol=1e-4)
+
+
+def test_lora_goes_to_the_layers_that_are_named(tmp_path, pretrained, text_file):
+    """Rank 16 beside two layers of q_proj (32 x 32) and v_proj (32 x 16)."""
+    how = (*FAST, f"--dataset={text_file}", f"--out_dir={tmp_path}/run", "--max_steps=0", "--adapter=lora")
+    within("train_lm.py", *how, f"--init_from={pretrained('qwen3')}", "--lora_targets=q_proj, v_proj")
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["trained_parameters"] == 2 * 16 * (32 + 32 + 32 + 16)
 
 
 def test_rows_that_are_too_long_or_teach_nothing(prepare, pretrained):
