@@ -3,8 +3,9 @@ Settings without a framework: the lowercase global variables of a script are its
 
     python train_lm.py configs/my_experiment.py --n_layer=8 --out_dir=out/wide
 
-Config files (plain Python that assigns settings) and --name=value arguments are applied from left to right; the later
-one wins. An unknown name, or a value of another type than the default, ends the program with one sentence.
+Config files (plain Python that assigns settings) and --name=value arguments are applied from left to right,
+so the later one wins. An unknown name, or a value of another type than the default, ends the program with one
+sentence. In settings that a script lists in PATHS, ~ means the home directory.
 """
 
 import ast
@@ -35,15 +36,15 @@ def fail(message):
 
 @contextlib.contextmanager
 def named(setting, value):
-    """Turn what a library raises while it loads what the user named into a sentence that names the setting.
+    """Report any exception inside the block as a bad value of the setting, in one sentence.
 
-    Only calls of libraries stand inside, so that a mistake in our own code keeps its traceback.
+    Only calls of libraries belong inside, so that a mistake in our own code keeps its traceback.
     """
     try:
         yield
     except Exception as error:
         reasons = [str(error) or type(error).__name__]
-        if error.__cause__ and str(error.__cause__) not in reasons[0]:
+        if error.__cause__ and str(error.__cause__) not in reasons[0]:  # often the real reason
             reasons.append(str(error.__cause__))
         fail(f"{setting}={value!r} cannot be used: {' '.join(reasons)}")
 
@@ -59,8 +60,9 @@ def settings(namespace):
 
 def comments(path):
     """Return {name: comment} of the settings in a script, which document them in --help and in the demo."""
+    setting = r"^([a-z]\w*) = .*?  # (.*)$"  # name = value  # comment
     with open(path, encoding="utf-8") as f:
-        return dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", f.read(), re.MULTILINE))
+        return dict(re.findall(setting, f.read(), re.MULTILINE))
 
 
 def print_help(namespace):
@@ -73,7 +75,7 @@ def print_help(namespace):
 
 
 def parse(text, default):
-    """Return the text after `--name=` as a value. Strings are taken as they are, numbers as Python reads them."""
+    """Return the text after `--name=` as a value. Strings stay as they are, numbers are read as by Python."""
     if isinstance(default, str):
         return text
     if text.lower() in ("true", "false"):
@@ -99,7 +101,9 @@ def read_config(path, values):
 def configure(namespace, arguments=None):
     """Override the settings in `namespace`, a script's globals(), by config files and the command line."""
     values = settings(namespace)
-    for argument in sys.argv[1:] if arguments is None else arguments:
+    if arguments is None:
+        arguments = sys.argv[1:]
+    for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if argument in ("--help", "-h"):
             print_help(namespace)
@@ -113,13 +117,15 @@ def configure(namespace, arguments=None):
 
         for name, value in changes.items():
             if name not in values:
-                nearest = difflib.get_close_matches(name, list(values), n=1, cutoff=0)[0]
+                nearest = difflib.get_close_matches(name, list(values), n=1, cutoff=0)[0]  # always one
                 fail(f"{argument}: {name} is not a setting; did you mean {nearest}?")
             kind = type(values[name])
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
-            if type(value) is not kind or value in (math.inf, -math.inf):
+            if type(value) is not kind:
                 fail(f"{argument}: {name} must be of type {kind.__name__}, like {values[name]!r}")
+            if kind is float and not math.isfinite(value):
+                fail(f"{argument}: {name} must be a finite number")
             if name in namespace.get("PATHS", ()):  # the shell leaves the ~ in --out_dir=~/runs as it is
                 value = os.path.expanduser(value)
             values[name] = value

@@ -28,7 +28,7 @@ from configurator import UserError, comments, configure, fail, named
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt (0: one; image models with classes: one per class)
+num_samples = 0  # samples per prompt; images of classes: how many in all (0: one of each; without classes 16)
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text
@@ -52,8 +52,8 @@ compare = ""  # runs to plot in the demo, such as 'out/*' (default: this one)
 port = 7860  # port of the web demo
 share = False  # also give the demo a public address, through Gradio's servers
 
-PATHS = ("out_dir", "base", "merge", "output", "compare")  # settings in which ~ means the home directory
-# Smallest value, largest value and step of the controls in the demo. The command line has no largest values.
+PATHS = ("out_dir", "base", "merge", "output", "compare")  # settings in which configure() expands ~
+# Smallest value, largest value and step of the demo's controls. The command line checks the smallest only.
 RANGES = {
     "num_samples": (0, 64, 1),
     "seed": (0, 2**32, 1),
@@ -75,22 +75,25 @@ tok = None  # the tokenizer; image models have none
 
 
 def model_section(script):
-    """Return the text of the section of a training script that defines the model."""
+    """Return the text of the section of a training script that begins with the ruler "# ---- Model"."""
     _, _, section = script.read_text(encoding="utf-8").partition("\n# ---- Model")
     return section.partition("\n# ---- ")[0]
 
 
 def choose_script(run):
-    """Return the path of the training script to load a run with; run is the content of its run.json."""
+    """Return the path of the training script to load a run with; run is the content of its run.json.
+
+    A run keeps a copy of its script. The script beside this file will do, unless the copy has another model.
+    """
     if run.get("kind") not in ("lm", "diffusion"):
-        fail(f"{out_dir}/run.json is not from these training scripts: its kind is {run.get('kind')!r}")
+        fail(f"{out_dir}/run.json is of another program: its kind is {run.get('kind')!r}")
     script = Path(__file__).with_name(f"train_{run['kind']}.py")
     copy = Path(out_dir, script.name)
-    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # its code is in a library
+    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # of a library: no script defines it
     if is_pretrained or not copy.exists() or model_section(copy) == model_section(script):
         return script
     if not trust_run_code:
-        fail(f"{copy} has another model: --trust_run_code=True runs that script, if you trust its author")
+        fail(f"{copy} defines another model. If you trust its author, run it with --trust_run_code=True")
     return copy
 
 
@@ -127,25 +130,25 @@ def load_run():
     eos = tok.eos_token_id
     if eos is not None and eos not in ends:  # not all models know the end token of their tokenizer
         model.generation_config.eos_token_id = [*ends, eos]
-    if merge:  # on the CPU, in fp32
+    if merge:  # the CPU and fp32 are best for that
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if sum(p.numel() for p in model.parameters()) > 10e6 and supports_bf16(device):
         # A large model spends most of its time reading its weights: halve them. Buffers, such as rotary
         # frequencies, stay in fp32.
         for p in model.parameters():
-            if p.dtype == torch.float32:  # and not quantized
+            if p.dtype == torch.float32:  # leaves quantized weights alone
                 p.data = p.data.bfloat16()
     model.to(device)
 
 
 # ---- Text ----
-# Functions that generate take parameters, not the settings, because each visitor of the demo has others.
+# These functions take parameters instead of reading the settings: each visitor of the demo chooses their own.
 
 
 @torch.inference_mode()  # some 15 % faster than the no_grad of trainer.generate()
 def generate_tokens(ids, n, **sampling):
-    """Yield n lists of new token ids that continue the ids of a prompt, after each step.
+    """After each step, yield the n continuations of a prompt so far, as lists of token ids.
 
     sampling: max_new_tokens, temperature, top_k, top_p and seed, as the settings have them.
     """
@@ -192,7 +195,7 @@ def encode_chat(messages):
 
 
 def reply(messages, seed, **sampling):
-    """Yield the answer so far to the last of the messages, dictionaries with a role and a content."""
+    """Yield the growing answer to the last message. Each message is {"role": ..., "content": ...}."""
     if not messages[-1]["content"].strip():
         fail("the message is empty")
     ids = encode_chat(messages)
@@ -202,11 +205,11 @@ def reply(messages, seed, **sampling):
 
 
 def print_text(texts, file):
-    """Print a text while it grows; each of `texts` is all of it so far. Return the whole text."""
+    """Print a growing text, of which `texts` yields ever longer versions. Return the whole text."""
     shown = ""
     for text in texts:
         print(text[len(shown) :], end="", file=file, flush=True)
-        # Some tokenizers take back a character while the next one is incomplete.
+        # The text may become shorter for a moment, while a character is incomplete.
         if len(text) > len(shown):
             shown = text
     print(file=file)
@@ -214,7 +217,7 @@ def print_text(texts, file):
 
 
 def chat_in_terminal(message, sampling, file):
-    """Answer a message, unless it is empty, and then each line of stdin."""
+    """Answer the first message, if there is one, and then each line that is typed."""
     messages = []
     while True:
         if not message.strip():
@@ -223,7 +226,7 @@ def chat_in_terminal(message, sampling, file):
             except EOFError:  # Ctrl-D
                 return
         question = {"role": "user", "content": message}
-        with contextlib.suppress(UserError):  # fail() has said why, and the chat goes on
+        with contextlib.suppress(UserError):  # raised by fail(), which has printed the reason
             answer = print_text(reply([*messages, question], **sampling), file)
             messages += [question, {"role": "assistant", "content": answer}]
         message = ""
@@ -231,7 +234,7 @@ def chat_in_terminal(message, sampling, file):
 
 def merge_lora():
     """Merge the LoRA adapter into the model and write it to the folder `merge`."""
-    peft_model = getattr(model, "lm", None)  # a GPT of train_lm.py has none
+    peft_model = getattr(model, "lm", None)  # Pretrained keeps the library's model there, a GPT has none
     config = getattr(peft_model, "active_peft_config", None)
     if config is None or config.peft_type != "LORA":
         fail(f"{out_dir} has no LoRA adapter that could be merged")
@@ -339,7 +342,7 @@ def make_control(name, value, is_visible):
     if name in RANGES:
         smallest, largest, step = RANGES[name]
         options |= {"minimum": smallest, "maximum": max(largest, value), "step": step}
-        options["precision"] = 0 if step == 1 else 2  # digits behind the point
+        options["precision"] = 0 if step == 1 else 2  # decimal places
         return gr.Number(**options) if name == "seed" else gr.Slider(**options)
     if name == "class_label":
         choices = [("all", ""), *getattr(model, "class_names", [])]
@@ -387,14 +390,14 @@ def serve(generate, values):
                     progress = "full"
                 else:
                     shown = gr.Textbox(label="text", lines=20)
-                    progress = "hidden"  # it would cover a text that was stopped
+                    progress = "hidden"  # after Stop it would hide the text so far
             click = start.click(respond, controls, shown, api_name="generate", show_progress=progress)
             stop.click(None, cancels=click)
         table = losses()
         plot = gr.LinePlot(table, "step", "loss", color="run", visible=not table.empty)
         # Read the losses again every 10 seconds.
         gr.Timer(10).tick(losses, None, plot, queue=False, show_progress="hidden", api_visibility="private")
-    page.queue(max_size=32, api_open=False)  # programs may not skip the queue
+    page.queue(max_size=32, api_open=False)  # programs wait in the queue like browsers
     # The default theme would load fonts from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with named("port", port):
@@ -409,7 +412,7 @@ def check_settings():
     for name, (smallest, _, _) in RANGES.items():
         if globals()[name] < smallest:
             fail(f"{name}={globals()[name]} must be at least {smallest}")
-    if seed >= 2**63:
+    if seed >= 2**63:  # torch takes no more
         fail(f"{seed=} must be below 2**63")
 
 
@@ -420,7 +423,7 @@ def main():
         with named("prompt", prompt):
             text = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8")
     stdout = sys.stdout
-    sys.stdout = sys.stderr  # for the notices of libraries: with "> file", the file gets only the text
+    sys.stdout = sys.stderr  # libraries print notices; with "> file", the file gets only the text
     if hasattr(stdout, "reconfigure"):
         stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
 

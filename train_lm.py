@@ -12,7 +12,7 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-PARENT = os.getppid()  # the launcher; read before the slow imports, during which it may already die
+PARENT = os.getppid()  # the launcher, before the slow imports: catch_signals() looks whether it still lives
 
 import bz2
 import contextlib
@@ -54,7 +54,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.utils.checkpoint import checkpoint as recompute  # in the backward pass
+from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
 from configurator import configure, fail, named, settings
@@ -70,9 +70,9 @@ seed = 1337  # of the initial weights, the order of the data, and dropout
 dataset = "python"  # Python's own source code; or a file, folder, pattern, URL, or Hub name:config@revision
 train_split = "train"  # name of the training split, such as train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; of prompts and chats, only the answers are learned
+prompt_column = "prompt"  # column with prompts; the loss is on the answers only, in chats too
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens), Hub name, folder; "": bpe:1024, or that of init_from
+tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens), Hub name or folder; "": init_from's own, or bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -97,10 +97,10 @@ micro_batch_size = 0  # rows per process and forward pass: lower it if memory is
 max_steps = 2000  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # passes over the data; if not 0, used instead of max_steps
 # optimizer and learning rate
-optimizer = "muon"  # for the matrices in the blocks, AdamW for the rest; or "adamw" for all
-learning_rate = 0.0  # at its peak; 0: the DEFAULT_LR of the optimizer or of the kind of fine-tuning
+optimizer = "muon"  # block matrices by Muon, the rest by AdamW; or "adamw" for all, as always with init_from
+learning_rate = 0.0  # at its peak; 0: see DEFAULT_LR below
 embed_lr = 0.3  # peak for embeddings, used with muon
-head_lr = 0.004  # peak for the output layer and for vectors that you add, used with muon
+head_lr = 0.004  # peak for the output layer (and for 1-D parameters that you add), used with muon
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
@@ -118,14 +118,14 @@ patience = 0  # stop early after this many evaluations without a better loss; 0:
 tracker = ""  # "wandb" or "tensorboard" get the same numbers as metrics.jsonl
 # the machine
 mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
-compile = True  # torch.compile, used on CUDA only: takes a minute at the start, then trains much faster
+compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
 gradient_checkpointing = False  # saves memory by computing activations twice; slower
 deterministic = False  # makes runs on CUDA bitwise repeatable; slower
 detect_anomaly = False  # stops at the first NaN in a gradient and shows where it came from; very slow
-profile = False  # writes a trace of steps 6 to 8, to be opened in chrome://tracing
+profile = False  # writes a trace of the sixth to eighth step, to be opened in chrome://tracing
 
 DEFAULT_LR = {"muon": 0.03, "adamw": 0.001, "fine-tuning": 5e-5, "lora": 2e-4, "p_tuning": 0.001}
-PATHS = ("out_dir", "dataset", "init_from", "tokenizer")  # settings in which ~ means the home directory
+PATHS = ("out_dir", "dataset", "init_from", "tokenizer")  # settings in which configure() expands ~
 # What a resumed run may not change. If you add a setting that shapes the model, add its name.
 FIXED = "seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets"
 FIXED += " virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay"
@@ -148,20 +148,21 @@ def log(message):
         print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
         STOP.append(signal.SIGTERM)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that later prints succeed
 
 
 def catch_signals():
     """Let Ctrl-C, SIGTERM, a closed terminal and (on Linux) the launcher's death ask for a checkpoint."""
-    for name in SIGNALS:
-        if signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
-            signal.signal(name, lambda signum, frame: STOP.append(signum))
-    # If `accelerate launch` is killed, the processes that it started would train on unnoticed.
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
+            signal.signal(signum, lambda received, frame: STOP.append(received))
+    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. It sets one of
+    # these variables for a single process, and the other for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != PARENT:  # it has died already
+        if os.getppid() != PARENT:  # it died before this call
             STOP.append(signal.SIGTERM)
 
 
@@ -200,7 +201,7 @@ def check_settings():
     if seed >= 2**63:  # torch takes no more
         fail(f"{seed=} must be below 2**63")
     if n_embd % (2 * n_head) != 0:
-        fail(f"{n_embd=} must be a multiple of 2 x {n_head=}")
+        fail(f"{n_embd=} must be a multiple of 2 x n_head = {2 * n_head}")
     if n_head % (n_kv_head or n_head) != 0:
         fail(f"{n_head=} must be a multiple of {n_kv_head=}")
     part = re.fullmatch(r"(\d+)/(\d+)", fold)
@@ -208,7 +209,7 @@ def check_settings():
         fail(f"{fold=} must look like 2/5 (the second of five parts)")
     if adapter and init_from == "scratch":
         fail(f"{adapter=} needs a pretrained model, such as --init_from=gpt2")
-    if init_from != "scratch" and re.match("bytes|char|bpe:", tokenizer):
+    if init_from != "scratch" and re.fullmatch(r"bytes|char|bpe:\d+", tokenizer):
         fail(f"{tokenizer=} cannot be used: {init_from} has its own tokenizer")
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         fail(f"{mixed_precision=} needs a CUDA GPU")
@@ -233,7 +234,7 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Return x (..., T, D) with rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
-    x1, x2 = x.chunk(2, dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)  # rotated by minus the angle, as in nanochat
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
@@ -245,7 +246,7 @@ def attention(q, k, v, p):
     T = q.size(2)
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, p)  # makes the default run 1.2 times as fast
-    is_causal = T > 1  # a single new token may attend to all tokens before it
+    is_causal = T > 1  # a single new token attends to all tokens before it, which are in the cache
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal, enable_gqa=True)
 
 
@@ -255,8 +256,9 @@ def cpu_attention(q, k, v, p):
     n_shared = n_head // k.size(1)  # heads that share keys and values; stack their queries into one matrix
     q = q.reshape(B, -1, n_shared * T, D)  # (B, n_kv_head, n_shared * T, D)
     mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)
-    scores = q / math.sqrt(D) @ k.mT + mask.repeat(n_shared, 1)  # (B, n_kv_head, n_shared * T, T)
-    weights = scores.softmax(dim=-1, dtype=v.dtype)
+    scores = (q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, n_shared * T, T)
+    scores = scores + mask.repeat(n_shared, 1)
+    weights = scores.softmax(dim=-1, dtype=v.dtype)  # autocast alone would make it fp32
     return (F.dropout(weights, p) @ v).view(B, n_head, T, D)
 
 
@@ -315,7 +317,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    _no_split_modules = ("Block",)  # accelerate reads here what FSDP2 should gather at a time
+    _no_split_modules = ("Block",)  # read by accelerate: FSDP2 gathers the weights of one Block at a time
 
     def __init__(self, config):
         super().__init__()
@@ -335,7 +337,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Set the initial weights. Parameters that you add keep the initialization of torch."""
+        """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # keeps the scale of the activations
         for block in self.model.layers:
             nn.init.normal_(block.self_attn.q_proj.weight, std=std)
@@ -345,11 +347,11 @@ class GPT(nn.Module):
             nn.init.normal_(block.mlp.fc1.weight, std=std)
             nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.lm_head.weight)  # so the loss starts at ln(vocab_size)
-        is_tied = self.lm_head.weight is self.model.embed_tokens.weight  # if you tie them
+        is_tied = self.lm_head.weight is self.model.embed_tokens.weight  # only if you tie them
         nn.init.normal_(self.model.embed_tokens.weight, std=0.02 if is_tied else 1.0)
 
     def forward(self, idx, targets=None, learned=None, cache=None):
-        """Return the logits for the token after each of idx, or with targets the sum of their losses.
+        """Return the logits for the next tokens or, if targets are given, the sum of their losses.
 
         idx: token ids (B, T). targets: the token after each (B, T), -100 where there is no loss. learned: the
         indices in targets.flatten() that have a loss, or None to take all. cache: a dictionary, empty at
@@ -364,7 +366,7 @@ class GPT(nn.Module):
 
         x = self.model.embed_tokens(idx)  # (B, T, C)
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):  # the residual stream in bf16, too: half the memory
+        if torch.is_autocast_enabled(device_type):  # the residual stream in bf16 as well: half the memory
             x = x.to(torch.get_autocast_dtype(device_type))
         x = F.dropout(norm(x), dropout, self.training)
         cos = self.cos[start : start + idx.size(1)].to(x.dtype)  # (T, D / 2)
@@ -399,7 +401,7 @@ def count_ids(tok):
 def make_gpt(tok):
     """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
     vocab_size = count_ids(tok)
-    if tokenizer not in ("bytes", "char"):  # GPUs multiply such shapes faster; padding is never sampled
+    if tokenizer not in ("bytes", "char"):  # round up: GPUs multiply such shapes faster
         vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
@@ -409,7 +411,7 @@ def make_gpt(tok):
         num_hidden_layers=n_layer,
         num_attention_heads=n_head,
         num_key_value_heads=n_kv_head or n_head,
-        bos_token_id=tok.eos_token_id,
+        bos_token_id=tok.eos_token_id,  # one token ends a text and begins the next
         eos_token_id=tok.eos_token_id,
         pad_token_id=None,
         architectures=["NanoChatForCausalLM"],
@@ -423,7 +425,7 @@ def make_gpt(tok):
 # ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
 
 TABLES = {".json": "json", ".jsonl": "json", ".jsonlines": "json", ".ndjson": "json"}
-TABLES |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TABLES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NOT_TEXT = "7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle"
 NOT_TEXT += " pkl png ppt pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx"
@@ -433,11 +435,11 @@ SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 END = "<|endoftext|>"  # of the tokenizers that are learned here
-PIECE = 200_000  # characters that are tokenized at a time, because that takes about 100 bytes each
+PIECE = 200_000  # characters that are tokenized at a time, which takes about 100 bytes of memory for each
 
 
 def kind_of(name):
-    """Return "json", "csv", "parquet" or "text" by a file's suffix, or "" if it cannot be read."""
+    """Return the kind of a file by its suffix: one of TABLES, "text", or "" if it cannot be read."""
     path = Path(name.lower())
     if path.suffix in OPENERS:
         path = path.with_suffix("")
@@ -447,7 +449,7 @@ def kind_of(name):
 
 
 def split_of(path):
-    """Return the split that a file belongs to: the first folder, or else the file, that is named like one."""
+    """Return the split of a file. Look for its name in the folders of the path, then in the file's name."""
     for name in [*path.parts[:-1], path.name.split(".")[0]]:
         # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
         name = re.sub(r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$", "", name.lower())
@@ -460,12 +462,12 @@ def list_files(root):
     """Return the files below a folder that are not hidden. Follow links, but return each file once."""
     files = []
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        if dataset == "python":
-            folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        skipped = NOT_LIBRARY if dataset == "python" else ()
+        # os.walk enters those that remain in the list.
+        subfolders[:] = [name for name in subfolders if name[0] != "." and name not in skipped]
         if os.path.realpath(folder) in seen:  # a link that leads back up
-            folders.clear()
+            subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
         for name in names:
@@ -485,8 +487,9 @@ def open_text(path, newline=None):
 def is_text(path):
     """Tell whether a file can be read and begins with UTF-8."""
     try:
-        open_text(path).read(PIECE).encode()  # fails for lone surrogates
-    except (OSError, EOFError, lzma.LZMAError, UnicodeEncodeError):
+        with open_text(path) as f:
+            f.read(PIECE).encode()  # fails for lone surrogates
+    except Exception:  # whatever a damaged or unreadable file raises
         return False
     return True
 
@@ -496,7 +499,10 @@ def find_files():
     if "://" in dataset:
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
-        return kind_of(dataset.split("?")[0]), {"train": [Path(path)]}
+        kind = kind_of(dataset.split("?")[0])
+        if kind == "":
+            fail(f"{dataset=} names a kind of file that cannot be read")
+        return kind, {"train": [Path(path)]}
     root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
     if root.is_dir():
         files = list_files(root)
@@ -506,7 +512,7 @@ def find_files():
         if not files:
             return "hub", {}
 
-    # Tables come before texts (a README.md lies beside them); take the kind of the largest one.
+    # Tables win over texts (a README.md is often beside them). Of several kinds, the largest table decides.
     tables = [path for path in files if kind_of(path.name) not in ("", "text")]
     kind = kind_of(max(tables, key=os.path.getsize).name) if tables else "text"
     used = [path for path in files if kind_of(path.name) == kind and (tables or is_text(path))]
@@ -531,9 +537,9 @@ def parse_table(path, kind):
     if kind == "parquet":
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
-    elif kind == "csv":
+    elif kind in ("csv", "tsv"):
         csv.field_size_limit(2**31 - 1)  # the default is too small for texts
-        delimiter = "\t" if ".tsv" in path.name.lower() else ","
+        delimiter = "," if kind == "csv" else "\t"
         yield from csv.DictReader(open_text(path, newline=""), delimiter=delimiter, strict=True)
     else:
         lines = (line for line in open_text(path) if line.strip())
@@ -545,7 +551,7 @@ def parse_table(path, kind):
 
 
 def read_table(path, kind):
-    """Yield the rows of a table as dictionaries; end the program with the place if one is damaged."""
+    """Yield the rows of a table as dictionaries. If one is damaged, end the program and say where."""
     rows = parse_table(path, kind)
     for n in itertools.count(1):
         try:
@@ -564,8 +570,8 @@ def read_table(path, kind):
 def choose_columns(names):
     """Return those of a table's columns that are learned from, and log the others."""
     if text_column == "text" and {"messages", "conversations"} & set(names):
-        columns = [name for name in ("messages", "conversations") if name in names][:1]
-        columns += ["system", "tools"]  # which only some rows may have
+        chat = "messages" if "messages" in names else "conversations"
+        columns = [chat, "system", "tools"]  # only some rows may have the last two
     elif text_column == "text" and prompt_column in names and completion_column in names:
         columns = [prompt_column, completion_column]
     elif text_column in names:
@@ -579,12 +585,13 @@ def choose_columns(names):
 
 
 def load_documents():
-    """Return ({split: documents}, columns): paths of texts and [], or rows of tables and their columns."""
+    """Return ({split: documents}, columns): paths of texts and no columns, or Datasets and their columns."""
     kind, paths = find_files()
     documents = {}
     if kind == "text":
         for split, files in paths.items():
-            order = np.random.default_rng(0).permutation(len(files))  # the same splits for every seed
+            # Shuffle, because validation and test are cut off from the end; in the same way for every seed.
+            order = np.random.default_rng(0).permutation(len(files))
             documents[split] = [files[i] for i in order]
         return documents, []
     if kind == "hub":
@@ -604,7 +611,7 @@ def load_documents():
 
 
 def rows_as_json(files, kind, columns):
-    """Yield the rows of tables as JSON, because Arrow needs one type for what may differ from row to row."""
+    """Yield the rows of tables as JSON: Arrow does not allow a field to have another type in another row."""
     for path in files:
         for row in read_table(path, kind):
             yield {"_json": json.dumps({name: row.get(name) for name in columns}, default=str)}
@@ -637,7 +644,7 @@ def cached(generator, features, *args):
 
 
 def as_text(value, column):
-    """Return a field of a table as text. None is empty, a list of parts is the text of the parts."""
+    """Return a field of a table as text: "" for None, and the joined text of OpenAI's list of parts."""
     if value is None:
         return ""
     if isinstance(value, list) and all(
@@ -691,9 +698,9 @@ def begin_of_text(tok):
 def encode_texts(documents, columns, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
-    Each token is the target of exactly one row. A row begins with <bos> where the tokenizer writes one, else
-    with the last token of the row before. The last row holds two counts instead of ids: documents dropped,
-    rows cut.
+    Each token but the first is the target of one row. A row begins with <bos> where the tokenizer writes one,
+    else with the last token of the row before. The last row holds two counts instead of ids, documents
+    dropped and rows cut, because only rows are cached.
     """
     begin = begin_of_text(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -702,6 +709,7 @@ def encode_texts(documents, columns, tok):
     pieces = read_pieces(documents, columns)
     while batch := list(itertools.islice(pieces, 16)):
         texts = [text for text, _ in batch]
+        # An "<eos>" that is spelled out in a document is text (split_special_tokens).
         encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for (text, is_end), tokens in zip(batch, encoded):
             ids += tokens
@@ -719,7 +727,7 @@ def encode_texts(documents, columns, tok):
 
 
 def learn_bpe(documents, columns, n_tokens):
-    """Yield a tokenizer of bytes and frequent pairs, learned from at most 100 MB of text, as JSON."""
+    """Yield a row: a tokenizer of bytes and frequent pairs, learned from at most 100 MB of text, as JSON."""
     core = ByteLevelBPETokenizer()
     pieces = itertools.islice(read_pieces(documents, columns), 100_000_000 // PIECE)
     texts = (text for text, _ in pieces)
@@ -730,7 +738,7 @@ def learn_bpe(documents, columns, n_tokens):
 def load_tokenizer(documents, columns):
     """Return a tokenizer of transformers; "bpe:N" is learned from the training split, "char" from all."""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    learned = re.fullmatch(r"bytes|bpe:(\d+)", name)
+    bpe = re.fullmatch(r"bytes|bpe:(\d+)", name)  # "bytes" is a BPE without pairs
     if name == "char":
         letters = set()
         for split in documents.values():
@@ -739,9 +747,9 @@ def load_tokenizer(documents, columns):
         core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(sorted(letters))}))
         core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         core.decoder = decoders.Fuse()
-    elif learned:
-        n_tokens = int(learned[1] or 257)  # 256 bytes and the end of text
-        train = documents["train"] if learned[1] else []
+    elif bpe:
+        n_tokens = int(bpe[1] or 257)  # 256 bytes and the end of text
+        train = documents["train"] if bpe[1] else []
         row = cached(learn_bpe, {"json": datasets.Value("string")}, train, columns, n_tokens)[0]
         core = Tokenizer.from_str(row["json"])
     else:
@@ -773,7 +781,7 @@ def prepare_data():
     wanted = {"validation": val_fraction and not fold, "test": test_fraction}
     for name, found in documents.items():
         split = SPLITS.get(name)
-        if wanted.get(split):
+        if wanted.get(split) and split not in splits:
             splits[split] = found
         else:
             log(f"not used: the split {name}")
@@ -786,11 +794,10 @@ def prepare_data():
         features["labels"] = features["ids"]
         encode = encode_answers
         if not tok.chat_template:
+            # See PLAIN_CHAT_TEMPLATE in the section on answers.
             tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
         if not tok.is_fast:
-            fail(
-                f"the tokenizer of {init_from} has no fast version, which answers need to be found in a text"
-            )
+            fail(f"answers are found by a fast tokenizer only, which {tok.name_or_path or tokenizer} is not")
     for split, found in splits.items():
         rows = cached(encode, features, found, columns, tok)
         n_rows = len(rows) - 1
@@ -811,7 +818,7 @@ def prepare_data():
     elif val_fraction and "validation" not in splits:
         splits["train"], splits["validation"] = cut_off(splits["train"], val_fraction)
     for split, rows in splits.items():
-        log(f"{split}: {len(rows):,} rows of {block_size} tokens")
+        log(f"{split}: {len(rows):,} rows of at most {block_size} tokens")
     return tok, splits
 
 
@@ -819,20 +826,21 @@ def collate(rows):
     """Return a batch (x, y, learned) of rows.
 
     x: token ids (B, T), padded on the right. y: the token after each (B, T), -100 where there is no loss.
-    learned: the indices of the others in y.flatten(), or None for rows of text, in which almost all tokens
-    have a loss.
+    learned: the positions in y.flatten() that have a loss, or None for rows of text, where almost all have.
     """
     x = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
     labels = [row.get("labels", row["ids"]) for row in rows]
     y = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     x = x[:, :-1].contiguous()
     y = y[:, 1:].contiguous()
-    learned = (y.flatten() != -100).nonzero()[:, 0] if "labels" in rows[0] else None
+    learned = None
+    if "labels" in rows[0]:
+        learned = (y.flatten() != -100).nonzero()[:, 0]
     return x, y, learned
 
 
 def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
-    """Yield the row numbers of each micro-batch of a process, a function of (seed, step) alone.
+    """Yield the row numbers of each micro-batch of a process. They depend on (seed, step) alone.
 
     The rows of a step are the same for any number of processes and size of micro-batches. An epoch is a
     permutation in which rows of similar length share a batch, which saves padding.
@@ -849,6 +857,7 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
             rows = rows[np.argsort(noisy_lengths)]
             batches = rng.permutation(rows.reshape(n_batches, batch_size))
+        # (accumulation steps, processes, rows)
         micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
         yield from micro_batches[:, rank].tolist()
 
@@ -862,7 +871,7 @@ def orthogonalize(x):
     The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
     """
     is_tall = x.size(-2) > x.size(-1)
-    if is_tall:
+    if is_tall:  # the smaller one of two possible Gram matrices takes less work
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
@@ -897,7 +906,7 @@ class Muon(torch.optim.Muon):
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
-                scale = max(1, rows / columns) ** 0.5  # the factor of adjust_lr_fn="original" in torch
+                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices (torch: "original")
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
 
@@ -906,7 +915,9 @@ def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     if optimizer == "adamw" or init_from != "scratch":
-        kind = optimizer if init_from == "scratch" else adapter or "fine-tuning"
+        kind = adapter or "fine-tuning"
+        if init_from == "scratch":
+            kind = "adamw"
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
@@ -916,7 +927,7 @@ def make_optimizers(model, accelerator):
     matrices = []
     embeddings = []
     vectors_and_head = []
-    for name, p in model.named_parameters():  # names a tied head as the embedding
+    for name, p in model.named_parameters():  # a tied head comes once, with the name of the embedding
         if p.ndim != 2 or name == "lm_head.weight":
             vectors_and_head.append(p)
         elif name.startswith("model.layers."):
@@ -931,7 +942,7 @@ def make_optimizers(model, accelerator):
         "weight_decay": weight_decay,
         "adjust_lr_fn": "original",
     }
-    if accelerator.is_fsdp2:  # shards matrices, which only the Muon of torch can put together
+    if accelerator.is_fsdp2:  # each matrix is in shards, which the Muon of torch gathers, and ours does not
         return [torch.optim.Muon(matrices, **muon), adamw(groups)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(groups)]
@@ -954,7 +965,7 @@ def lr_at(step, total_steps):
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
 RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json *.safetensors"
 RUN_FILES += " adapter_config.json chat_template.jinja tokenizer* samples/step_*.txt train_lm/events*"
-RUN_FILES += " *.trace.json *.tmp"
+RUN_FILES += " *.trace.json *.index.json *.tmp"
 LOCKS = []  # held until this process ends
 
 
@@ -982,7 +993,7 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(out_dir).resolve()
-    for path in (os.getcwd(), init_from, dataset):
+    for path in (os.getcwd(), init_from, dataset):  # the last two may be names of the Hub
         if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
             fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
     if not MAIN:
@@ -1006,7 +1017,7 @@ def open_run_dir():
 
 
 def check_fixed(run, values):
-    """End the program if values that a resume may not change are not those of the run."""
+    """End the program if the run in out_dir was made with other values of what a resume may not change."""
     for name, value in values.items():
         before = run["fixed"].get(name)
         if before != value:
@@ -1018,10 +1029,10 @@ def start_run(model, tok, rows, old_run):
     chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)  # a resume compares these rows
     ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
     fixed = {name: globals()[name] for name in FIXED.split()}
-    fixed["data"] = [len(rows["train"]), hashlib.md5(repr(ids).encode()).hexdigest()]
+    fixed["data"] = f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}"
     run = {
         "kind": "lm",
-        "model": type(model).__name__.removeprefix("FSDP"),  # which FSDP2 adds
+        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames GPT to FSDPGPT
         "command": sys.argv,
         "settings": settings(globals()),
         "fixed": fixed,
@@ -1034,7 +1045,7 @@ def start_run(model, tok, rows, old_run):
         check_fixed(old_run, fixed)
     else:
         for pattern in RUN_FILES.split():
-            for path in Path(out_dir).glob(pattern):
+            for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
                 path.unlink()
     write_file("run.json", run)
     with contextlib.suppress(shutil.SameFileError):
@@ -1050,17 +1061,18 @@ def unwrap(model):
 
 
 def gather(model, optimizers=(), with_frozen=False):
-    """Return ({name: weight} of the trained or of all weights, each once; the state of the optimizers)."""
+    """Return ({name: weight}, the optimizers' state), of the trained weights only or with the frozen ones."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
+    # Leave out what is frozen, and the second names of tied weights.
     names = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     others = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)} - names
     return {name: weight for name, weight in weights.items() if name not in others}, state
 
 
 def save_checkpoint(model, optimizers, progress, name):
-    """Write all that a resume needs; without optimizers, the trained weights and the progress."""
+    """Write all that a resume needs. With optimizers=[], the trained weights and the progress."""
     weights, state = gather(model, optimizers)
     if MAIN:
         write_file(name, {"model": weights, "optimizers": state, "progress": progress})
@@ -1069,13 +1081,14 @@ def save_checkpoint(model, optimizers, progress, name):
 def load_checkpoint(model, optimizers, name):
     """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
     state = {"model": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)
+    weights, _ = gather(model)  # in every process, as FSDP2 needs it
     if MAIN:
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
-        shapes = [{key: p.shape for key, p in found.items()} for found in (state["model"], weights)]
-        if shapes[0] != shapes[1]:
+        saved_shapes = {key: p.shape for key, p in state["model"].items()}
+        if saved_shapes != {key: p.shape for key, p in weights.items()}:
             fail(f"{out_dir}/{name} has the weights of another model: undo the edit, or start anew elsewhere")
+    # Not strict, because the checkpoint has no frozen weights.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     dcp.set_model_state_dict(model, state["model"], options=options)
@@ -1085,32 +1098,34 @@ def load_checkpoint(model, optimizers, name):
 
 
 def save_weights(model, weights):
-    """Write the weights as transformers or peft does, by way of a folder, so that each file is complete."""
-    folder = Path(out_dir, "weights")
-    folder.mkdir(exist_ok=True)
+    """Write the weights as transformers or peft does, first to a folder: no file is ever half written."""
+    folder = Path(out_dir, "weights.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model.config):  # transformers must not load this: it would compute something else
+        if not is_native(model):  # transformers must not load this: it would compute something else
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
-        model.generation_config.save_pretrained(folder)
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     else:
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    model.generation_config.to_json_file(folder / "generation_config.json")
     for path in folder.iterdir():
         path.replace(Path(out_dir, path.name))
     folder.rmdir()
 
 
-def is_native(config):
-    """Tell whether transformers computes the same as GPT. The initial zeros would hide a difference."""
+@functools.cache
+def is_native(gpt):
+    """Tell whether transformers computes the same, by random weights: with initial zeros any models agree."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        ours = GPT(config).eval()
-        theirs = transformers.NanoChatForCausalLM(config).eval()
+        ours = GPT(gpt.config).eval()
+        theirs = transformers.NanoChatForCausalLM(gpt.config).eval()
         for p in ours.parameters():
             nn.init.normal_(p, std=p.size(-1) ** -0.5)
-        idx = torch.randint(config.vocab_size, (1, min(1024, ours.context)))
+        idx = torch.randint(gpt.config.vocab_size, (1, min(1024, gpt.context)))
         with contextlib.suppress(RuntimeError):  # weights of other names or shapes
             theirs.load_state_dict(dict(ours.named_parameters()))
             if torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3):
@@ -1138,7 +1153,7 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     for i in range(0, math.ceil(n_rows / WORLD), micro_size):
         batch = mine[i : i + micro_size]
         x, y, learned = collate([rows[j] for j in batch or [0]])
-        if not batch:  # FSDP2 needs every process in every forward pass, also those that have no rows left
+        if not batch:  # no rows are left for this process, but FSDP2 needs it in every forward pass
             y = torch.full_like(y, -100)
         with accelerator.autocast():
             loss = model(*send_to_device((x, y, learned), accelerator.device))
@@ -1147,7 +1162,8 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
         totals += [loss.item(), (y != -100).sum().item(), n_bytes]
     model.train()
     loss, n_tokens, n_bytes = np.sum(gather_object([totals]), axis=0).tolist()
-    return {f"{name}/loss": loss / n_tokens, f"{name}/bits_per_byte": loss / max(1, n_bytes) / math.log(2)}
+    bits = loss / math.log(2)
+    return {f"{name}/loss": loss / n_tokens, f"{name}/bits_per_byte": bits / max(1, n_bytes)}
 
 
 def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report):
@@ -1162,25 +1178,24 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         if loss <= progress["best"]:
             progress["best"] = loss
             progress["evals_since_best"] = 0
-            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, its own weights only
+            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, only its own weights
             if MAIN:
                 save_weights(unwrap(model), weights)
-            if "test" in splits:  # which is evaluated at the end, by the best weights
+            if "test" in splits:  # the test at the end loads the best weights
                 save_checkpoint(model, [], progress, "best.pt")
         write_sample(model, tok, splits.get("validation", splits["train"])[0], progress["step"])
 
 
 def write_sample(model, tok, row, step):
-    """Write what the model makes of the first 16 tokens of a row, or of all up to the first answer."""
+    """Write how the model continues the first 16 tokens of a row or, in a chat, what precedes its answer."""
     n = 16
     if "labels" in row:
-        n = (row["labels"] != -100).int().argmax().item()
+        n = (row["labels"] != -100).nonzero()[0].item()
     prompt = row["ids"][:n].tolist()
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # each new length would be compiled, for a minute
-        tokens = [
-            token.item() for token in generate(unwrap(model), prompt, 1, 200, count_ids(tok), 0.8, seed=seed)
-        ]
+        continued = generate(unwrap(model), prompt, 1, 200, count_ids(tok), temperature=0.8, seed=seed)
+        tokens = [token.item() for token in continued]
     model.train()
     if MAIN:
         Path(out_dir, "samples").mkdir(exist_ok=True)
@@ -1188,11 +1203,8 @@ def write_sample(model, tok, row, step):
         Path(out_dir, f"samples/step_{step:08d}.txt").write_text(text, encoding="utf-8", errors="replace")
 
 
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}  # bf16 without sparsity, by NVIDIA's data sheets
+# In bf16 without sparsity, by NVIDIA's data sheets. Other GPUs get no mfu.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def speed(tokens_per_s, model):
@@ -1202,9 +1214,10 @@ def speed(tokens_per_s, model):
     values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
     for name, peak in PEAK_FLOPS.items():
         if name in gpu and isinstance(model, GPT):
-            multiplied = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+            n_params = sum(p.numel() for p in model.parameters())
+            n_multiplied = n_params - model.model.embed_tokens.weight.numel()  # embeddings are looked up
             attention_flops = 12 * len(model.model.layers) * model.config.hidden_size * block_size
-            flops_per_token = 6 * multiplied + attention_flops  # forward and backward, by the paper
+            flops_per_token = 6 * n_multiplied + attention_flops  # forward and backward
             values["mfu"] = tokens_per_s * flops_per_token / (peak * WORLD)
     return values
 
@@ -1217,10 +1230,8 @@ def start_accelerator():
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process makes the model and keeps its part
-    warnings.filterwarnings(
-        "ignore", "`?broadcast_buffers"
-    )  # its new name in torch 2.13 is unknown to accelerate
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # of accelerate, which uses the old name
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -1229,6 +1240,7 @@ def start_accelerator():
         project_dir=out_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process tokenizes
+            # Our only buffers are tables that never change. A view saves a copy of all gradients.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -1271,12 +1283,12 @@ def choose_precision():
 
 def set_up_fsdp2(accelerator):
     """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
-    policy = {"cast_forward_inputs": False}
+    policy = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
         policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     plugin = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
-    plugin.reshard_after_forward = True  # else evaluate() would use weights of before the last step
+    plugin.reshard_after_forward = True  # or else gathered weights would stay and be stale
     torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
 
 
@@ -1322,13 +1334,14 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
         model.compile()
-    model, *prepared = accelerator.prepare(model, *optimizers)
+    model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
 
     # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     if MAIN:
         run = start_run(unwrap(model), tok, splits, old_run)
-    if broadcast_object_list([old_run is not None])[0]:
+    is_resumed = broadcast_object_list([old_run is not None])[0]  # only the main process knows
+    if is_resumed:
         progress = load_checkpoint(model, optimizers, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
@@ -1366,6 +1379,7 @@ def main():
     )
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # of the first step
+    first_step = step
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     timer = time.monotonic()
     tokens_since = 0  # tokens trained on since the timer was set
@@ -1389,7 +1403,7 @@ def main():
 
         for group, peak_lr in zip(groups, peak_lrs):
             group["lr"] = peak_lr * lr_at(step, total_steps)
-            if "momentum" in group:  # Muon: lower at first, while the gradient still turns, as in nanochat
+            if "momentum" in group:  # Muon: lower at first, while gradients change quickly (nanochat)
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
 
         # The loss is the mean over the target tokens of the batch in all processes, so count them first.
@@ -1407,7 +1421,8 @@ def main():
                     micro_loss = model(*send_to_device(batch, device, non_blocking=True)) / n_tokens
                 accelerator.backward(micro_loss * WORLD)  # DDP takes the mean over processes, we want the sum
             loss += micro_loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         if accelerator.is_fsdp2:
             grad_norm = grad_norm.full_tensor()
         # Load the next batch while the GPU computes.
@@ -1416,11 +1431,11 @@ def main():
         # This is the only place in a step where the CPU waits for the GPU. Every process gets the same
         # numbers, so that all of them skip, stop or go on together.
         n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
-        loss, n_stop = accelerator.reduce(torch.stack([loss, n_stop]), "sum")
-        loss, n_stop, grad_norm, n_tokens = torch.stack([loss, n_stop, grad_norm, n_tokens]).tolist()
+        sums = accelerator.reduce(torch.stack([loss, n_stop]), "sum")  # over the processes
+        loss, n_stop, grad_norm, n_tokens = torch.stack([*sums, grad_norm, n_tokens]).tolist()
         stop = n_stop > 0
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        for o in prepared:
+        for o in wrapped_optimizers:
             if is_finite or accelerator.scaler:  # the scaler of fp16 skips the step and lowers its scale
                 o.step()
             o.zero_grad()
@@ -1433,9 +1448,7 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                sys.exit(
-                    "ten such steps in a row: lower learning_rate, or find the cause by --detect_anomaly=True"
-                )
+                sys.exit("ten such steps in a row: lower learning_rate, or look with --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
@@ -1444,18 +1457,19 @@ def main():
             report(values)
             timer = time.monotonic()
             tokens_since = 0
-        if profile and step == 5:
+        if profile and step == first_step + 5:
             profiler.start()
-        elif profile and step == 8:
+        elif profile and step == first_step + 8:
             profiler.stop()
 
     # ---- the end: the test loss of the best weights, and a summary in run.json ----
     if not stop:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        if math.isfinite(progress["best"]):
+        has_best = math.isfinite(progress["best"])  # not without a validation split: the last are the best
+        if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
-            if math.isfinite(progress["best"]):
+            if has_best:
                 load_checkpoint(model, [], "best.pt")
             values = evaluate(accelerator, model, tok, "test", splits["test"], micro_size)
             report(values)
@@ -1470,7 +1484,7 @@ def main():
 
 @torch.no_grad()
 def generate(model, prompt, n, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Yield the next token (n,) of n continuations of a prompt, a list of ids, until all of them have ended.
+    """Continue a prompt, a list of ids, n times. At each step, yield the n next tokens, until all have ended.
 
     vocab_size: the number of ids that the tokenizer knows; the model may have more, as padding. temperature
     0: the most likely token. A text that outgrows the model's context goes on from its last half.
@@ -1483,7 +1497,8 @@ def generate(model, prompt, n, max_new_tokens, vocab_size, temperature=1.0, top_
         if idx.size(1) > model.context:
             idx = idx[:, -max(1, model.context // 2) :]
             cache = {}
-        logits = model(idx[:, -1:] if cache else idx, cache=cache)  # (n, T, V)
+        new = idx[:, -1:] if cache else idx  # the cache has all but the last token
+        logits = model(new, cache=cache)  # (n, 1 or T, V)
         logits = logits[:, -1, :vocab_size].float().cpu()
         if temperature < 1e-3:
             token = logits.argmax(dim=-1)
@@ -1512,18 +1527,17 @@ def end_tokens(model):
 def set_generation_config(model, tok, rows):
     """Set which tokens end a text and which ids are padding, for generate() and for transformers."""
     ends = {tok.eos_token_id, *end_tokens(model)}
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     if "labels" in rows.column_names and tok.chat_template:
         with contextlib.suppress(Exception):  # a template may demand more than these two messages
             messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
             _, _, tail = tok.apply_chat_template(messages, tokenize=False).rpartition("!")
-            special = [
-                i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in tok.added_tokens_decoder
-            ]
-            ends.update(special[:1])  # a chat template may end answers with a token of its own
-        special = sorted(set(rows[0]["ids"].tolist()) & tok.added_tokens_decoder.keys())
-        if adapter:
-            names = ", ".join(tok.convert_ids_to_tokens(special))
-            log(f"not trained by the adapter: the embeddings of the special tokens in the data ({names})")
+            found = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in special]
+            ends.update(found[:1])  # a chat template may end answers with a token of its own
+    untrained = special.intersection(rows[0]["ids"].tolist())
+    if "labels" in rows.column_names and adapter and untrained:
+        names = " ".join(tok.convert_ids_to_tokens(sorted(untrained)))
+        log(f"note: the adapter leaves the embeddings of these special tokens as they are: {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         model.generation_config.suppress_tokens = list(range(count_ids(tok), model.config.vocab_size))
@@ -1534,7 +1548,7 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
     """
-    globals().update(run["settings"])  # of which the model reads some
+    globals().update(run["settings"])  # the model and load_model() read some
     model = load_model(str(folder), base=base, setting="out_dir").eval()
     with named("out_dir", str(folder)):
         return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -1543,12 +1557,8 @@ def load(folder, run, base=""):
 # ---- Answers: only with data that has prompts or chats ----
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-ROLES |= {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}  # ShareGPT
+# The names in ShareGPT's files.
+ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 # For a tokenizer without a chat template: lines of "role: content", with an <eos> behind each answer.
 PLAIN_CHAT_TEMPLATE = """\
 {%- if tools %}{{ 'tools: ' + (tools | tojson) + '\\n' }}{% endif %}
@@ -1581,8 +1591,8 @@ def answers_of(row, columns, tok):
     """Yield (text, spans) for a row of a table; spans are the (start, end) of its answers, in characters.
 
     A chat template may write earlier turns in another way than the last one (Qwen3 leaves out their
-    thoughts). Then each answer gets a text of its own, as the model will see it. tok: None if the tokenizer
-    is yet to be learned.
+    thoughts). In that case, each such answer gets its own text, which ends with it. tok: None if the
+    tokenizer is yet to be learned.
     """
     if columns[0] == prompt_column:
         prompt = as_text(row[prompt_column], prompt_column)
@@ -1603,11 +1613,10 @@ def answers_of(row, columns, tok):
                 render = functools.partial(tok.apply_chat_template, tools=parsed, tokenize=False)
                 prompt = render(messages[:i], add_generation_prompt=True)
                 answered = render(messages[: i + 1])
-            if not prompt.startswith(text):
+            if not prompt.startswith(text):  # earlier turns are rewritten: finish the text, begin a new one
                 yield text, spans
                 spans = []
-            # A prompt may open a thought that the message lacks (DeepSeek-R1): the answer begins where they
-            # part.
+            # DeepSeek-R1's prompt ends with "<think>", which the message lacks: look where the two part.
             start = len(os.path.commonprefix([prompt, answered]))
             spans.append((start, len(answered)))
             text = answered
@@ -1622,7 +1631,9 @@ def encode_answers(documents, columns, tok):
     """
     is_chat = columns[0] != prompt_column
     begin = [] if is_chat else begin_of_text(tok)  # a chat template writes <bos> itself
-    ends = [token.content for token in tok.added_tokens_decoder.values() if token.special and is_chat]
+    ends = [tok.eos_token]
+    if is_chat:
+        ends += [token.content for token in tok.added_tokens_decoder.values() if token.special]
     n_dropped = 0
     n_cut = 0
     for row in read_rows(documents):
@@ -1636,7 +1647,7 @@ def encode_answers(documents, columns, tok):
                 labels.append(token if is_learned else -100)
             if max(labels, default=-100) < 0:
                 continue
-            if not text.rstrip().endswith((tok.eos_token, *ends)):  # else the model would never stop
+            if not text.rstrip().endswith(tuple(ends)):  # else the model would never stop
                 ids.append(tok.eos_token_id)
                 labels.append(tok.eos_token_id)
             if labels[0] >= 0:  # the first token of a row is never a target, so put an <eos> before it
@@ -1672,25 +1683,26 @@ class Pretrained(nn.Module):
         self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
         positions = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.context = positions - self.n_virtual
-        self.has_plain_head = False  # check_model() finds out whether logits() is what the model computes
+        self.has_plain_head = False  # True if logits(hidden_states(idx)) is right; set by check_model()
 
     def forward(self, idx, targets=None, learned=None, cache=None):
         """Do as GPT.forward() does. The cache stays empty if the model has none."""
         T = idx.size(1)
         # No mask is needed: padding is on the right, where causal attention does not look.
         if cache is not None:
-            # After the first call, the virtual tokens are in the cache; peft would put them in front again.
-            lm = self.lm.base_model if cache and self.n_virtual else self.lm
+            lm = self.lm
+            if cache and self.n_virtual:  # the cache has the virtual tokens: peft must not add them again
+                lm = self.lm.base_model
             out = lm(input_ids=idx, use_cache=True, **cache)
             if out.get("past_key_values") is not None:
                 cache["past_key_values"] = out.past_key_values
             return out.logits[:, -T:]
         if targets is None:
-            return self.lm(input_ids=idx, use_cache=False).logits[:, -T:].float()  # no virtual tokens
+            return self.lm(input_ids=idx, use_cache=False).logits[:, -T:].float()  # without virtual tokens
         if not self.has_plain_head:
             return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten(), reduction="sum")
 
-        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        hidden = self.hidden_states(idx).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if learned is not None:
             hidden = hidden[learned]
@@ -1699,9 +1711,9 @@ class Pretrained(nn.Module):
         size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))  # positions whose fp32 logits take 128 MB
         return SumOfLosses.apply(hidden, targets, self.logits, size, *trained)
 
-    def hidden(self, idx):
+    def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        no_logits = idx.new_empty(0)  # the positions whose logits we want: none
+        no_logits = idx.new_empty(0)  # logits are wanted for no position: skip the output layer
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_logits)
         return out.hidden_states[-1][:, -idx.size(1) :]
 
@@ -1721,28 +1733,32 @@ class SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, logits_of, size, *weights):
-        """Return the sum for hidden (n, C) and targets (n,), `size` at a time. weights: of logits_of()."""
+        """Return the sum for hidden (n, C) and targets (n,), `size` positions at a time.
+
+        logits_of: a function from hidden states to logits. weights: the trained parameters that it uses.
+        """
+        wants_grad = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         hidden_grads = []
         weight_grads = [torch.zeros_like(weight) for weight in weights]
         for h, y in zip(hidden.split(size), targets.split(size)):
-            with torch.set_grad_enabled(hidden.requires_grad):
-                h = h.detach().requires_grad_(hidden.requires_grad)
+            h = h.detach().requires_grad_(wants_grad)
+            with torch.set_grad_enabled(wants_grad):
                 loss = F.cross_entropy(logits_of(h), y, reduction="sum")
             total += loss.detach()
-            if hidden.requires_grad:
+            if wants_grad:
                 h_grad, *grads = torch.autograd.grad(loss, (h, *weights))
                 hidden_grads.append(h_grad)
-                for total_grad, weight_grad in zip(weight_grads, grads):
-                    total_grad += weight_grad
-        if hidden.requires_grad:
+                for weight_grad, grad in zip(weight_grads, grads):
+                    weight_grad += grad
+        if wants_grad:
             ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_grad, *weight_grads = ctx.saved_tensors
-        return grad * hidden_grad, None, None, None, *(grad * g for g in weight_grads)
+        hidden_grad, *weight_grads = (grad * saved for saved in ctx.saved_tensors)
+        return hidden_grad, None, None, None, *weight_grads
 
 
 @torch.no_grad()
@@ -1755,7 +1771,7 @@ def check_model(model):
     if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
         fail(f"{init_from=} is not a causal language model: its tokens see later ones")
     with contextlib.suppress(TypeError, AttributeError):  # the model lacks an argument or an output layer
-        difference = (model.logits(model.hidden(idx)) - logits).abs().max()
+        difference = (model.logits(model.hidden_states(idx)) - logits).abs().max()
         model.has_plain_head = (difference < 0.01 * tolerance).item()
     model.train()
 
@@ -1763,7 +1779,7 @@ def check_model(model):
 def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     """Return the GPT of an earlier run, or else a Pretrained; an adapter comes with its base model.
 
-    base: where that is now, if it has moved. setting: the name of the setting that names the model.
+    base: where the base model is now, if it has moved. setting: the setting that names the model.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1781,21 +1797,28 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         import peft
 
         base = base or read_json(setting, name, "adapter_config.json")["base_model_name_or_path"]
-        lm = load_model(base, dtype, setting=setting).lm
+        lm = load_causal_lm(base, dtype, setting)
         with named(setting, name):
+            if Path(name, "generation_config.json").exists():  # of an earlier run
+                lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
             lm = peft.PeftModel.from_pretrained(lm, name, is_trainable=(adapter == "lora"))
             stored = safetensors.torch.load_file(Path(name, "adapter_model.safetensors")).keys()
         expected = peft.get_peft_model_state_dict(lm).keys()
-        if any("lora_" in key for key in expected ^ stored):
+        if any("lora_" in key for key in expected ^ stored):  # keys that only one of them has
             fail(f"{setting}={name!r} is an adapter of another model than {base}")
         return Pretrained(lm)
+    return Pretrained(load_causal_lm(name, dtype, setting))
+
+
+def load_causal_lm(name, dtype, setting):
+    """Return a causal language model of transformers."""
     with named(setting, name):
         lm, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True
         )
     if info["missing_keys"]:
         fail(f"{setting}={name!r} has no weights for {min(info['missing_keys'])}")
-    return Pretrained(lm)
+    return lm
 
 
 def load_pretrained(precision):
@@ -1805,8 +1828,10 @@ def load_pretrained(precision):
     (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021 (arXiv:2103.10385).
     """
     dtype = torch.float32
-    if adapter:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, dtype)
+    if adapter and precision == "bf16":
+        dtype = torch.bfloat16
+    if adapter and precision == "fp16":
+        dtype = torch.float16
     model = load_model(init_from, dtype)
     is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
     if is_adapter and adapter != "lora":
@@ -1847,7 +1872,7 @@ def find_targets(lm):
 
 
 def check_ids(model, splits):
-    """End the program if the data has ids that the model lacks, of tokens added to the tokenizer only."""
+    """End the program if the data has ids beyond the vocabulary of the model."""
     for rows in splits.values():
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()

@@ -178,13 +178,18 @@ def sampling(folder):
     large = " --n_layer=12 --n_embd=768 --n_head=12 --tokenizer=bpe:8192"
     for size, shape, n in ("1 M", "", 100), ("34 M", middle, 60), ("98 M", large, 30):
         ours(folder, f"train_lm.py --max_steps=2 --eval_batches=1 --test_fraction=0 --optimizer=adamw{shape}")
-        trainer, model, _ = sample.load_run(folder)
+        sample.out_dir = str(folder)
+        sample.load_run()
+        trainer, model = sample.trainer, sample.model
         other = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
         kwargs = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": True, "temperature": 0.8, "top_k": 0}
         for batch in (1, 8):
             ids = torch.randint(model.config.vocab_size, (1, 16)).repeat(batch, 1)
             theirs = partial(other.generate, ids, attention_mask=torch.ones_like(ids), **kwargs)
-            mine = partial(torch.inference_mode()(trainer.generate), model, ids[0].tolist(), batch, n, 0.8)
+            generate = torch.inference_mode()(trainer.generate)
+            model.generation_config.eos_token_id = None  # as min_new_tokens: no text ends early
+            vocab_size = model.config.vocab_size
+            mine = partial(generate, model, ids[0].tolist(), batch, n, vocab_size, temperature=0.8)
             sides = {"transformers' generate()": theirs, "ours": mine}
             sides = {name: partial(per_second, batch * n, side) for name, side in sides.items()}
             compare(f"Sampling, {size} parameters, {batch} at once", ["tokens/s"], sides)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,14 +134,17 @@ def writes_around(folder, single):
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tok.eos_token, **bos).save_pretrained(folder)
 
 
-def edited(folder, function, line):
-    """-> a copy of train_lm.py in which a function begins with another line"""
+def check_out(folder, *edits):
+    """A copy of the files in a new folder, edited as a researcher would; -> its train_lm.py"""
+    folder.mkdir()
     source = (ROOT / "train_lm.py").read_text(encoding="utf-8")
-    changed = re.sub(rf"(\ndef {function}\(.*\):\n)", rf"\1    {line}\n", source)
-    assert changed != source
-    path = folder / "train_lm.py"
-    path.write_text(changed, encoding="utf-8")
-    return path
+    for old, new in edits:
+        assert old in source
+        source = source.replace(old, new)
+    for name in ("sample.py", "configurator.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "train_lm.py").write_text(source, encoding="utf-8")
+    return folder / "train_lm.py"
 
 
 @pytest.fixture(scope="session")
@@ -334,6 +338,12 @@ class Hostile:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def contents(*folders):
+    """-> {file: what is in it}, but the lock that a run takes"""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "lock"}
 
 
 def wait_for_step(out, step, process, seconds=120):

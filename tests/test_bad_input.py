@@ -11,37 +11,27 @@ import traceback
 
 import pytest
 import torch
-from conftest import ROOT, Hostile, edited, refusal, run, within
+import transformers
+from conftest import ROOT, Hostile, check_out, contents, refusal, run, within
 from safetensors.torch import load_file, save_file
 
 SAYS, ANSWERS = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
-NARRATOR = {"role": "narrator", "content": "he waits"}
 ROWS = {  # files of such rows
     "rows": {"body": "some text", "n": 1},
-    "questions": {"messages": [SAYS]},
     "chats": {"messages": [SAYS, ANSWERS]},
-    "told": {"messages": [SAYS, NARRATOR, ANSWERS]},
-    "fields": {"messages": [SAYS, {"role": "assistant", "content": {"answer": 4}}]},
+    "told": {"messages": [SAYS, {"role": "narrator", "content": "he waits"}, ANSWERS]},
     "sentences": {"messages": "hello? hi!"},
-    "answers": {"prompt": "a long question", "completion": "a short answer"},
-    "numbers": {"prompt": "a question", "completion": 42},
-    "new": {"prompt": "hello", "completion": "<|new|> world"},
-    "surrogates": {"text": "half a letter: \ud83d"},
 }
 FILES = {
     "empty.txt": b"",
-    "latin.txt": "déjà vu ".encode("latin-1") * 100,
     "latin_later.txt": b"plain text " * 20000 + "déjà vu ".encode("latin-1"),
     "latin.csv": "text\ndéjà vu\n".encode("latin-1"),
     "short.txt": b"too short",
     "good.txt": b"the quick brown fox jumps over the lazy dog\n" * 500,
-    "paper.pdf": b"%PDF-1.4 obj endobj",
     "commas.csv": b"prompt,completion\nq one,a one\nq two,no, never\n",
     "line.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": \n',
-    "list.json": b'[{"text": "one"}, {"text": ]\n',
     "list.jsonl": b'{"text": "one"}\n["two"]\n',
     "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 5000)[:60],
-    "no.jsonl.gz": b'{"text": "one"}\n',
     "cut.parquet": b"PAR1 and no more",
     "nothing/.hidden": b"",
     "foreign/thesis.doc": b"years of work",
@@ -50,7 +40,6 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Files of every kind that cannot be trained on, and one that can: good.txt."""
     folder = tmp_path_factory.mktemp("data")
     for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -63,8 +52,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, pretrained):
     """Models that cannot be gone on from, and one that could be: lm."""
-    import transformers
-
     folder, lm = tmp_path_factory.mktemp("models"), pretrained("qwen3", False)
     for name in ("lm", "headless", "young", "strict", "mute", "endless"):
         shutil.copytree(lm, folder / name)
@@ -81,67 +68,47 @@ def models(tmp_path_factory, pretrained):
         path.unlink()
     file = folder / "endless/tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
-    (folder / "qwen99").mkdir()
-    (folder / "qwen99/config.json").write_text('{"model_type": "qwen99"}')
-    shutil.copytree(lm, folder / "added")
-    tok = transformers.AutoTokenizer.from_pretrained(lm)
-    tok.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
-    tok.save_pretrained(folder / "added")
     return folder
 
 
 NUMBERS = "batch_size=0 block_size=0 n_layer=0 n_head=0 n_embd=0 lora_rank=0 dropout=1 beta1=1 beta2=1.5"
 NUMBERS += " val_fraction=1 test_fraction=1.5 seed=9223372036854775808 grad_clip=-1 learning_rate=-0.1"
-NUMBERS += " max_steps=-1 warmup_steps=-1 num_workers=-1 optimizer=sgd lr_schedule=linear mixed_precision=fp8"
-NUMBERS += " tracker=wandbb adapter=qlora dataset= n_embd=102 fold=6/5 fold=one mixed_precision=fp16"
+NUMBERS += " max_steps=-1 warmup_steps=-1 num_workers=-1 optimizer=sgd lr_schedule=linear"
+NUMBERS += " mixed_precision=fp8 tracker=wandbb adapter=qlora dataset= n_embd=102 fold=6/5 fold=one"
+NUMBERS += " mixed_precision=fp16 adapter=lora"
 
 LORA, GOOD = ("--adapter=lora", "--block_size=32"), "--dataset={data}/good.txt"
-TUNE = ("--init_from={models}/lm", "--block_size=32")
 CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
-NEW = ("--dataset={data}/new.jsonl", "--block_size=32")
 REFUSED = [
-    (["--n_embd=100", "--n_head=3"], "must be a multiple of 2 x n_head=3"),
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
     (["--resume=True", "--overwrite=True"], "choose one"),
     (["--batch_size=16", "--micro_batch_size=5"], "must be a multiple of 5 rows x 1 processes"),
     # data
     (["--dataset={data}/missing.txt"], "Couldn't find any data file"),
     (["--dataset={data}/nothing"], "holds nothing that can be read"),
-    (["--dataset={data}/paper.pdf"], "paper.pdf' holds nothing that can be read"),
     (["--dataset={data}/empty.txt"], "has nothing to learn from in its train split"),
-    (["--dataset={data}/latin.txt"], "latin.txt' holds nothing that can be read: UTF-8 text"),
     (["--dataset={data}/latin_later.txt"], "latin_later.txt is not UTF-8"),
     (["--dataset={data}/latin.csv"], "column 'text' is not UTF-8"),
-    (["--dataset={data}/surrogates.jsonl"], "column 'text' is not UTF-8"),
     (["--dataset={data}/short.txt"], "train set will be empty"),
     (["--dataset={data}/commas.csv"], "commas.csv, row 2 has more fields than the first line"),
     (["--dataset={data}/line.jsonl"], "line.jsonl, row 3 cannot be read"),
     (["--dataset={data}/list.jsonl"], "list.jsonl, row 2 must have named fields"),
-    (["--dataset={data}/list.json"], "list.json"),
     (["--dataset={data}/cut.jsonl.gz"], "cut.jsonl.gz"),
-    (["--dataset={data}/no.jsonl.gz"], "no.jsonl.gz"),
     (["--dataset={data}/cut.parquet"], "cut.parquet"),
     (["--dataset={data}/rows.jsonl"], "--text_column= takes one of body, n"),
     (["--dataset={data}/rows.jsonl", "--text_column=n"], "column 'n' holds 1, which is not text"),
     (["--train_split=sft"], "--train_split= takes one of train"),
-    (["--dataset={data}/questions.jsonl"], "nothing to learn from"),
-    (["--dataset={data}/answers.jsonl", "--block_size=8", "--tokenizer=bytes"], "nothing to learn from"),
-    (["--dataset={data}/numbers.jsonl"], "column 'completion' holds 42, which is not text"),
     (["--dataset={data}/told.jsonl"], "the role 'narrator' in column 'messages'"),
-    (["--dataset={data}/fields.jsonl"], "column 'messages' holds {{'answer': 4}}, which is not text"),
     (["--dataset={data}/sentences.jsonl"], "'messages'"),
     # the run directory
     ([GOOD, "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
     ([GOOD, "--out_dir={data}/good.txt"], "out_dir="),
     ([GOOD, "--out_dir={root}"], "is or holds {root}"),
-    ([GOOD, "--out_dir={root}/.."], "is or holds {root}"),
     ([GOOD, "--out_dir={data}", "--overwrite=True"], "is or holds {data}/good.txt"),
-    ([*TUNE, "--out_dir={models}/lm", "--overwrite=True"], "is or holds {models}/lm"),
+    (["--init_from={models}/lm", "--out_dir={models}/lm", "--overwrite=True"], "is or holds {models}/lm"),
     # models and tokenizers
     ([GOOD, "--tokenizer={data}/nothing"], "tokenizer="),
-    (["--adapter=lora"], "needs a pretrained model, such as --init_from=gpt2"),
     (["--init_from={models}/t5"], "init_from="),
-    (["--init_from={models}/qwen99"], "pip install"),
     (["--init_from={models}/bert", "--block_size=32"], "bert' is not a causal language model"),
     (["--init_from={models}/headless"], "has no weights for lm_head.weight"),
     (["--init_from={models}/young"], "init_from="),
@@ -151,9 +118,7 @@ REFUSED = [
     (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
     (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
     (["--init_from={models}/words", "--block_size=32"], "{models}/words knows only 290"),
-    (["--init_from={models}/added", *NEW], "has the token 300, but {models}/added knows only 300"),
     (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "has no layer 'qkv'"),
-    (["--init_from={models}/lm", *LORA, "--lora_targets=all-linear,q_proj"], "all-linear cannot be mixed"),
     (["--init_from={models}/strict", *CHATS], "no system message"),
 ]
 
@@ -168,12 +133,6 @@ def fill_in(tmp_path, data, models):
         return [argument.format(data=data, models=models, root=ROOT) for argument in (*where, *arguments)]
 
     return fill_in
-
-
-def contents(*folders):
-    """-> {file: what is in it}, but the lock that a run takes"""
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files if path.name != "lock"}
 
 
 @pytest.mark.parametrize("setting", NUMBERS.split())
@@ -209,8 +168,7 @@ def test_overwrite_takes_nothing_but_an_old_run_and_that_late(tmp_path, tiny, da
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     before = contents(out)
-    bad = ["--dropout=2", f"--dataset={data}/latin_later.txt", f"--dataset={data}/missing.txt"]
-    bad += [f"--dataset={data}/commas.csv", f"--init_from={models}/t5"]
+    bad = ("--dropout=2", f"--dataset={data}/latin_later.txt", f"--init_from={models}/t5")
     for argument in (*bad, "--tokenizer=no/such"):
         refusal("train_lm.py", tiny, "--overwrite=True", argument)
         assert contents(out) == before
@@ -223,7 +181,8 @@ def test_overwrite_takes_nothing_but_an_old_run_and_that_late(tmp_path, tiny, da
 
 @pytest.mark.parametrize("function, name", [("encode_texts", "good.txt"), ("encode_answers", "chats.jsonl")])
 def test_a_mistake_in_an_edit_keeps_its_traceback(tmp_path, tiny, data, function, name):
-    script = edited(tmp_path, function, "[].no_such_method()")
+    head = f"def {function}(documents, columns, tok):\n"
+    script = check_out(tmp_path / "checkout", (head, f"{head}    [].no_such_method()\n"))
     with pytest.raises(Exception) as raised:
         within(script, tiny, f"--dataset={data}/{name}")
     shown = "".join(traceback.format_exception(raised.value))
@@ -233,7 +192,6 @@ def test_a_mistake_in_an_edit_keeps_its_traceback(tmp_path, tiny, data, function
 HOSTILE = {
     "weights of a language model": ("pytorch_model.bin", ["--init_from={model}"]),
     "weights of an adapter": ("adapter_model.bin", ["--init_from={model}", *LORA]),
-    "code of a language model": ("modeling_x.py", ["--init_from={model}"]),
     "code of a configuration": ("configuration_x.py", ["--init_from={model}"]),
     "code of a tokenizer": ("tokenization_x.py", ["--tokenizer={model}", "--max_steps=1"]),
     "a chat template": ("chat_template.jinja", ["--init_from={model}", *CHATS]),
@@ -242,7 +200,6 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_models_run_no_code(tmp_path, models, fill_in, what):
-    """Each kind of file that is loaded, with code in it that leaves a file."""
     (name, arguments), model, owned = HOSTILE[what], tmp_path / "model", tmp_path / "owned"
     shutil.copytree(models / "lm", model)
     path = model / name
@@ -257,12 +214,15 @@ def test_hostile_models_run_no_code(tmp_path, models, fill_in, what):
         path.write_text("{{ cycler.__init__.__globals__.os.system('touch " + str(owned) + "') }}")
     else:  # the way in which models of the hub bring code of their own
         path.write_text(f"open({str(owned)!r}, 'w')\nfrom transformers import *\n")
-        part = {"m": "AutoModelForCausalLM", "c": "AutoConfig", "t": "AutoTokenizer"}[name[0]]
         file = model / ("tokenizer_config.json" if name[0] == "t" else "config.json")
         config = json.loads(file.read_text()) | {"model_type": "x"}
         code = f"{path.stem}.X"
-        config["auto_map"] = {part: [code, code] if name[0] == "t" else code, "AutoConfig": code}
-        config |= {"tokenizer_class": "X"} if name[0] == "t" else {}
+        config["auto_map"] = {"AutoConfig": code}
+        if name[0] == "t":
+            config |= {
+                "tokenizer_class": "X",
+                "auto_map": {"AutoTokenizer": [code, code], "AutoConfig": code},
+            }
         file.write_text(json.dumps(config))
     arguments = [argument.replace("{model}", str(model)) for argument in arguments]
     arguments = fill_in([*arguments, "--block_size=32"])

@@ -21,7 +21,6 @@ FILES = {
     "one": "import math\ncount = 4\nrate = 0\n_half = count / 2\nname = f'n{_half}'\n",
     "two": "count = count + 1\n",
     "bad_name": "lerning = 1",
-    "bad_type": "count = '3'",
     "bad_bool": "count = True",
     "raises": "_a = 1\ncount = 1 / 0",
     "syntax": "count = = 3",
@@ -37,32 +36,23 @@ def script(tmp_path, monkeypatch):
     return {**DEFAULTS, "PATHS": ("folder",)}
 
 
-def test_later_wins_and_types_follow_the_default(script):
-    configure(script, ["one.py", "--flag=true", "--count=7", "two.py", "--rate=1e-3", "--name=x=y.py"])
-    assert settings(script) == {"name": "x=y.py", "folder": "b", "count": 8, "rate": 0.001, "flag": True}
+def test_later_wins_types_follow_the_default_and_a_tilde_is_home_in_paths_alone(script):
+    arguments = ["one.py", "--flag=true", "--count=7", "two.py", "--rate=1e-3", "--name=~/x=y.py"]
+    configure(script, [*arguments, "--folder=~/runs"])
+    expected = {"name": "~/x=y.py", "folder": str(Path.home() / "runs"), "count": 8, "rate": 0.001}
+    assert settings(script) == expected | {"flag": True}
     configure(script, ["--rate=2"])
     assert type(script["rate"]) is float
-
-
-def test_a_tilde_means_the_home_directory_in_paths_alone(script):
-    configure(script, ["--name=~/runs", "--folder=~/runs"])
-    assert script["name"] == "~/runs"
-    assert script["folder"] == str(Path.home() / "runs")
 
 
 MISTAKES = {
     "--cuont=3": "did you mean count",
     "--count": "write --name=value",
-    "-count=3": "write --name=value",
-    "count=3": "write --name=value",
     "--count=3.5": "of type int, like 3",
-    "--rate=fast": "of type float, like 0.5",
-    "--rate=nan": "of type float",
-    "--rate=1e999": "of type float",
+    "--rate=1e999": "a finite number",
     "--flag=yes": "of type bool, like False",
     "missing.py": "there is no config file missing.py",
     "bad_name.py": "lerning is not a setting",
-    "bad_type.py": "of type int",
     "bad_bool.py": "of type int",
 }
 

@@ -5,12 +5,7 @@ stay text; documents fill rows, each token the target of one; what is not used i
 again by a second start; the order of the rows is a function of (seed, step).
 """
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 import os
 import re
 import string
@@ -18,9 +13,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import edited, within, writes_around
+from conftest import check_out, within, writes_around
 
 import train_lm
 
@@ -161,48 +157,22 @@ def test_splits_are_known_by_name(prepare, tmp_path, capfd):
     assert list(sizes) == ["train"]  # no row is in two splits
 
 
-def as_csv(rows, delimiter):
-    file = io.StringIO()
-    table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
-    table.writeheader()
-    table.writerows(rows)
-    return file.getvalue().encode()
-
-
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
-    fields = [
-        "None",
-        "NA",
-        "null",
-        "nan",
-        "007",
-        "1",
-        "2024-01-01",
-        "a, b",
-        'say "yes"',
-        "two\nlines",
-        "é",
-        "x\ty",
-    ]
-    rows = [{"body": text, "other": i} for i, text in enumerate(fields)]
+    fields = ["None", "NA", "null", "nan", "007", "1", "2024-01-01"]
+    fields += ["a, b", 'say "yes"', "two\nlines", "é", "x\ty"]
     for i, text in enumerate(fields):
         write(tmp_path / f"folder/{i:02}.md", text)
     write(tmp_path / "folder/other.txt", "not of the pattern")
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    files = {
-        "a.jsonl": lines,
-        "b.NDJSON": lines,
-        "c.jsonlines.XZ": lzma.compress(lines),
-        "d.Jsonl.gz": gzip.compress(lines),
-        "e.json": json.dumps(rows, indent=1).encode(),
-        "f.csv": b"\xef\xbb\xbf" + as_csv(rows, ","),  # a byte-order mark, as Excel writes it
-        "g.TSV": as_csv(rows, "\t"),
-        "h.csv.bz2": bz2.compress(as_csv(rows, ",")),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "i.Parquet")
-    for name in ("folder/*.md", *files, "i.Parquet"):
+    table = pd.DataFrame({"body": fields, "other": range(len(fields))})
+    lines = ("a.jsonl", "b.NDJSON", "c.jsonlines.XZ", "d.Jsonl.gz")
+    for name in lines:
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    table.to_json(tmp_path / "e.json", orient="records", indent=1)
+    table.to_csv(tmp_path / "f.csv", encoding="utf-8-sig", lineterminator="\r\n")  # as Excel writes it
+    table.to_csv(tmp_path / "g.TSV", sep="\t")
+    table.to_csv(tmp_path / "h.csv.bz2")
+    table.to_parquet(tmp_path / "i.Parquet")
+    for name in ("folder/*.md", *lines, "e.json", "f.csv", "g.TSV", "h.csv.bz2", "i.Parquet"):
         column = "text" if name == "folder/*.md" else "body"
         tok, found, _ = prepare(dataset=tmp_path / name, text_column=column, **WHOLE)
         assert sorted(found["train"].split(tok.eos_token)[:-1]) == sorted(fields), name
@@ -229,7 +199,6 @@ def test_documents_fill_rows_and_each_token_is_learned_once(tmp_path, prepare, p
 
 
 def cache_files():
-    """-> {file of the cache of datasets: time of its last change}"""
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
 
@@ -254,7 +223,7 @@ def test_a_second_start_tokenizes_nothing_and_says_the_same(tmp_path, prepare, c
     assert cache_files() != files
 
 
-def test_an_edit_of_the_data_or_of_the_code_that_reads_it_is_not_missed(tmp_path, prepare, tiny):
+def test_an_edit_of_the_data_the_code_or_the_eos_is_not_missed(tmp_path, prepare, tiny, pretrained):
     write(tmp_path / "texts/a.txt", "first " * 20)
     write(tmp_path / "texts/b.txt", "second " * 20)
     _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
@@ -262,19 +231,14 @@ def test_an_edit_of_the_data_or_of_the_code_that_reads_it_is_not_missed(tmp_path
     write(tmp_path / "texts/b.txt", "third " * 20)
     _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
     assert texts["train"].count("third") == 20 and "second" not in texts["train"]
-
-    # this edit leaves out one of the two files
+    head = "def encode_texts(documents, columns, tok):\n"
     how = (tiny, f"--dataset={tmp_path / 'texts'}", "--max_steps=0", "--val_fraction=0", "--test_fraction=0")
-    script = edited(tmp_path, "encode_texts", "documents = documents[:1]")
+    script = check_out(tmp_path / "checkout", (head, f"{head}    documents = documents[:1]\n"))
     before, _ = within("train_lm.py", *how)
     after, _ = within(script, *how, f"--out_dir={tmp_path / 'edited'}")
     assert "train: 8 rows" in before and "train: 4 rows" in after
-
-
-def test_another_eos_of_the_same_vocabulary_is_not_missed(tmp_path, prepare, pretrained):
-    write(tmp_path / "t.txt", "some text " * 20)
     base = pretrained("gpt2", True, "<|end|>")
-    how = {"dataset": tmp_path / "t.txt", "init_from": base, "tokenizer": "", **WHOLE}
+    how = {"dataset": tmp_path / "texts", "init_from": base, "tokenizer": "", **WHOLE}
     tok, texts, _ = prepare(**how)
     assert tok.eos_token == "<|endoftext|>" and texts["train"].endswith("<|endoftext|>")
     config = json.loads((base / "tokenizer_config.json").read_text())

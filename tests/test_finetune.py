@@ -1,20 +1,23 @@
 """
-Fine-tuning through the real commands, on tiny models of transformers and on a run of ours: whole, by LoRA and
-by P-tuning they train, go on bit for bit, load in transformers and peft with the logits they had, speak and
-are merged; what is learned of chats is what transformers' own masks say, whatever the template and the tokenizer
-write; the loss is that of transformers, also where it is computed in chunks.
+Fine-tuning through the real commands, on tiny models of transformers and on a run of ours: whole, by LoRA and by
+P-tuning they train, go on bit for bit, load in transformers and peft with the logits they had, speak as those generate,
+with a cache, also from a plain folder, and are merged; what is learned of chats is what transformers' own masks say,
+whatever the template and the tokenizer write; the loss is that of transformers, also where it is computed in chunks.
 """
 
 import json
 import string
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import differences, last_state, rows, within, writes_around
+from conftest import lost, rows, within, writes_around
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import train_lm
 
@@ -24,16 +27,11 @@ KINDS = [("qwen3", ""), ("finished", ""), ("gpt2", "lora"), ("finished", "lora")
 
 
 def load(folder, adapter):
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
     return (AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM).from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize("kind, adapter", KINDS)
 def test_it_trains_goes_on_loads_speaks_and_merges(tmp_path, pretrained, finished, text_file, kind, adapter):
-    from transformers import AutoTokenizer
-
     base = finished if kind == "finished" else pretrained(kind)
     (tmp_path / "text.txt").write_text(text_file.read_text()[::-1])  # another language of the same letters
     how = (f"--init_from={base}", f"--adapter={adapter}", f"--dataset={tmp_path / 'text.txt'}", *FAST)
@@ -41,18 +39,29 @@ def test_it_trains_goes_on_loads_speaks_and_merges(tmp_path, pretrained, finishe
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for steps, out in (20, unbroken), (10, broken), (20, broken):
         within("train_lm.py", *how, f"--max_steps={steps}", f"--out_dir={out}")
-    states = [last_state(out) for out in (unbroken, broken)]
-    assert not differences(states[0]["model"], states[1]["model"])
-    assert not differences(states[0]["optimizers"], states[1]["optimizers"])
-    assert rows(unbroken, "train/loss") == rows(broken, "train/loss")
+    assert not lost(unbroken, broken)
     val = [row["val/loss"] for row in rows(unbroken, "val/loss")]
     assert val[-1] < val[0] - 0.01
 
     model, tok = load(unbroken, adapter), AutoTokenizer.from_pretrained(unbroken)
-    greedy = ("--prompt=def add", "--temperature=0", "--max_new_tokens=8")
+    (tmp_path / "prompt.txt").write_text("def add")
+    greedy = ("--temperature=0", "--max_new_tokens=8", "--num_samples=2")
     ids = model.generate(**tok("def add", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0]
     theirs = tok.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # half a character
-    assert within("sample.py", f"--out_dir={unbroken}", *greedy)[0] == theirs + "\n"
+    lengths = []
+
+    def note(module, inputs, output):
+        if hasattr(output, "last_hidden_state"):
+            lengths.append(output.last_hidden_state.size(1))
+
+    if kind != "finished":
+        (unbroken / "run.json").unlink()  # a plain folder, as transformers and peft save it
+    speak = (f"--out_dir={unbroken}", f"--prompt=FILE:{tmp_path}/prompt.txt", *greedy)
+    with register_module_forward_hook(note):
+        assert within("sample.py", *speak)[0] == 2 * (theirs + "\n")
+    n_prompt = len(tok("def add").input_ids)
+    if (kind, adapter) != ("finished", ""):
+        assert lengths == [n_prompt + 20 * (adapter == "p_tuning"), *[1] * (len(ids) - n_prompt - 1)]
     merge = ("sample.py", f"--out_dir={unbroken}", f"--merge={tmp_path / 'merged'}")
     if adapter != "lora":
         assert "has no LoRA adapter that could be merged" in within(*merge, code=2)[1]
@@ -99,15 +108,9 @@ WITH_TOOL = [
     {"role": "assistant", "content": "No."},
 ]
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
-
-
 PARTS = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CONVERSATION]
-SHAREGPT = [
-    {"from": "human", "value": "Rain?"},
-    {"from": "function_call", "value": "{weather}"},
-    {"from": "observation", "value": "0 mm"},
-    {"from": "gpt", "value": "No."},
-]
+SENDERS = ("human", "function_call", "observation", "gpt")
+SHAREGPT = [{"from": name, "value": m["content"]} for name, m in zip(SENDERS, WITH_TOOL, strict=True)]
 ROWS = {  # of a table, with the messages that they stand for
     "messages": ({"messages": CONVERSATION}, CONVERSATION),
     "one answer": ({"messages": CONVERSATION[1:3]}, CONVERSATION[1:3]),
@@ -143,7 +146,6 @@ def learned(tok, row):
 
 @pytest.fixture(scope="module")
 def chatty(pretrained):
-    """A model whose tokenizer has the special tokens and the template of ChatML."""
     folder = pretrained("qwen3", True, "<|im_start|>", "<|im_end|>")
     (folder / "chat_template.jinja").write_text(CHATML)
     return folder
@@ -193,8 +195,6 @@ def test_a_column_that_the_first_row_lacks_is_used(prepare, chatty):
 @pytest.mark.parametrize("what", ["a plain template", "a template", "an answer that is cut"])
 def test_a_run_knows_which_tokens_end_an_answer(tmp_path, pretrained, chatty, what):
     """A base without a template gets a plain one. What is left of an answer that is cut ends in no such token."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     row, base, end = {"messages": CONVERSATION}, pretrained("qwen3", True, "<think>"), "<|endoftext|>"
     if what == "a template":
         base, end = chatty, "<|im_end|>"
@@ -225,18 +225,13 @@ def test_a_prompt_and_its_answer_are_one_text_that_ends_once(prepare, pretrained
     assert row["labels"].tolist() == [-100] * len(prompt_ids) + [*answer_ids, tok.eos_token_id]
 
 
-@pytest.fixture
-def spaced(pretrained):
-    """A model whose tokenizer begins each text with a space, as SentencePiece does."""
+def test_no_space_comes_in_between_a_prompt_and_its_answer(prepare, pretrained):
+    """Though the tokenizer begins each text with one, as SentencePiece does."""
     folder = pretrained("qwen3")
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", "\u2581", *string.printable])}, []))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(folder)
-    return folder
-
-
-def test_no_space_comes_in_between_a_prompt_and_its_answer(prepare, spaced):
-    tok, (row,) = prepare([{"prompt": "How many?", "completion": "It is."}], init_from=spaced)
+    tok, (row,) = prepare([{"prompt": "How many?", "completion": "It is."}], init_from=folder)
     assert row["ids"].tolist() == tok("How many?It is.</s>").input_ids
 
 
@@ -258,17 +253,11 @@ def test_the_loss_in_chunks_is_that_of_all_positions(pretrained, monkeypatch, ki
     theirs = load(base, "")
     expected = torch.nn.functional.cross_entropy(theirs(x).logits.mT, y, reduction="sum")
     expected.backward()
-    sizes = []
-    logits = model.logits
-
-    def note_size(hidden):
-        sizes.append(len(hidden))
-        return logits(hidden)
-
-    monkeypatch.setattr(model, "logits", note_size)
+    logits = mock.Mock(wraps=model.logits)
+    monkeypatch.setattr(model, "logits", logits)
     monkeypatch.setattr(model.config, "vocab_size", 2**23)  # chunks of four positions
     loss = model(x, y, (y.flatten() != -100).nonzero()[:, 0])
-    assert sizes == ([4] * 9 if is_plain else [])
+    assert [len(call.args[0]) for call in logits.mock_calls] == ([4] * 9 if is_plain else [])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     for ours, other in zip(model.lm.parameters(), theirs.parameters(), strict=True):
@@ -293,8 +282,6 @@ def test_rows_that_are_too_long_or_teach_nothing(prepare, pretrained):
 
 
 def test_the_loss_is_that_of_the_answers_and_they_are_learned_by_heart(tmp_path, pretrained):
-    from transformers import AutoTokenizer
-
     answers = ["red", "forty-two", "the sea\nand the land", "é à ü"]
     for name in ("train", "val"):
         data = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import train_diffusion
 import train_lm
 from train_lm import generate
 
@@ -18,12 +19,12 @@ SHAPES = [(32, 2, 4, 4, 32), (32, 3, 4, 2, 32), (16, 1, 6, 1, 24)]
 NAMES = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 
 
-def make(shape, n_tokens=50, tokenizer="char"):
+def make(shape):
     """A GPT of this shape with random weights, as the settings would make it; token 0 ends a text."""
-    core = Tokenizer(models.WordLevel({str(i): i for i in range(n_tokens)}))
+    core = Tokenizer(models.WordLevel({str(i): i for i in range(50)}))
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lm, "tokenizer", tokenizer)
+        patch.setattr(train_lm, "tokenizer", "char")  # whose vocabulary is not padded
         for name, value in zip(NAMES, shape):
             patch.setattr(train_lm, name, value)
         gpt = train_lm.make_gpt(tok).eval()
@@ -32,17 +33,8 @@ def make(shape, n_tokens=50, tokenizer="char"):
     return gpt
 
 
-def test_the_vocabulary_is_padded_to_a_multiple_of_64():
-    """But for bytes and characters, whose tables are small."""
-    assert make(SHAPES[0], 257, "bytes").lm_head.weight.shape == (257, 32)
-    assert make(SHAPES[0], 65, "char").lm_head.weight.shape == (65, 32)
-    assert make(SHAPES[0], 300, "bpe:300").lm_head.weight.shape == (320, 32)
-    assert make(SHAPES[0], 320, "gpt2").model.embed_tokens.weight.shape == (320, 32)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape):
-    """In fp32 closely, in bf16 as far as its 8 bits go."""
     gpt = make(shape)
     theirs = transformers.NanoChatForCausalLM(gpt.config)
     theirs.load_state_dict(gpt.state_dict())
@@ -68,9 +60,7 @@ def test_logits_and_gradients_equal_transformers(shape):
 def test_attention_is_that_of_torch(T, n_kv_head):
     """On a CPU, texts of 2 to 512 tokens take another way. Gradients too; bf16 is compared with fp32."""
     torch.manual_seed(0)
-    q = torch.randn(2, 4, T, 8)
-    k = torch.randn(2, n_kv_head, T, 8)
-    v = torch.randn(2, n_kv_head, T, 8)
+    q, k, v = (torch.randn(2, n, T, 8) for n in (4, n_kv_head, n_kv_head))
 
     def compute(attention, dtype=torch.float32, **options):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -153,8 +143,6 @@ def test_sampling_follows_the_cut_distribution_and_never_gives_padding(expected,
 
 
 def test_attention_of_pictures_in_bf16_is_that_of_torch():
-    import train_diffusion
-
     torch.manual_seed(0)
     block, x = train_diffusion.Block(), torch.randn(2, 48, train_diffusion.n_embd)
     theirs = block.attention(x)
@@ -183,11 +171,8 @@ def test_muon_is_that_of_torch(dtype):
         for optimizer in optimizers:
             optimizer.param_groups[0].update(momentum=0.85 + 0.02 * step, lr=0.02 + 0.01 * step)
             optimizer.step()
-    for x, y in zip(ours, theirs):
-        if dtype == torch.bfloat16:
-            assert torch.equal(x, y)
-        else:
-            assert torch.allclose(x, y, atol=5e-3)
+    tolerance = 0 if dtype == torch.bfloat16 else 5e-3
+    assert all((x - y).abs().max() <= tolerance for x, y in zip(ours, theirs))
 
 
 def test_gradient_checkpointing_and_dropout(monkeypatch):
@@ -229,5 +214,4 @@ def test_a_training_step_has_no_graph_break(monkeypatch):
         x = torch.zeros(1, T, dtype=torch.int64)
         learned = torch.arange(T)
         found = torch._dynamo.explain(make((600, 2, 2, 1, 16)).train())(x, x, learned)
-        assert found.graph_break_count == 0
         assert found.graph_count == 1

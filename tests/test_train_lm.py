@@ -7,16 +7,16 @@ learning rates follow their closed forms; early stopping, precision, the length 
 import itertools
 import json
 import math
-import shutil
 import traceback
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import ROOT, differences, last_state, rows, within
+from conftest import check_out, differences, last_state, rows, within
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_diffusion
 import train_lm
@@ -24,8 +24,6 @@ import train_lm
 
 def test_the_run_directory_is_a_model_of_transformers(finished, monkeypatch):
     """test/loss is that of every token of the split given the block before it, computed by transformers."""
-    from transformers import AutoModelForCausalLM
-
     run = json.loads((finished / "run.json").read_text())
     for name, value in run["settings"].items():
         monkeypatch.setattr(train_lm, name, value)
@@ -56,8 +54,6 @@ def test_the_run_directory_is_a_model_of_transformers(finished, monkeypatch):
 
 def test_generate_of_transformers_never_gives_padding(tmp_path, tiny):
     """Even where the padding of the vocabulary is the likeliest: generation_config.json suppresses it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     within("train_lm.py", tiny, "--tokenizer=bpe:300", "--max_steps=10")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     n_tokens = len(AutoTokenizer.from_pretrained(tmp_path / "run"))
@@ -96,32 +92,16 @@ EDITS = {
 EDITS["all"] = [edit for edits in EDITS.values() for edit in edits]
 
 
-def check_out(folder, *edits):
-    """A copy of the files, edited as a researcher would; -> its trainer"""
-    folder.mkdir()
-    source = (ROOT / "train_lm.py").read_text()
-    for old, new in edits:
-        assert old in source
-        source = source.replace(old, new)
-    for name in ("sample.py", "configurator.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "train_lm.py").write_text(source)
-    return folder / "train_lm.py"
-
-
 @pytest.mark.parametrize("edit, optimizer", [*((edit, "muon") for edit in EDITS), ("all", "adamw")])
 def test_an_edit_trains_saves_resumes_and_speaks(tmp_path, tiny, edit, optimizer):
     """The loss falls clearly, every weight moves, transformers does not take the run for its own."""
-    from transformers import AutoModelForCausalLM
-
     trainer = check_out(tmp_path / "checkout", *EDITS[edit])
     out = tmp_path / "run"
-    how = [tiny, f"--optimizer={optimizer}", "--test_fraction=0", "--lr_schedule=constant"]
-    how += ["--eval_interval=30"]
-    stdout, _ = within(trainer, *how, "--max_steps=10")
+    how = f"--optimizer={optimizer} --test_fraction=0 --lr_schedule=constant --eval_interval=30".split()
+    stdout, _ = within(trainer, tiny, *how, "--max_steps=10")
     assert "edited model" in stdout
     before = last_state(out)["model"]
-    within(trainer, *how, "--max_steps=60", "--resume=True")
+    within(trainer, tiny, *how, "--max_steps=60", "--resume=True")
     after = last_state(out)["model"]
     for name in after:
         assert not torch.equal(before[name], after[name]), name
@@ -235,10 +215,8 @@ def test_anomaly_mode_names_the_operation(tmp_path, tiny):
     line = "                x = block(x, cos, sin, past)\n"
     bad = line + "                x = x + (x - x.detach()).abs().sqrt()\n"
     trainer = check_out(tmp_path / "checkout", (line, bad))
-    with (
-        pytest.warns(UserWarning, match=r"abs\(\)\.sqrt\(\)"),
-        pytest.raises(RuntimeError, match="SqrtBackw"),
-    ):
+    warned = pytest.warns(UserWarning, match=r"abs\(\)\.sqrt\(\)")
+    with warned, pytest.raises(RuntimeError, match="SqrtBackw"):
         within(trainer, tiny, "--detect_anomaly=True")
     torch.autograd.set_detect_anomaly(False)
 
@@ -252,16 +230,11 @@ def test_bf16_and_gradient_checkpointing_train_as_well_and_profile_leaves_a_trac
     assert "aten::bmm" in next((tmp_path / "run").glob("*.trace.json")).read_text()
 
 
-def test_the_length_of_a_run(tmp_path, tiny, monkeypatch):
+def test_the_length_of_a_run(tmp_path, tiny):
     """max_steps=0 only evaluates; epochs are passes over the data; without validation the last weights."""
     out = tmp_path / "run"
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     within("train_lm.py", tiny, "--max_steps=0")
     assert len(rows(out)) == 2
-    cached = sorted((tmp_path / "cache").rglob("*.arrow"))
-    within("train_lm.py", tiny, "--max_steps=0", "--resume=True")
-    assert cached
-    assert cached == sorted((tmp_path / "cache").rglob("*.arrow"))  # nothing is tokenized again
     never = ("--eval_interval=0", "--save_interval=0", "--log_interval=0", "--val_fraction=0")
     within("train_lm.py", tiny, "--epochs=1.5", "--block_size=256", "--overwrite=True", *never)
     n = json.loads((out / "run.json").read_text())["rows"]["train"]
