@@ -511,14 +511,14 @@ def find_files():
         files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
         if not files:
             return "hub", {}
+    if dataset == "python":
+        files = [path for path in files if path.suffix == ".py"]
 
     # Tables win over texts (a README.md is often beside them). Of several kinds, the largest table decides.
     tables = [path for path in files if kind_of(path.name) not in ("", "text")]
     kind = kind_of(max(tables, key=os.path.getsize).name) if tables else "text"
     used = [path for path in files if kind_of(path.name) == kind and (tables or is_text(path))]
-    if dataset == "python":
-        used = [path for path in used if path.suffix == ".py"]
-    if len(used) < len(files) and dataset != "python":
+    if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
         log(f"left out: {len(left_out)} files that are not {kind}, or not UTF-8, such as {left_out[0]}")
     if not used:

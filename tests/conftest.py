@@ -60,6 +60,9 @@ BAD = PLANT % "loss * float('nan') if (_rank, step) in %s else loss"
 def home(tmp_path_factory):
     """A cache folder of our own, the same for all tests."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
+    import datasets  # which a test module has imported before this, with another cache
+
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_HOME"], "datasets")
     import torch
 
     one_core()
