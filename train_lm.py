@@ -1368,10 +1368,9 @@ def main():
     # ---- the loop ----
     catch_signals()
     lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"]).to_numpy()
-    order = batch_rows(lengths, step, total_steps, micro_size, WORLD, RANK)
     loader = DataLoader(
         splits["train"],
-        batch_sampler=order,
+        batch_sampler=batch_rows(lengths, step, total_steps, micro_size, WORLD, RANK),
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
