@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest import mock
 
 import filelock
 import pytest
+import tqdm
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,10 @@ def home(tmp_path_factory):
     one_core()
     torch.set_num_threads(1)
     os.environ.pop("HF_DATASETS_CACHE", None)
+    # By default tqdm has a lock that processes share: a forked run that is killed while it holds the lock would keep
+    # it from all later tests. And its thread might hold the lock in the moment of a fork.
+    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")
