@@ -40,7 +40,7 @@ top_p = 1.0  # nucleus sampling: keep the most likely tokens up to this total pr
 chat = False  # chat, using the model's chat template: in the terminal, or with demo in the browser
 merge = ""  # merge the LoRA adapter into the model and save it to this new folder
 # images
-class_label = ""  # name or number of a class (default: all classes in turn)
+class_label = ""  # name of a class (default: all classes in turn)
 negative_prompt = ""  # what the images should not show
 lora_scale = 1.0  # strength of the LoRA adapter (0: the base model alone)
 steps = 0  # number of denoising steps (0: value used in training)
@@ -260,24 +260,13 @@ def merge_lora():
 DRAWING = threading.Lock()
 
 
-def choose_classes(class_label):
-    """Return the names of the classes to draw. A class can also be given by its number."""
-    names = model.class_names
-    if not class_label:
-        return names or [""] * 16  # 16 images of a model without classes
-    numbers = [str(i) for i in range(len(names))]
-    if class_label in numbers and class_label not in names:
-        return [names[int(class_label)]]
-    return [class_label]
-
-
-def draw(prompt, class_label, num_samples, seed, **sampling):
+def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
     """Yield the images so far, after each batch: num_samples of each prompt, or of the classes in turn."""
     conditions = [line for line in prompt.splitlines() if line.strip()]
     if hasattr(model, "class_names"):
         if conditions:
             fail(f"{out_dir} draws without a prompt")
-        conditions = choose_classes(class_label)
+        conditions = [class_label] if class_label else model.class_names or [""] * 16
         n = num_samples or len(conditions)
     else:
         if not conditions:
@@ -289,7 +278,9 @@ def draw(prompt, class_label, num_samples, seed, **sampling):
     images = []
     for i in range(0, n, 16):
         with DRAWING:
-            images += trainer.draw(model, conditions[i : i + 16], seeds[i : i + 16], **sampling)
+            images += trainer.draw(
+                model, conditions[i : i + 16], seeds[i : i + 16], scale=guidance, **sampling
+            )
         yield images
 
 

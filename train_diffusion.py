@@ -1,23 +1,27 @@
 """
-Train a diffusion model: one file with the model, the mathematics, the data and the loop.
+Train a diffusion model. This one file holds the model, the mathematics, the data loading and the training
+loop.
 
-    accelerate launch train_diffusion.py  # letters and digits, anywhere
-    accelerate launch train_diffusion.py configs/cifar10.py --n_layer=8
+    accelerate launch train_diffusion.py                                   # on letters and digits
+    accelerate launch train_diffusion.py configs/cifar10.py --n_layer=8    # a config, one setting changed
     accelerate launch train_diffusion.py --dataset=photos/ --image_size=64 --out_dir=out/mine
-    accelerate launch train_diffusion.py configs/zimage_lora.py  # a pretrained pipeline, by your pictures
+    accelerate launch train_diffusion.py configs/zimage_lora.py            # fine-tune a pretrained pipeline
 
-Then `python sample.py --out_dir=out/diffusion` draws from it. Ctrl-C saves; --resume=True goes on.
+Then `python sample.py --out_dir=out/diffusion` draws images. Ctrl-C saves a checkpoint, and the same command
+with --resume=True goes on from it.
 """
 
 import os
 
-PARENT = os.getppid()  # before the slow imports: a launcher may die during them
+PARENT = os.getppid()  # the launcher, before the slow imports: catch_signals() looks whether it still lives
 
 import contextlib
+import csv
 import ctypes
-import difflib
 import functools
 import glob
+import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -28,136 +32,241 @@ import shutil
 import signal
 import sys
 import time
+import warnings
+import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import filelock
 import numpy as np
 import psutil
+import pyarrow.compute
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, tqdm
-from datasets.fingerprint import Hasher
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
 from configurator import configure, fail, named, settings
 
-# ---- Settings: change them here, in a config file, or by --name=value ----
-# the run
-out_dir = "out/diffusion"  # everything that the run writes
-resume = False  # go on from the checkpoint in out_dir, or start if there is none
-overwrite = False  # delete the run in out_dir and start anew
-seed = 1337  # of weights, order of the data, noise and times
-# data
-dataset = "glyphs"  # letters and digits; or a folder of pictures, a .parquet, or hub name:config@revision
-image_column = "image"  # with the pictures, where data has columns
-label_column = "label"  # with their classes, in a folder the subfolders; "": no classes
-caption_column = "text"  # with the captions for init_from, in a folder .txt files or metadata.jsonl
-caption = ""  # or one for all pictures
-val_fraction = 0.05  # of the data, where it has no validation split of its own; 0: no validation
-test_fraction = 0.05  # likewise, for the test split, which is evaluated once, at the end
-image_size = 16  # pixels, in height and width; pictures are scaled and cropped
-flip = False  # learn every picture mirrored too
-num_workers = 0  # DataLoader processes: 2 or more where a GPU would wait for data
-# model; with init_from, all of it is the pipeline's
-init_from = "scratch"  # or a text-to-image pipeline of diffusers to go on from: hub name or folder
-adapter = ""  # "lora": train a few new weights instead of those of init_from
-vae = ""  # train in the latents of this AutoencoderKL (hub name or folder); "": in pixels
-patch_size = 2  # side of a token in pixels or latents: smaller is better and slower
-n_layer = 6  # transformer blocks
-n_head = 2  # attention heads; size 64 is fastest
-n_embd = 128  # width, a multiple of 4 and n_head
-# adapter
-lora_rank = 16  # of the product added to a frozen matrix
-lora_alpha = 16.0  # the product is scaled by lora_alpha / lora_rank
-lora_targets = ""  # names of layers, as to_q,to_v; "": all linear ones of the blocks, UNet: attention
-# diffusion
-label_dropout = 0.1  # how often class or caption is hidden, for guidance; 0: without
-ema_decay = 0.999  # average the weights over 1 / (1 - this) steps; 0: do not
-# drawing
-sample_steps = 0  # from noise to picture; 0: 25, or the pipeline's own
-guidance = -1.0  # exaggerate class or caption; 1: do not; -1: 2, or the pipeline's own
-sample_prompts = ""  # with init_from, to draw, with | between; "": the first captions
-# batch and length
-batch_size = 64  # pictures per optimizer step, over all processes
-micro_batch_size = 0  # pictures per process and forward pass, if memory is short; 0: all at once
-max_steps = 700  # optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data, instead of max_steps
-# optimizer and learning rate
-optimizer = "muon"  # for the blocks, with AdamW for the rest; or "adamw", which init_from always takes
-learning_rate = 0.0  # peak; 0: muon 0.02, adamw 0.001, with init_from 1e-5, lora 1e-4
-adamw_lr = 0.005  # peak, of AdamW beside muon
-beta1 = 0.8  # AdamW's memory of the gradient
-beta2 = 0.95  # AdamW's memory of the squared gradient
-weight_decay = 0.03  # of the matrices in the blocks; with adamw of all matrices
-warmup_steps = 20  # steps to the peak of the learning rate
-lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # the last part of the steps, in which wsd decays
-min_lr = 0.02  # at the end, as a fraction of the peak
-grad_clip = 1.0  # largest norm of the gradient; 0: unlimited
-# evaluation, saving, reports
-eval_interval = 350  # steps between evaluations; 0: at the end
-eval_batches = 4  # of batch_size pictures, spread over the validation split; 0: all of it
-log_interval = 10  # steps between reports; 0: at the end
-save_interval = 350  # steps between checkpoints; 0: at the end
-patience = 0  # stop after so many evaluations without a better loss; 0: never
-tracker = ""  # "wandb" or "tensorboard", beside metrics.jsonl
-# the machine
-mixed_precision = "auto"  # bf16 where the hardware has it, else no; or "bf16", "fp16", "no"
-compile = True  # torch.compile, on CUDA only: a minute at the start, then much faster
-gradient_checkpointing = False  # less memory, but slower: activations are computed twice
-deterministic = False  # bitwise repeatable on CUDA; slower
-detect_anomaly = False  # stop at the first NaN in a gradient, and show its origin; slow
-profile = False  # write a trace of steps 6 to 8 for chrome://tracing
+# ---- Settings: change them here, in a config file, or by --name=value on the command line ----
 
-# What a resume may not change; a setting of yours that shapes the model belongs here.
-PATHS = ("out_dir", "dataset", "init_from", "vae")  # settings in which ~ means the home directory
-FIXED = "dataset image_size vae init_from adapter optimizer patch_size n_layer n_head n_embd beta1 beta2 weight_decay"
+# the run
+out_dir = "out/diffusion"  # the folder that everything is written to
+resume = False  # continue from the checkpoint in out_dir, or start if there is none
+overwrite = False  # replace the run in out_dir by a new one
+seed = 1337  # of the initial weights, the order of the data, the noise and the times
+# data
+dataset = "glyphs"  # letters and digits; or a folder of images, a .parquet file, or Hub name:config@revision
+image_column = "image"  # column with the images, if the data is a table
+label_column = "label"  # column with the classes, in a folder the names of its subfolders; "": no classes
+caption_column = "text"  # with init_from: column with the captions, in a folder .txt files beside the images
+caption = ""  # with init_from: one caption for all images, instead
+val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
+test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
+image_size = 16  # height and width in pixels; larger and smaller images are scaled, and cropped to a square
+flip = False  # learn from the mirror image of every image, too
+num_workers = 0  # processes that load data; use 2 or more if a GPU waits for data
+# model; with init_from, the pipeline brings its own
+init_from = "scratch"  # or a text-to-image pipeline of diffusers to fine-tune: Hub name or folder
+adapter = ""  # with init_from: "lora" trains a few new weights and keeps the pipeline as it is
+vae = ""  # train on the latents of this AutoencoderKL (Hub name or folder); "": on pixels
+patch_size = 2  # side of the squares of pixels or latents that are one token each; smaller: better, slower
+n_layer = 6  # number of transformer blocks
+n_head = 2  # number of attention heads
+n_embd = 128  # width of the model, a multiple of 4 and of n_head
+# adapter
+lora_rank = 16  # rank of the matrices that are added to the frozen ones
+lora_alpha = 16.0  # what is added is scaled by lora_alpha / lora_rank
+lora_targets = ""  # names of layers, such as to_q,to_v; "": linear layers of the blocks, in a UNet attention
+frozen_fp8 = False  # store the frozen weights in 8 bits, which halves their memory; slower
+# diffusion
+prediction = "flow"  # what the model learns: "flow", "v", "eps" or "x0"; see the table below
+label_dropout = 0.1  # how often the class or caption is hidden, which guidance needs; 0: never
+ema_decay = 0.999  # of the moving average of the weights, which is what is evaluated and saved; 0: none
+# sampling
+sampler = "dpm++"  # "dpm++" (second order), or "ddim" (first order; for flow, this is Euler's method)
+sample_steps = 0  # steps from noise to image; 0: 25, or the pipeline's own number
+guidance = -1.0  # how strongly to follow the class or caption; 1: no guidance; -1: 2, or the pipeline's own
+sample_prompts = ""  # with init_from: prompts for the samples, separated by |; "": the first captions
+# batch and length
+batch_size = 64  # images per optimizer step, over all processes
+micro_batch_size = 0  # images per process and forward pass: lower it if memory is short; 0: all at once
+max_steps = 700  # number of optimizer steps; 0: only evaluate
+epochs = 0.0  # passes over the data; if not 0, used instead of max_steps
+# optimizer and learning rate
+optimizer = "muon"  # block matrices by Muon, the rest by AdamW; or "adamw" for all, as always with init_from
+learning_rate = 0.0  # at its peak; 0: see DEFAULT_LR below
+adamw_lr = 0.005  # peak for the rest, used with muon
+beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
+beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
+weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
+warmup_steps = 20  # steps until the learning rate reaches its peak
+lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
+cooldown = 0.9  # part of the steps, at the end, in which wsd decays
+min_lr = 0.02  # learning rate at the end, as a fraction of the peak
+grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+# evaluation, saving, reports
+eval_interval = 350  # steps between evaluations; 0: only at the end
+eval_batches = 4  # batches per evaluation, spread evenly over the validation split; 0: the whole split
+log_interval = 10  # steps between reports; 0: only at the end
+save_interval = 350  # steps between checkpoints; 0: only at the end
+patience = 0  # stop early after this many evaluations without a better loss; 0: never
+tracker = ""  # "wandb" or "tensorboard" get the same numbers as metrics.jsonl
+# the machine
+mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
+compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
+gradient_checkpointing = False  # saves memory by computing activations twice; slower
+deterministic = False  # makes runs on CUDA bitwise repeatable; slower
+detect_anomaly = False  # stops at the first NaN in a gradient and shows where it came from; very slow
+profile = False  # writes a trace of the sixth to eighth step, to be opened in chrome://tracing
+
+DEFAULT_LR = {"muon": 0.02, "adamw": 0.001, "fine-tuning": 1e-5, "lora": 1e-4}
+PATHS = ("out_dir", "dataset", "init_from", "vae")  # settings in which configure() expands ~
+# What a resumed run may not change. If you add a setting that shapes the model, add its name.
+FIXED = "seed batch_size image_size flip vae init_from adapter lora_rank lora_alpha lora_targets prediction"
+FIXED += " patch_size n_layer n_head n_embd optimizer beta1 beta2 weight_decay"
+
+# ---- Process helpers ----
+
+RANK = int(os.environ.get("RANK", "0"))  # index of this process, set by the launcher
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
+MAIN = RANK == 0  # the process that writes files and reports
+STOP = []  # signals that asked the run to save and exit
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
+
+
+def log(message):
+    """Print a message, in the main process only."""
+    if not MAIN:
+        return
+    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal does not have
+    try:
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
+        STOP.append(signal.SIGTERM)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that later prints succeed
+
+
+def catch_signals():
+    """Let Ctrl-C, SIGTERM, a closed terminal and (on Linux) the launcher's death ask for a checkpoint."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
+            signal.signal(signum, lambda received, frame: STOP.append(received))
+    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. It sets one of
+    # these variables for a single process, and the other for several.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != PARENT:  # it died before this call
+            STOP.append(signal.SIGTERM)
+
+
+def ignore_signals(worker_id):
+    """Let a DataLoader worker ignore signals, so that the training process can finish its step and save."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+# ---- Check the settings ----
+
+NOT_ZERO = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha"
+BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction"
+CHOICES = {
+    "adapter": ("", "lora"),
+    "prediction": ("flow", "v", "eps", "x0"),
+    "sampler": ("dpm++", "ddim"),
+    "optimizer": ("muon", "adamw"),
+    "lr_schedule": ("wsd", "cosine", "constant"),
+    "mixed_precision": ("auto", "bf16", "fp16", "no"),
+    "tracker": ("", "wandb", "tensorboard"),
+}
 
 
 def check_settings():
-    """End the program, before any data is touched, for values that cannot work."""
-    scratch = init_from == "scratch"
-    wrong = {
-        f"{adapter=}: lora, with --init_from=, or empty": adapter not in (("",) if scratch else ("", "lora")),
-        f"{vae=}: the latents of init_from are the pipeline's": vae and not scratch,
-        f"{n_embd=} must be a multiple of 4 and {n_head=}": n_embd % 4 or n_embd % n_head,
-        f"{optimizer=}: muon or adamw": optimizer not in ("muon", "adamw"),
-        f"{lr_schedule=}: wsd, cosine or constant": lr_schedule not in ("wsd", "cosine", "constant"),
-        f"{mixed_precision=}: auto, bf16, fp16 or no": mixed_precision not in ("auto", "bf16", "fp16", "no"),
-        "fp16 needs --optimizer=adamw": scratch and (mixed_precision, optimizer) == ("fp16", "muon"),
-        "resume goes on with the run that overwrite deletes: choose one": resume and overwrite,
-    }
-    if mistakes := [message for message, is_wrong in wrong.items() if is_wrong]:
-        fail(mistakes[0])
+    """End the program for settings that cannot work, before any data is touched."""
+    for name, value in settings(globals()).items():
+        if name in CHOICES and value not in CHOICES[name]:
+            fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
+        if isinstance(value, str):
+            continue  # the rest is about numbers
+        if value < 0 and name != "guidance":
+            fail(f"{name}={value} must not be negative")
+        if value == 0 and name in NOT_ZERO.split():
+            fail(f"{name}={value} must be greater than 0")
+        if value >= 1 and name in BELOW_ONE.split():
+            fail(f"{name}={value} must be below 1")
+    if label_dropout > 1:
+        fail(f"{label_dropout=} must be at most 1")
+    if guidance < 0 and guidance != -1:
+        fail(f"{guidance=} must be at least 0, or -1 for the default")
+    if seed >= 2**63:  # torch takes no more
+        fail(f"{seed=} must be below 2**63")
+    if n_embd % 4 != 0 or n_embd % n_head != 0:
+        fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
+    if init_from == "scratch" and (adapter or frozen_fp8):
+        fail(f"{adapter=} and {frozen_fp8=} need a pretrained pipeline: name it by --init_from=")
+    if frozen_fp8 and not adapter:
+        fail(f"{frozen_fp8=} needs frozen weights: add --adapter=lora")
+    if init_from != "scratch" and vae:
+        fail(f"{vae=} cannot be used: {init_from} has its own autoencoder")
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        fail(f"{mixed_precision=} needs a CUDA GPU")
+    if mixed_precision == "fp16" and optimizer == "muon" and init_from == "scratch":
+        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon has no loss scaling")
+    if tracker and importlib.util.find_spec(tracker) is None:
+        fail(f"{tracker=} is not installed: pip install {tracker}")
+    if resume and overwrite:
+        fail("resume continues the run that overwrite would delete: choose one")
+    if not dataset:
+        fail("dataset is empty: name a folder of images, a .parquet file or a dataset of the Hub")
 
 
 # ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----
+# The image is cut into patches, which are the tokens. Every block is told the time and the class.
 
 
 def norm(x):
-    """Divide each vector by its root mean square (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    if x.device.type == "cpu":  # torch's takes up to twice as long
-        return x * (x.square().sum(dim=-1, keepdim=True) / x.size(-1) + 1e-6).rsqrt()
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    """Return x divided by the root mean square of its last dimension (RMSNorm, arXiv:1910.07467)."""
+    return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def waves(x, lowest, n):
-    """x (...) -> cosines and sines at n frequencies (..., 2 n) (Vaswani et al. 2017, arXiv:1706.03762)"""
-    angle = x[..., None] * lowest ** (torch.arange(n, device=x.device) / n)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+def sinusoidal_embedding(x, lowest, n):
+    """Return cosines and sines (..., 2 n) of numbers x (...) times n frequencies, from 1 down to `lowest`.
+
+    Vaswani et al. 2017 (arXiv:1706.03762).
+    """
+    frequencies = lowest ** (torch.arange(n, device=x.device) / n)
+    angles = x[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-class Block(nn.Module):
-    """Attention and an MLP; time and class scale, shift and gate both (adaLN-Zero: gates are 0 at first)."""
+def attention(q, k, v):
+    """Return softmax(q k^T / sqrt(D)) v, in which every token sees all tokens. q, k, v: (B, n_head, T, D)."""
+    if q.is_cpu and q.size(2) <= 512:
+        return cpu_attention(q, k, v)  # makes the default run 1.3 times as fast
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def cpu_attention(q, k, v):
+    """Compute attention() step by step, which on a CPU is faster than torch's kernel for few tokens."""
+    scores = q / math.sqrt(q.size(-1)) @ k.mT  # (B, n_head, T, T)
+    weights = scores.softmax(dim=-1, dtype=v.dtype)  # autocast alone would make it fp32
+    return weights @ v
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens of an image."""
 
     def __init__(self):
         super().__init__()
@@ -165,579 +274,1240 @@ class Block(nn.Module):
         self.k_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.v_proj = nn.Linear(n_embd, n_embd, bias=False)
         self.o_proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, n_head, -1).transpose(1, 2)  # (B, n_head, T, D)
+        k = self.k_proj(x).view(B, T, n_head, -1).transpose(1, 2)  # (B, n_head, T, D)
+        v = self.v_proj(x).view(B, T, n_head, -1).transpose(1, 2)  # (B, n_head, T, D)
+        q = norm(q)  # QK-norm keeps the attention logits in bounds
+        k = norm(k)
+        y = attention(q, k, v)  # (B, n_head, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two layers with a squared ReLU between them (So et al. 2021, arXiv:2109.08668)."""
+
+    def __init__(self):
+        super().__init__()
         self.fc1 = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.fc2 = nn.Linear(4 * n_embd, n_embd, bias=False)
-        self.modulation = nn.Linear(n_embd, 6 * n_embd)
 
-    def attention(self, x):
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, C): every token attends to all
-        q, k, v = (y.unflatten(2, (n_head, -1)).transpose(1, 2) for y in qkv)  # (B, n_head, T, D)
-        q, k = norm(q), norm(k)  # this bounds the attention logits
-        if x.device.type == "cpu" and x.size(1) <= 512:  # torch's takes up to three times as long
-            y = (q / math.sqrt(q.size(-1)) @ k.mT).softmax(dim=-1, dtype=v.dtype) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)).square())
 
-    def mlp(self, x):
-        return self.fc2(F.relu(self.fc1(x)).square())  # squared ReLU: So et al. 2021, arXiv:2109.08668
+
+class Block(nn.Module):
+    """Attention and an MLP. The condition c scales and shifts their input and gates their output."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = Attention()
+        self.mlp = MLP()
+        self.modulation = nn.Linear(n_embd, 6 * n_embd)  # zero at first (adaLN-Zero): all gates are closed
 
     def forward(self, x, c):
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(norm(x) * (1 + scale1) + shift1)  # (B, T, C)
-        return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
+        """Return x (B, T, C), changed under the condition c (B, C)."""
+        modulation = self.modulation(c)[:, None]  # (B, 1, 6 C)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1 * self.self_attn(norm(x) * (1 + scale1) + shift1)
+        x = x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
+        return x
 
 
 class DiT(nn.Module):
-    """For pictures, or latents, of shape (channels, size, size); it knows its classes."""
+    """The whole model, for images or latents of a shape (channels, size, size)."""
 
-    _no_split_modules = ("Block",)  # for FSDP2
+    _no_split_modules = ("Block",)  # read by accelerate: FSDP2 gathers the weights of one Block at a time
 
-    def __init__(self, shape, classes):
+    def __init__(self, shape, class_names):
         super().__init__()
-        (channels, size, _), C = shape, n_embd
-        self.shape, self.class_names, self.none = shape, classes, len(classes)  # none: of no class
-        self.prompts = [classes[i * len(classes) // 36] for i in range(36)] if classes else [""] * 36
-        self.patch_in = nn.Linear(channels * patch_size**2, C)
-        row = 2 * torch.arange(size // patch_size)  # 0.1 to 2 radians a token
-        self.place = nn.Parameter(waves(torch.cartesian_prod(row, row), 0.05, C // 4).flatten(1))  # (T, C)
-        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
-        self.classes = nn.Embedding(len(classes) + 1, C)
+        channels, size, _ = shape
+        n_patches = size // patch_size  # in a row and in a column
+        self.shape = shape
+        self.class_names = class_names
+        self.none = len(class_names)  # the number that stands for "no class"
+        self.prediction = prediction
+
+        self.patch_in = nn.Linear(channels * patch_size**2, n_embd)
+        # 0.05 is the lowest frequency: neighbors differ by 0.1 to 2 radians.
+        rows = 2 * torch.arange(n_patches)
+        places = torch.cartesian_prod(rows, rows)  # (T, 2)
+        place = sinusoidal_embedding(places, 0.05, n_embd // 4).flatten(1)  # (T, C)
+        self.place = nn.Parameter(place)  # where a patch is; learned from there on
+        self.time = nn.Sequential(nn.Linear(256, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
+        self.classes = nn.Embedding(len(class_names) + 1, n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
-        self.modulation = nn.Linear(C, 2 * C)
-        self.patch_out = nn.Linear(C, channels * patch_size**2)
-        for weight in self.blocks.parameters():
-            if weight.ndim == 2:
-                nn.init.xavier_uniform_(weight)
-        for layer in (*(block.modulation for block in self.blocks), self.modulation, self.patch_out):
-            for weight in layer.parameters():
-                nn.init.zeros_(weight)
+        self.modulation = nn.Linear(n_embd, 2 * n_embd)
+        self.patch_out = nn.Linear(n_embd, channels * patch_size**2)
+        self.init_weights()
+
+    def init_weights(self):
+        """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
+        for block in self.blocks:
+            for p in block.parameters():
+                if p.ndim == 2:
+                    nn.init.xavier_uniform_(p)
+        zero = [block.modulation for block in self.blocks]  # so each block starts as the identity
+        for layer in [*zero, self.modulation, self.patch_out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, cond):
-        """x (B, channels, size, size), times t (B,) in 0..1, classes cond (B,) -> the velocity, like x, in fp32"""
-        patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, H / p, W / p)
+        """Return the prediction, in fp32 and of the shape of x.
+
+        x: noisy images (B, channels, size, size). t: their times (B,), from 0 to 1. cond: the numbers of
+        their classes (B,).
+        """
+        patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, size / p, size / p)
         x = self.patch_in(patches.flatten(2).mT) + self.place  # (B, T, C)
-        c = F.silu(self.time(waves(1000 * t, 1e-4, 128)) + self.classes(cond))  # (B, C)
+        c = self.time(sinusoidal_embedding(1000 * t, 1e-4, 128)) + self.classes(cond)
+        c = F.silu(c)  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+                x = recompute(block, x, c, use_reentrant=False)
             else:
                 x = block(x, c)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
         return F.pixel_shuffle(x.mT.reshape(patches.shape), patch_size)
 
-    def draw_times(self, n, rng):
-        """-> random times (n,), few near 0 or 1 (Esser et al. 2024, arXiv:2403.03206)"""
+    def alpha_sigma(self, t):
+        """Return alpha and sigma at times t, by the table below."""
+        return alpha_sigma(self.prediction, t)
+
+    def sample_times(self, n, rng):
+        """Return n random times for training, few of them near 0 or 1 (logit-normal, arXiv:2403.03206)."""
         return torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
 
-    def add_noise(self, x0, noise, t):
-        """Flow matching (Liu et al. 2022, arXiv:2209.03003): a picture moves on a straight line, at one
-        velocity, into noise. pictures, noise (B, ...), times (B,) -> x_t, and the velocity, to be predicted."""
-        t = t.view(-1, *[1] * (x0.ndim - 1))
-        return (1 - t) * x0 + t * noise, noise - x0
+
+# ---- The mathematics of diffusion ----
+# At time t, from 0 (an image x_0) to 1 (noise eps from N(0, I)), an image has become x_t = alpha x_0 + sigma
+# eps.
+#
+#   prediction  alpha   sigma   the model learns        x_0 by its prediction
+#   flow        1 - t   t       eps - x_0               x_t - sigma prediction            arXiv:2209.03003
+#   v           cos(a)  sin(a)  alpha eps - sigma x_0   alpha x_t - sigma prediction      arXiv:2202.00512
+#   eps         cos(a)  sin(a)  eps                     (x_t - sigma prediction) / alpha  arXiv:2006.11239
+#   x0          cos(a)  sin(a)  x_0                     prediction
+#
+# with a = 0.99 pi t / 2: the factor keeps alpha, by which eps divides, above 0. Pipelines have an alpha and a
+# sigma of their own. The loss is the mean squared error of the prediction, the same for all times.
 
 
-def sample(dit, cond, seeds, steps, guidance):
-    """Follow the velocities from noise to pictures, by Heun's method. cond (B,): classes; a seed for each picture;
-    guidance: Ho & Salimans 2022, arXiv:2207.12598. -> (B, *dit.shape)"""
+def alpha_sigma(prediction, t):
+    """Return alpha and sigma at times t (B,)."""
+    if prediction == "flow":
+        return 1 - t, t
+    angle = 0.99 * math.pi / 2 * t
+    return angle.cos(), angle.sin()
 
-    def predict(x, t):
-        t = torch.full((len(cond),), t, device=cond.device)
-        if guidance == 1:
-            return dit(x, t, cond)
-        conds = torch.cat((torch.full_like(cond, dit.none), cond))  # without and with the class
-        without, out = dit(torch.cat((x, x)), torch.cat((t, t)), conds).chunk(2)
-        return without + guidance * (out - without)
 
-    x = noise_of(seeds, dit.shape).to(cond.device)
-    for t, s in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        velocity = predict(x, t)
-        velocity = (velocity + predict(x + (s - t) * velocity, s)) / 2  # the mean of both ends of the step
-        x = x + (s - t) * velocity
+def add_noise(model, x_0, eps, t):
+    """Return x_t and what the model has to predict from it, at times t (B,): the forward process."""
+    alpha, sigma = model.alpha_sigma(t)
+    alpha = alpha.view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, 1, 1)
+    sigma = sigma.view(alpha.shape)
+    x_t = alpha * x_0 + sigma * eps
+    targets = {"flow": eps - x_0, "v": alpha * eps - sigma * x_0, "eps": eps, "x0": x_0}
+    return x_t, targets[model.prediction]
+
+
+def predict_x_0(model, x_t, t, cond, scale):
+    """Return the model's estimate of x_0, with classifier-free guidance by `scale` (arXiv:2207.12598)."""
+    times = t.expand(len(x_t))
+    if scale == 1:
+        output = model(x_t, times, cond)
+    else:
+        both = torch.cat((cond, torch.full_like(cond, model.none)))
+        output, without = model(torch.cat((x_t, x_t)), torch.cat((times, times)), both).chunk(2)
+        output = without + scale * (output - without)
+    alpha, sigma = model.alpha_sigma(t)
+    if model.prediction == "flow":
+        return x_t - sigma * output
+    if model.prediction == "v":
+        return alpha * x_t - sigma * output
+    if model.prediction == "eps":
+        return (x_t - sigma * output) / alpha
+    return output
+
+
+@torch.no_grad()
+def sample(model, cond, seeds, steps, scale):
+    """Return images (B, *model.shape), drawn by going from noise back to time 0: the reverse process.
+
+    "ddim" keeps the estimates of x_0 and eps through each step (Song et al. 2020, arXiv:2010.02502). "dpm++"
+    is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of x_0,
+    linearly in log(alpha / sigma), to the middle of the step. Both call the model once a step.
+    """
+    times = torch.linspace(1, 0, steps + 1, device=cond.device)
+    x = noise_of(seeds, model.shape).to(cond.device)
+    x_0_before = None
+    length_before = None
+    for i, (t, s) in enumerate(itertools.pairwise(times)):  # a step from t down to s
+        alpha_t, sigma_t = model.alpha_sigma(t)
+        alpha_s, sigma_s = model.alpha_sigma(s)
+        length = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)
+        x_0 = predict_x_0(model, x, t, cond, scale)
+        estimate = x_0
+        # The first step has no estimate before it, and the last one is infinitely long.
+        if sampler == "dpm++" and 0 < i < steps - 1:
+            estimate = x_0 + length / (2 * length_before) * (x_0 - x_0_before)
+        eps = (x - alpha_t * estimate) / sigma_t
+        x = alpha_s * estimate + sigma_s * eps
+        x_0_before = x_0
+        length_before = length
     return x
 
 
 def noise_of(seeds, shape):
-    """-> noise (B, *shape), by the seeds alone, on any device"""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
+    """Return noise (B, *shape), each sample by its own seed and the same on every device."""
+    rngs = [torch.Generator().manual_seed(int(number)) for number in seeds]
+    return torch.stack([torch.randn(*shape, generator=rng) for rng in rngs])
 
 
-# ---- Data: pictures -> pixels or latents -> splits, in the cache of `datasets` ----
-PICTURES = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .jsonl .csv"  # metadata: captions
-KINDS = {".parquet": "parquet"} | dict.fromkeys(PICTURES.split(), "imagefolder")
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
+# ---- Data: files or tables -> images and their classes or captions -> pixels or latents -> splits ----
+
+IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+IMAGE_SUFFIXES -= {".pdf", ".eps", ".ps"}  # documents
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+PART = 10_000  # images in a file of the cache
+FEATURES = {
+    "x": datasets.Value("binary"),  # pixels or latents in fp16
+    "source": datasets.Value("int32"),  # the number of the image that they come from
+    "size": datasets.List(datasets.Value("int32")),  # its original height and width, if the model needs them
+    "is_gray": datasets.Value("bool"),
+    "crc32": datasets.Value("int64"),  # of its pixels, before an autoencoder
+}
 
 
-def load_pictures():
-    """-> DatasetDict of the splits that the data has and the settings want; train is shuffled"""
-    datasets.disable_progress_bars()
-    paths = {}  # of the files of each split
-    files = {Path(name) for name in (dataset, *glob.glob(f"{glob.escape(dataset)}/**", recursive=True))}
-    files = [path for path in files if path.suffix.lower() in KINDS and path.is_file()]  # none hidden
-    kind = KINDS[max(files, key=os.path.getsize).suffix.lower()] if files else "hub"
-    for file in sorted(file for file in files if KINDS[file.suffix.lower()] == kind):
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # of a part, as train-00000-of-00002.parquet
-        names = *file.relative_to(dataset).parts[:-1], stem * (kind == "parquet")
-        split = next((SPLITS[name] for name in names if name in SPLITS), "train")
-        paths.setdefault(split, []).append(str(file))
+def list_files(root):
+    """Return the files below a folder that are not hidden. Follow links, but return each file once."""
+    files = []
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        # os.walk enters those that remain in the list.
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        if os.path.realpath(folder) in seen:  # a link that leads back up
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in names:
+            path = Path(folder, name)
+            if name[0] != "." and path.is_file() and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                files.append(path)
+    return sorted(files)
+
+
+def find_files():
+    """Return (kind, paths, descriptions) for the files that `dataset` names.
+
+    kind: "image", "parquet", or "hub" if there are no files. descriptions: captions in .txt files, and
+    metadata as `datasets` knows it.
+    """
+    if Path(dataset).is_dir():
+        files = list_files(dataset)
+    else:
+        names = [dataset] if os.path.exists(dataset) else glob.glob(dataset, recursive=True)
+        files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
+        if not files:
+            return "hub", [], []
+    # Tables win over images: images beside them are the screenshots of a README.md.
+    kind = "parquet"
+    used = [path for path in files if path.suffix.lower() == ".parquet" and path.stem != "metadata"]
+    descriptions = []
+    if not used:
+        kind = "image"
+        used = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        metadata = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+        descriptions = [path for path in files if path.suffix == ".txt" or path.name in metadata]
+    left_out = sorted({*files} - {*used} - {*descriptions})
+    if left_out:
+        log(f"left out: {len(left_out)} files of another kind than {kind}, such as {left_out[0]}")
+    if not used:
+        fail(f"{dataset=} holds nothing that can be read: images or .parquet files")
+    return kind, used, descriptions
+
+
+def split_of(names):
+    """Return (split, index) for the names of the folders of a file: its split, and which name says so."""
+    for i, name in enumerate(names):
+        # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
+        name = re.sub(r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$", "", name.lower())
+        if name in SPLITS:
+            return SPLITS[name], i
+    return "train", -1
+
+
+def load_images():
+    """Return ({split: (sources, values)}, the names of a ClassLabel column or []).
+
+    sources: rows with an "image", which has "bytes" or a "path". values: for each source the name of its
+    class or its caption, or None.
+    """
+    kind, paths, descriptions = find_files()
+    if kind == "image":
+        return read_folder(paths, descriptions), []
+    if dataset == "glyphs":
+        features = {"image": datasets.Image(), "label": datasets.Value("string")}
+        return read_tables({"train": cached(draw_glyphs, features, image_size)})
+    if kind == "hub":
+        name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
+        with named("dataset", dataset):
+            tables = datasets.load_dataset(name, config or None, revision=revision or None)
+        return read_tables(tables)
+    by_split = defaultdict(list)
+    for path in paths:
+        folders = folders_of(path)
+        split, _ = split_of([*folders, path.stem])
+        by_split[split].append(glob.escape(str(path)))  # load_dataset() takes patterns
     with named("dataset", dataset):
-        if dataset == "glyphs":
-            found = {"train": datasets.Dataset.from_generator(draw_glyphs, gen_kwargs={"size": image_size})}
-        elif kind == "hub":
-            name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
-            found = datasets.load_dataset(name, config or None, revision=revision or None)
-        else:
-            classes = {file.parent.name for file in files} - SPLITS.keys()
-            kwargs = {"drop_labels": len(classes) < 2} if kind == "imagefolder" else {}
-            found = datasets.load_dataset(kind, data_files=paths, **kwargs)
-    if "train" not in found:
-        fail(f"{dataset=} has no train split, but {', '.join(found)}")
-    columns = found["train"].features
-    if image_column not in columns:
-        fail(f"{dataset=} has no {image_column=}: choose from {', '.join(columns)}")
-    wanted = {"validation": val_fraction, "test": test_fraction}
-    splits = {SPLITS[split]: rows for split, rows in found.items() if wanted.get(SPLITS.get(split))}
-    splits = datasets.DatasetDict(splits, train=found["train"].shuffle(seed=0))
-    with named("image_column", image_column):
-        return splits.cast_column(image_column, datasets.Image(decode=False))
+        tables = datasets.load_dataset("parquet", data_files=dict(by_split))
+    return read_tables(tables)
 
 
-def choose_conditions(splits):
-    """-> the column to learn from, "" for none, and {its values in all splits: names of classes, or captions}"""
-    columns, scratch = splits["train"].features, init_from == "scratch"
-    column = label_column if scratch else caption_column
-    if not scratch and caption:
-        return "", {caption: caption}
-    if scratch and column not in columns:
-        log(f"training without classes: no column {column!r} in {', '.join(columns)}")
-        return "", {}
-    if column not in columns:  # a .txt file beside a picture is its caption
-        for split, rows in splits.items():
-            texts = [Path(source["path"] or "?").with_suffix(".txt") for source in rows[image_column]]
-            texts = [text.read_text().strip() if text.is_file() else "" for text in texts]
-            splits[split] = rows.add_column(column, texts)
-    elif isinstance(columns[column], datasets.ClassLabel):
-        return column, dict(enumerate(columns[column].names))
-    values = {v[0] if isinstance(v, list) else v for rows in splits.values() for v in rows[column][:]}
-    if not scratch and not all(values):
-        fail(f"{dataset=} lacks captions: add .txt files, --caption= or --caption_column=")
-    return column, {value: str(value) for value in sorted(values - {None})}
+def folders_of(path):
+    """Return the names of the folders between `dataset` and a file in it."""
+    return path.relative_to(dataset).parts[:-1] if Path(dataset).is_dir() else ()
 
 
-def read_picture(source):
-    """-> pixels (3, S, S), scaled and cropped; None for what is no picture"""
+def read_tables(tables):
+    """Return what load_images() does, for {split: Dataset}."""
+    column = label_column if init_from == "scratch" else caption_column
+    splits = {}
+    class_names = []
+    for split, table in tables.items():
+        if image_column not in table.features:
+            fail(f"{dataset=} has no {image_column=}: choose from {', '.join(table.features)}")
+        values = [None] * len(table)
+        if column in table.features:
+            # The feature of a list has the feature of its elements.
+            feature = getattr(table.features[column], "feature", table.features[column])
+            if isinstance(feature, datasets.ClassLabel):
+                class_names = feature.names
+            values = [as_name(value, column, class_names) for value in table[column][:]]
+        unused = [name for name in table.features if name not in (image_column, column)]
+        if unused:
+            log(f"{split}: columns that are not used: {', '.join(unused)}")
+        with named("image_column", image_column):
+            sources = table.select_columns(image_column).rename_columns({image_column: "image"})
+            sources = sources.cast_column("image", datasets.Image(decode=False))
+        splits[split] = (sources, values)
+    return splits, class_names
+
+
+def as_name(value, column, class_names=()):
+    """Return a field of a table as the name of a class or as a caption; None if there is none."""
+    if isinstance(value, list):  # of several, the first
+        value = value[0] if value else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if class_names:
+        return class_names[value] if value >= 0 else None  # -1: unknown
+    if not isinstance(value, str | int | float):
+        fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is neither text nor a number")
+    return str(value).strip() or None
+
+
+def read_folder(paths, descriptions):
+    """Return {split: (sources, values)} for the paths of images.
+
+    The class is the folder directly below the split, or else directly below `dataset`; the caption is in a
+    .txt file beside the image. Where metadata names the images, both are in its columns.
+    """
+    column = label_column if init_from == "scratch" else caption_column
+    metadata = read_metadata([path for path in descriptions if path.suffix != ".txt"])
+    captions = {path for path in descriptions if path.suffix == ".txt"}
+    splits = defaultdict(lambda: ([], []))
+    n_left_out = 0
+    for path in paths:
+        row = metadata.get(os.path.normpath(path), {})
+        if metadata and not row:
+            n_left_out += 1
+            continue
+        folders = folders_of(path)
+        split, index = split_of(folders)
+        value = None
+        if column in row:
+            value = as_name(row[column], column)
+        elif init_from == "scratch" and column:
+            class_folders = folders[index + 1 :] or folders[: max(0, index)]
+            value = class_folders[0] if class_folders else None
+        elif init_from != "scratch" and path.with_suffix(".txt") in captions:
+            value = read_caption(path.with_suffix(".txt"))
+        sources, values = splits[split]
+        sources.append({"image": {"bytes": None, "path": str(path)}})
+        values.append(value)
+    if n_left_out:
+        log(f"left out: {n_left_out} images that metadata does not name")
+    return splits
+
+
+def read_caption(path):
+    """Return the caption in a .txt file."""
+    with named("caption", str(path)):
+        text = path.read_text(encoding="utf-8-sig").strip()
+    if not text:
+        fail(f"the caption {path} is empty: write one, or take the file out")
+    return text
+
+
+def read_metadata(files):
+    """Return {path of an image: its row} of metadata files, which have a column file_name."""
+    metadata = {}
+    for file in files:
+        with named("dataset", str(file)):
+            if file.suffix == ".parquet":
+                rows = datasets.Dataset.from_parquet(glob.escape(str(file))).to_list()
+            elif file.suffix == ".csv":
+                rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")), strict=True))
+            else:
+                lines = file.read_text(encoding="utf-8-sig").split("\n")
+                rows = [json.loads(line) for line in lines if line.strip()]
+        for n, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                fail(f"{dataset=}: {file}, row {n} has no file_name")
+            if None in row:  # the csv module's name for fields without a name
+                fail(f"{dataset=}: {file}, row {n} has more fields than the first line: quote commas")
+            metadata[os.path.normpath(file.parent / row["file_name"])] = row
+    n_missing = sum(not os.path.isfile(path) for path in metadata)
+    if n_missing:
+        log(f"metadata names {n_missing} images that do not exist")
+    return metadata
+
+
+def read_image(source):
+    """Return an image, scaled and cropped to a square, as pixels (3, S, S); None if it cannot be read.
+
+    source: {"bytes": the content of its file, or None; "path": where it is}, or None.
+    """
     try:
-        with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"]) as image:
-            image = ImageOps.exif_transpose(image)  # cameras note what is up
-        if image.mode[:4] == "I;16":  # else white
-            image = image.convert("I").point(lambda v: v / 257)
-        image = image.convert("RGBA")  # a transparent pixel has any colour
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return np.asarray(ImageOps.fit(image, (image_size, image_size))).transpose(2, 0, 1)
-    except Exception as error:
-        return log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
+        image = open_image(source)
+        image = ImageOps.exif_transpose(image)  # reads the pixels; cameras note which side is up
+    except Exception as error:  # Pillow raises errors of many kinds
+        log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
+        return None
+    if image.mode[0] in "IF":
+        image = scale_to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    image = to_srgb(image)
+    return np.asarray(ImageOps.fit(image, (image_size, image_size))).transpose(2, 0, 1)
 
 
-def encode_pictures(batch, column, ids, to_latents):
-    """Files -> bytes of pixels or latents in fp16, with flip mirrored too; numbers of classes or captions"""
+def open_image(source):
+    """Open an image, of which Pillow reads only the header at first."""
+    return Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
+
+
+def scale_to_8_bits(image):
+    """Return an image of 16 or 32 bits, or of floats, in 8 bits. Pillow would clip all values above 255."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float32))
+    if image.mode.startswith("I;16"):
+        values = values / 65535
+    elif image.mode == "I" or values.min() < 0 or values.max() > 1:  # the range is unknown: take all of it
+        values = (values - values.min()) / max(1, values.max() - values.min())
+    return Image.fromarray((255 * values).round().astype(np.uint8))
+
+
+def to_srgb(image):
+    """Return an image in the color space sRGB, by the profile that it may have."""
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit the image
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB")
+
+
+def original_size(source):
+    """Return the (height, width) of an image before it is scaled, from the header of its file."""
+    image = open_image(source)
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    width, height = image.size
+    return (width, height) if is_turned else (height, width)
+
+
+def encode_images(sources, numbers, to_latents, wants_size):
+    """Yield a row (see FEATURES) for each of the images of these numbers, with flip also for its mirror image.
+
+    The row of an image that cannot be read has no x. to_latents: a function from images (B, 3, S, S) to what
+    the model learns.
+    """
+    size = max(1, 2**22 // image_size**2)  # images that go through the autoencoder together
     with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(read_picture, batch[image_column]))
-    values, rows = batch[column] if column else [caption] * len(pictures), {"x": [], "cond": [], "grey": []}
-    for pixels, value in [(p, value) for p, value in zip(pictures, values) if p is not None]:
-        x = torch.from_numpy(np.stack([pixels, pixels[:, :, ::-1]][: 1 + flip]))  # (1 or 2, 3, S, S)
-        x = to_latents(x / 127.5 - 1).half()
-        value = value[0] if isinstance(value, list) else value  # of several the first
-        rows["x"] += [view.tobytes() for view in x.cpu().numpy()]
-        rows["cond"] += [ids.get(value, len(ids))] * len(x)
-        rows["grey"] += [bool((x == x[:, :1]).all())] * len(x)
-    return rows
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            images = pool.map(read_image, [sources[i]["image"] for i in batch])
+            views = []
+            for i, pixels in zip(batch, images):
+                if pixels is None:
+                    yield {"x": b"", "source": i, "size": [], "is_gray": True, "crc32": -1}
+                    continue
+                views.append((i, pixels))
+                if flip:
+                    views.append((i, pixels[:, :, ::-1]))
+            if not views:
+                continue
+            x = torch.from_numpy(np.stack([pixels for _, pixels in views])) / 127.5 - 1
+            for (i, pixels), z in zip(views, to_latents(x).half().cpu()):
+                yield {
+                    "x": z.numpy().tobytes(),
+                    "source": i,
+                    "size": original_size(sources[i]["image"]) if wants_size else [],
+                    "is_gray": bool((pixels == pixels[:1]).all()),
+                    "crc32": zlib.crc32(pixels.tobytes()),
+                }
 
 
-def prepare_data(to_latents):
-    """-> ({split: rows}, what run.json says of them, classes or captions); missing splits are cut from train"""
-    with named("image_size", image_size):
-        z = to_latents(torch.zeros(1, 3, image_size, image_size))  # tells autoencoders apart
-    if init_from == "scratch" and z.size(3) % patch_size:
-        fail(f"{image_size=}: a side of {z.size(3)} is no multiple of {patch_size=}")
-    splits = load_pictures()
-    column, names = choose_conditions(splits)
-    made_of = [column, names, f"{z.norm():.4g}", init_from, image_column, caption, image_size, flip]
-    made_of += map(inspect.getsource, (read_picture, encode_pictures, encode))  # an edit is noticed
-    kwargs = {"column": column, "ids": {value: i for i, value in enumerate(names)}, "to_latents": to_latents}
-    size = {"batch_size": 128, "writer_batch_size": 128, "remove_columns": splits["train"].column_names}
-    for split, rows in splits.items():
-        key = Hasher.hash([rows._fingerprint, *made_of])  # else `datasets` hashes all weights
-        splits[split] = rows.map(encode_pictures, batched=True, new_fingerprint=key, fn_kwargs=kwargs, **size)
+def cached(generator, features, *args, key=None):
+    """Return what generator(*args) yields as a Dataset, from a cache if key and code are the same.
+
+    key: what the rows depend on; if it is None, the arguments.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    section = re.search(r"^# ---- Data.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
+    make_rows = functools.partial(generator, *args)
+    fingerprint = hashlib.md5(repr([section, generator.__name__, key or args]).encode()).hexdigest()
+    return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
+
+
+def state_of_files(sources, part):
+    """Return what changes if the files of sources change: their names, sizes, times and permissions."""
+    if isinstance(sources, list):
+        key = []
+        paths = [sources[i]["image"]["path"] for i in part]
+    else:  # a table, in which some images may be paths of files
+        key = [sources._fingerprint, part]
+        images = sources.data.column("image").combine_chunks()
+        is_path = pyarrow.compute.is_null(pyarrow.compute.struct_field(images, "bytes"))
+        paths = pyarrow.compute.struct_field(images, "path").filter(is_path).drop_null().to_pylist()
+    for path in paths:
+        if os.path.exists(path):
+            stat = os.stat(path)
+            key.append((path, stat.st_size, stat.st_mtime_ns, os.access(path, os.R_OK)))
+    return key
+
+
+def encode_split(accelerator, sources, to_latents, wants_size, key):
+    """Return rows (see FEATURES) of the images of a split. Each process encodes some parts, on its device."""
+    parts = [range(i, min(i + PART, len(sources))) for i in range(0, len(sources), PART)]
+
+    def encode_part(part):
+        part_key = [key, state_of_files(sources, part)]
+        return cached(encode_images, FEATURES, sources, part, to_latents, wants_size, key=part_key)
+
+    for part in parts[RANK::WORLD]:
+        encode_part(part)
+    accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([encode_part(part) for part in parts])
+
+
+@torch.no_grad()
+def encode(autoencoder, x):
+    """Return images x (B, 3, H, W), from -1 to 1, as latents (B, c, h, w) with a variance of about 1."""
+    config = autoencoder.config
+    x = x.to(autoencoder.device)
+    if "z_dim" in config:  # an autoencoder for videos: an image is one frame
+        x = x[:, :, None]
+    encoded = autoencoder.encode(x)
+    z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    z = z.view(*z.shape[:2], *z.shape[-2:])
+    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+    std = config.get("latents_std") or [1 / (config.get("scaling_factor") or 1.0)]
+    mean = torch.tensor(mean, device=z.device).view(1, -1, 1, 1)
+    std = torch.tensor(std, device=z.device).view(1, -1, 1, 1)
+    return (z - mean) / std
+
+
+@functools.cache
+def load_vae(name, device):
+    """Return the AutoencoderKL of a name, in fp32: in less, some make black images."""
+    import diffusers
+
+    with named("vae", name):
+        return diffusers.AutoencoderKL.from_pretrained(name).float().eval().to(device)
+
+
+def cut_off(rows, fraction):
+    """Split off the last part of the rows. Return (rest, part). Mirror images stay with theirs."""
+    n_views = 2 if flip else 1
+    n = math.ceil(fraction * len(rows) / n_views) * n_views
     with named("dataset", dataset):
-        for split, fraction in ("test", test_fraction), ("validation", val_fraction):
-            if fraction and split not in splits:
-                parts = splits["train"].train_test_split(fraction, shuffle=False)
-                splits |= {"train": parts["train"], split: parts["test"]}
-    for split, rows in splits.items():
-        if not len(rows):
-            fail(f"{dataset=}: no picture of its {split} split can be read")
-    shape = [1 if all(all(rows["grey"][:]) for rows in splits.values()) else z.shape[1], *z.shape[2:]]
-    data = {"shape": shape, "classes": list(names.values()) if init_from == "scratch" else []}
+        parts = rows.train_test_split(n, shuffle=False)
+    return parts["train"], parts["test"]
+
+
+def prepare_data(accelerator, pipeline=None):
+    """Return ({split: rows}, what run.json says of them, captions).
+
+    Missing splits are cut off from the end of the training rows, which are shuffled.
+    """
+    datasets.disable_progress_bars()
+    with accelerator.local_main_process_first():  # the other processes read what it has downloaded
+        found, names = load_images()
+    if "train" not in found:
+        fail(f"{dataset=} has no split train, but {', '.join(found)}")
+    splits = {"train": found.pop("train")}
+    wanted = {"validation": val_fraction, "test": test_fraction}
+    for name, images in found.items():
+        split = SPLITS.get(name.lower())
+        if wanted.get(split) and split not in splits:
+            splits[split] = images
+        else:
+            log(f"not used: the split {name}")
+    if caption and init_from != "scratch":
+        splits = {split: (sources, [caption] * len(values)) for split, (sources, values) in splits.items()}
+
+    all_values = [value for _, values in splits.values() for value in values]
+    if init_from != "scratch" and None in all_values:
+        n = all_values.count(None)
+        fail(f"{dataset=} lacks captions for {n} images: add .txt files, --caption= or --caption_column=")
+    names = names or sorted({*all_values} - {None})
+    if init_from == "scratch" and len(names) < 2:
+        log("training without classes: fewer than two were found")
+        names = []
+    numbers = {name: i for i, name in enumerate(names)}
+
+    autoencoder = None
+    to_latents = torch.nn.Identity()
+    if pipeline:
+        autoencoder = pipeline.pipe.vae
+        to_latents = pipeline.encode
+    elif vae:
+        autoencoder = load_vae(vae, accelerator.device)
+        to_latents = functools.partial(encode, autoencoder)
+    wants_size = hasattr(pipeline, "pipe") and hasattr(pipeline.pipe, "_get_add_time_ids")  # SDXL
+    key = [image_size, flip, wants_size]
+    if autoencoder is not None:  # the sums tell autoencoders of the same shape apart
+        key += [str(autoencoder.config), [p.double().sum().item() for p in autoencoder.state_dict().values()]]
+    shape = to_latents(torch.zeros(1, 3, image_size, image_size)).shape[1:]
+    if pipeline is None and shape[-1] % patch_size != 0:
+        fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
+
+    for split, (sources, values) in splits.items():
+        order = np.arange(len(values))
+        if split == "train":  # validation and test are cut off from the end; shuffle, the same for every seed
+            order = np.random.default_rng(0).permutation(len(values))
+        if isinstance(sources, list):
+            sources = [sources[i] for i in order]
+        else:
+            sources = sources.select(order)
+        rows = encode_split(accelerator, sources, to_latents, wants_size, key)
+        is_read = np.array(rows["crc32"][:]) >= 0
+        n_unread = np.count_nonzero(~is_read)
+        if n_unread == len(sources):
+            fail(f"{dataset=}: no image of its {split} split can be read")
+        if n_unread:
+            log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
+            rows = rows.select(np.flatnonzero(is_read))
+        cond = [numbers.get(values[order[i]], len(names)) for i in rows["source"][:]]
+        splits[split] = rows.add_column("cond", cond)
+    is_gray = not autoencoder and all(all(rows["is_gray"][:]) for rows in splits.values())
+    if is_gray:
+        shape = (1, *shape[1:])
+
+    for split, fraction in ("test", test_fraction), ("validation", val_fraction):
+        if fraction and split not in splits:
+            splits["train"], splits[split] = cut_off(splits["train"], fraction)
+    data = {"shape": list(shape), "classes": names if init_from == "scratch" else []}
     data["rows"] = {split: len(rows) for split, rows in splits.items()}
-    log(f"data: {data['rows']}, {len(names)} classes or captions, each {data['shape']}")
-    return splits, data, list(names.values())
+    kind = "classes" if init_from == "scratch" else "captions"
+    log(f"data: {data['rows']} images of shape {data['shape']}, {len(names)} {kind}")
+    return splits, data, names
 
 
 def collate(rows, shape):
-    """-> x (B, *shape), latents, or pixels in [-1, 1]; cond (B,), numbers of classes or captions"""
+    """Return a batch (x, cond) of rows.
+
+    x: pixels from -1 to 1, or latents (B, *shape). cond: (B, 1), the numbers of classes or captions, or (B,
+    3) with the original height and width behind them.
+    """
     x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16).float()
-    x = x.view(len(rows), -1)[:, : math.prod(shape)].view(-1, *shape)  # grey ones lose two channels
-    return x, torch.tensor([row["cond"] for row in rows])
+    x = x.view(len(rows), -1)[:, : math.prod(shape)]  # of gray images, one of three equal channels
+    cond = torch.tensor([[row["cond"], *row["size"]] for row in rows])
+    return x.reshape(-1, *shape), cond
 
 
-def batch_rows(n_rows, first_step, last_step, micro, world, rank):
-    """Yield the rows of each micro-batch of this process. An epoch is a shuffle; all depends on (seed, step)."""
+def batch_rows(n_rows, first_step, last_step, micro_size, world, rank):
+    """Yield the row numbers of each micro-batch of a process. They depend on (seed, step) alone.
+
+    The rows of a step are the same for any number of processes and size of micro-batches. An epoch is a
+    permutation.
+    """
     n_batches = max(1, n_rows // batch_size)
+    epoch = None
     for step in range(first_step, last_step):
-        epoch, i = divmod(step, n_batches)
-        if i == 0 or step == first_step:
+        if step // n_batches != epoch:
+            epoch = step // n_batches
             rows = np.random.default_rng([seed, epoch]).permutation(n_rows)
-            batches = np.resize(rows, (n_batches, batch_size))  # few rows repeat
-        yield from batches[i].reshape(-1, world, micro)[:, rank].tolist()
+            rows = np.resize(rows, n_batches * batch_size)  # drop an incomplete batch, or repeat too few rows
+            batches = rows.reshape(n_batches, batch_size)
+        # (accumulation steps, processes, rows)
+        micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
+        yield from micro_batches[:, rank].tolist()
 
 
-def noise_batches(accelerator, model, micro_batches, step):
-    """[(x, cond)] -> [(x_t, t, cond, target)]; random by seed, step and place in the global batch"""
-    rng, noisy = torch.Generator(accelerator.device).manual_seed(hash((seed, step)) % 2**63), []
-    noise = torch.randn(batch_size, *model.shape, generator=rng, device=rng.device)
-    times = model.draw_times(batch_size, rng)
-    dropped = torch.rand(batch_size, generator=rng, device=rng.device) < label_dropout
-    mine = [v.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK] for v in (noise, times, dropped)]
-    for (x0, cond), eps, t, drop in zip(micro_batches, *mine):
-        x_t, target = model.add_noise(x0.to(rng.device), eps, t)
-        noisy.append((x_t, t, cond.to(rng.device).masked_fill(drop, model.none), target))
-    return noisy
+def draw_glyphs(size):
+    """Yield 256 images of every letter and digit, white on black, each a little different."""
+    rng = np.random.default_rng(0)
+    large = 4 * size  # reduced at the end, which smooths the edges
+    for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        font = ImageFont.load_default(large * rng.uniform(0.9, 1.15))
+        center = tuple(large * rng.uniform(0.43, 0.57, 2))
+        stroke_width = int(large * rng.uniform(0, 0.06))
+        image = Image.new("L", (large, large))
+        ImageDraw.Draw(image).text(center, character, 255, font, "mm", stroke_width=stroke_width)
+        image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
+        file = io.BytesIO()
+        image.save(file, "png")
+        yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
 
 
 # ---- Optimizers and learning rate ----
 
 
+def orthogonalize(x):
+    """Bring all singular values of the matrices x (n, rows, columns) near 1 by five Newton-Schulz iterations.
+
+    The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
+    """
+    is_tall = x.size(-2) > x.size(-1)
+    if is_tall:  # the smaller one of two possible Gram matrices takes less work
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
 class Muon(torch.optim.Muon):
-    """Momentum with orthogonal updates (Jordan 2024, kellerjordan.github.io/posts/muon): torch's, but for all matrices
-    of a shape at once, so faster, and in any dtype."""
+    """torch's Muon (momentum with orthogonalized updates), but for all matrices of a shape at once."""
 
     def __init__(self, matrices, dtype, **kwargs):
-        super().__init__(matrices, adjust_lr_fn="original", **kwargs)
-        self.dtype = dtype
+        super().__init__(matrices, **kwargs)
+        self.dtype = dtype  # of the Newton-Schulz iterations; torch's own are always in bf16
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
-            for (rows, columns), same_shape in itertools.groupby(matrices, key=lambda p: p.shape):
-                params = list(same_shape)
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for (rows, columns), params in by_shape.items():
+                grads = [p.grad for p in params]
+                averages = []
                 for p in params:
-                    self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
-                grads, averages = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    averages.append(self.state[p]["momentum_buffer"])
+                # average <- momentum average + (1 - momentum) grad, and Nesterov's direction from it
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))  # (n, rows, columns)
-                x = (x.mT if rows > columns else x).to(self.dtype)
-                x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):  # Newton and Schulz: all singular values come near 1
-                    gram = x @ x.mT
-                    gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                    x = torch.baddbmm(x, gram, x, beta=3.4445)
-                updates = (x.mT if rows > columns else x).to(params[0].dtype).unbind()
+                directions = torch._foreach_lerp(grads, averages, group["momentum"])
+                updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
+                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices (torch: "original")
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                torch._foreach_add_(params, updates.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
-    """Muon for the matrices in the blocks, AdamW for all else; or AdamW for all."""
-    kwargs = {"betas": (beta1, beta2), "weight_decay": 0.0, "fused": True}
+    """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     if optimizer == "adamw" or init_from != "scratch":
-        default = 0.001 if init_from == "scratch" else 1e-4 if adapter else 1e-5
+        kind = adapter or "fine-tuning"
+        if init_from == "scratch":
+            kind = "adamw"
         trained = [p for p in model.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
-        return [torch.optim.AdamW(groups, learning_rate or default, **kwargs)]
-    matrices, others = [], []
+        return [adamw(groups, lr=learning_rate or DEFAULT_LR[kind])]
+
+    matrices = []
+    others = []
     for name, p in model.named_parameters():
-        (matrices if name.startswith("blocks.") and p.ndim == 2 else others).append(p)
-    adamw = torch.optim.AdamW(others, adamw_lr, **kwargs)
-    kwargs = {"lr": learning_rate or 0.02, "weight_decay": weight_decay, "momentum": 0.95}
-    if accelerator.is_fsdp2:  # which cuts matrices into parts: torch's own puts them together
-        return [torch.optim.Muon(matrices, adjust_lr_fn="original", **kwargs), adamw]
+        if p.ndim == 2 and name.startswith("blocks."):
+            matrices.append(p)
+        else:
+            others.append(p)
+    muon = {
+        "lr": learning_rate or DEFAULT_LR["muon"],
+        "weight_decay": weight_decay,
+        "adjust_lr_fn": "original",
+    }
+    if accelerator.is_fsdp2:  # each matrix is in shards, which the Muon of torch gathers, and ours does not
+        return [torch.optim.Muon(matrices, **muon), adamw(others, lr=adamw_lr)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return [Muon(matrices, dtype, **kwargs), adamw]
+    return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
 
 
 def lr_at(step, total_steps):
-    """The learning rate as a fraction of its peak: the least of warm-up and decay."""
+    """Return the learning rate at a step as a fraction of its peak: the smaller of warm-up and decay."""
+    warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-        decay = 0.5 * (1 + math.cos(math.pi * min(1, done)))
+        progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
     elif lr_schedule == "wsd":
         decay = min(1.0, (total_steps - step) / max(1, cooldown * total_steps))
-    return min((step + 1) / (warmup_steps + 1), min_lr + (1 - min_lr) * decay)
+    return min(warmup, min_lr + (1 - min_lr) * decay)
 
 
 class EMA:
-    """An average of the weights over time, measured and saved, as it draws much better."""
+    """The exponential moving average of the trained weights, which draws much better than the weights."""
 
-    def __init__(self, module):
-        self.weights = [p.detach() for p in module.parameters() if p.requires_grad]
-        self.averages = [w.clone() for w in self.weights] if ema_decay else []
+    def __init__(self, model):
+        self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
+        self.averages = [weight.clone() for weight in self.weights] if ema_decay else []
 
     def update(self, step):
-        decay = min(ema_decay, (1 + step) / (10 + step))  # soon forgets the beginning
+        """Move the averages towards the weights."""
+        decay = min(ema_decay, (1 + step) / (10 + step))  # the first weights are forgotten soon
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     def swap(self):
-        """Let the model have the average, or its own weights again."""
+        """Let the model have the averages, or its own weights again."""
         for weight, average in zip(self.weights, self.averages):
-            old = weight.clone()
+            kept = weight.clone()
             weight.copy_(average)
-            average.copy_(old)
+            average.copy_(kept)
 
 
-# ---- The run directory ----
+# ---- Checkpoints and the run directory ----
+
+# What a run writes. A new run in the same folder removes these files of an old one, and no others.
+RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt *.safetensors model_index.json"
+RUN_FILES += " vae/* unet*/* transformer*/* text_encoder*/* tokenizer*/* scheduler/* feature_extractor/*"
+RUN_FILES += " samples/step_*.png samples/step_*.safetensors train_diffusion/events* *.trace.json *.tmp"
+LOCKS = []  # held until this process ends
 
 
 def write_file(name, content):
-    """Write bytes, a .json or a .pt; under its name there is always a complete file."""
-    temporary = Path(out_dir, f"{name}{RANK}.tmp")
-    content = json.dumps(content, indent=1).encode() if name.endswith(".json") else content
+    """Write a .json, .pt or .safetensors file in out_dir. A crash leaves the old file or the new one."""
+    temporary = Path(out_dir, f"{name}.tmp")
     with open(temporary, "wb") as f:
-        f.write(content) if isinstance(content, bytes) else torch.save(content, f)
+        if name.endswith(".json"):
+            f.write(json.dumps(content, indent=1).encode())
+        elif name.endswith(".safetensors"):
+            f.write(safetensors.torch.save(content))
+        else:
+            torch.save(content, f)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(Path(out_dir, name))
 
 
-def gather(accelerator, model, optimizers=(), frozen=False):
-    """-> ({name: weight} of what is trained, or with frozen=True of all, a tied one once; the optimizers' state)"""
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
-    weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    module = accelerator.unwrap_model(model)
-    once = {name for name, weight in module.named_parameters() if frozen or weight.requires_grad}
-    others = {name for name, _ in module.named_parameters(remove_duplicate=False)} - once
-    return {name: weight for name, weight in weights.items() if name not in others}, state
-
-
-def save_state(accelerator, model, optimizers, progress, name, ema=None):
-    """Write all that a resume needs, or without optimizers the trained weights."""
-    state = {"progress": progress}
-    if ema:
-        ema.swap()  # on a CPU, gather returns the weights themselves
-        state["ema"] = {name: weight.clone() for name, weight in gather(accelerator, model)[0].items()}
-        ema.swap()
-    state["model"], state["optimizers"] = gather(accelerator, model, optimizers)
-    if MAIN:
-        write_file(name, state)
-
-
-def load_state(accelerator, model, optimizers, name, fixed, ema=None):
-    """Put back what save_state wrote, read by the first process; -> progress"""
-    expected = gather(accelerator, model)[0].keys()
-    state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    options = dcp.StateDictOptions(True, cpu_offload=True, strict=False, broadcast_from_rank0=WORLD > 1)
-    with named("checkpoint", f"{out_dir}/{name}"):
-        if MAIN:
-            state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
-            if changed := dict(state["progress"]["fixed"].items() - fixed.items()):
-                raise ValueError(f"it was made with {changed}: choose another --out_dir")
-            if state["model"].keys() != expected:
-                raise ValueError("it holds the weights of another model")
-        if ema:
-            dcp.set_model_state_dict(model, state["ema"], options=options)
-            ema.swap()  # now the average has them
-        dcp.set_model_state_dict(model, state["model"], options=options)
-        if optimizers:
-            dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    return broadcast_object_list([state["progress"]])[0]
+def read_json(setting, folder, name):
+    """Return the content of a .json file in the folder that a setting names."""
+    with named(setting, folder):
+        return json.loads(Path(folder, name).read_text(encoding="utf-8"))
 
 
 def open_run_dir():
-    """End the program if out_dir holds other files, or a run that is not to be resumed or overwritten."""
+    """Make, check and lock out_dir. Return the content of run.json if there is a run to resume, else None."""
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        files = {path.name for path in Path(out_dir).iterdir() if path.suffix != ".tmp"}
-    if MAIN and files and ("run.json" not in files or not (resume or overwrite)):
-        fail(f"{out_dir} holds {min(files)}: choose another, or for a run --resume=True or --overwrite=True")
+    folder = Path(out_dir).resolve()
+    for path in (os.getcwd(), init_from, vae, dataset):  # the last three may be names of the Hub
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
+            fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
+    if not MAIN:
+        return None
+    LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
+    try:
+        LOCKS[0].acquire(timeout=10)  # data workers keep the lock for some seconds after their run was killed
+    except filelock.Timeout:
+        fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
+    files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
+    is_run = "run.json" in files
+    if files and not is_run:
+        fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
+    if is_run and not resume and not overwrite:
+        fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
+    if not (resume and is_run and "checkpoint.pt" in files):
+        return None
+    run = read_json("out_dir", out_dir, "run.json")
+    check_fixed(run, {name: globals()[name] for name in FIXED.split()})
+    return run
 
 
-def write_run(model, data):
-    """-> the content of run.json, written beside the script as it is"""
-    run = {"kind": "diffusion", "model": type(model).__name__.removeprefix("FSDP"), "command": sys.argv}
-    run |= {"settings": settings(globals()), "data": data}
-    run["versions"] = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
-    run["parameters"] = sum(p.numel() for p in model.parameters())
-    run["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def check_fixed(run, values):
+    """End the program if the run in out_dir was made with other values of what a resume may not change."""
+    for name, value in values.items():
+        before = run["fixed"].get(name)
+        if before != value:
+            fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {value!r}")
+
+
+def start_run(model, splits, data, captions, old_run):
+    """Write run.json and this script to out_dir. Return the content of run.json."""
+    rows = splits["train"]
+    chosen = rows.select(np.linspace(0, len(rows) - 1, 100).astype(int))  # a resume compares these rows
+    content = [chosen["crc32"][:], chosen["cond"][:], data, captions]
+    fixed = {name: globals()[name] for name in FIXED.split()}
+    fixed["data"] = f"{len(rows)} images with the hash {hashlib.md5(repr(content).encode()).hexdigest()}"
+    run = {
+        "kind": "diffusion",
+        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames DiT to FSDPDiT
+        "command": sys.argv,
+        "settings": settings(globals()),
+        "fixed": fixed,
+        "data": data,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+    }
+    if init_from != "scratch":
+        run["pipeline"] = type(model.pipe).__name__
+    if old_run:
+        check_fixed(old_run, fixed)
+    else:
+        for pattern in RUN_FILES.split():
+            for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
+                path.unlink()
+        if init_from != "scratch" and not adapter:
+            model.save_pipeline()
     write_file("run.json", run)
-    shutil.copy(__file__, out_dir)
+    with contextlib.suppress(shutil.SameFileError):
+        shutil.copy(__file__, out_dir)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
     return run
 
 
-# ---- Starting, evaluating, training, stopping ----
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-MAIN = RANK == 0  # the first of all processes writes and reports
-log = functools.partial(print, flush=True) if MAIN else lambda message: None
-STOP = []  # the signals that ask the run to stop
+def unwrap(model):
+    """Return the model inside DistributedDataParallel."""
+    return getattr(model, "module", model)
 
 
-def catch_signals():
-    """Note Ctrl-C, SIGTERM, on Linux the launcher's death: one wish to stop, of which workers may die."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda s, _: STOP.append(s) or signal.signal(signal.SIGCHLD, signal.SIG_DFL))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-        if os.getppid() != PARENT:  # it is dead already
-            STOP.append(signal.SIGTERM)
+def gather(model, optimizers=(), with_frozen=False):
+    """Return ({name: weight}, the optimizers' state), of the trained weights only or with the frozen ones."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options.ignore_frozen_params = not with_frozen
+    weights, state = dcp.get_state_dict(model, optimizers, options=options)
+    # Leave out what is frozen, and the second names of tied weights.
+    names = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
+    others = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)} - names
+    return {name: weight for name, weight in weights.items() if name not in others}, state
 
 
-def finish(accelerator, step, stop):
-    """End this process when all are here."""
-    log(f"stopped at step {step}; the same command with --resume=True goes on" if stop else "done")
-    code = 128 + (STOP or [signal.SIGTERM])[0] if stop else 0
+def save_checkpoint(model, optimizers, ema, progress, name):
+    """Write all that a resume needs. With optimizers=[] and ema=None, the weights and the progress."""
+    averages = {}
+    if ema:
+        ema.swap()
+        averages, _ = gather(model)
+        averages = {
+            key: average.clone() for key, average in averages.items()
+        }  # on a CPU they are the weights
+        ema.swap()
+    weights, state = gather(model, optimizers)
+    if MAIN:
+        write_file(name, {"model": weights, "ema": averages, "optimizers": state, "progress": progress})
+
+
+def load_checkpoint(model, optimizers, ema, name):
+    """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
+    state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
+    weights, _ = gather(model)  # in every process, as FSDP2 needs it
+    if MAIN:
+        with named("checkpoint", f"{out_dir}/{name}"):
+            state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
+        saved_shapes = {key: p.shape for key, p in state["model"].items()}
+        if saved_shapes != {key: p.shape for key, p in weights.items()}:
+            fail(f"{out_dir}/{name} has the weights of another model: undo the edit, or start anew elsewhere")
+    # Not strict, because the checkpoint has no frozen weights.
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    options.broadcast_from_rank0 = WORLD > 1
+    if ema:
+        dcp.set_model_state_dict(model, state["ema"], options=options)
+        ema.swap()  # now the averages have them
+    dcp.set_model_state_dict(model, state["model"], options=options)
+    if optimizers:
+        dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
+    return broadcast_object_list([state["progress"]])[0]
+
+
+# ---- Evaluation ----
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
+    """Return the loss of a split: the mean over times from 0 to 1, evenly spread, and by quarters of them.
+
+    The training loss is a mean over the times that training samples, so the two differ. Each image has its
+    own noise and times, the same in every evaluation. n_batches: how many batches of batch_size images to
+    take, spread evenly over the split; 0: all images.
+    """
+    n_rows = len(rows)
+    if n_batches > 0:
+        n_rows = min(n_rows, n_batches * batch_size)
+    chosen = np.linspace(0, len(rows) - 1, n_rows).astype(int)
+    mine = chosen[RANK::WORLD].tolist()
+    losses = np.zeros(4)  # sums over images, one for each quarter
+    model.eval()
+    for i in range(0, math.ceil(n_rows / WORLD), micro_size):
+        batch = mine[i : i + micro_size]
+        numbers = batch or [0]  # no rows are left for this process, but FSDP2 needs it in every forward pass
+        x_0, cond = collate([rows[j] for j in numbers], unwrap(model).shape)
+        x_0, cond = to_model(x_0, cond, accelerator.device)
+        eps = noise_of(numbers, x_0.shape[1:]).to(x_0.device)
+        place = (
+            torch.tensor(numbers, device=x_0.device) * 0.618034 % 1
+        )  # the golden ratio spreads them evenly
+        for quarter in range(4):
+            t = (quarter + place) / 4
+            x_t, target = add_noise(unwrap(model), x_0, eps, t)
+            with accelerator.autocast():
+                loss = F.mse_loss(model(x_t, t, cond), target)
+            losses[quarter] += loss.item() * len(batch)
+    model.train()
+    losses = np.sum(gather_object([losses]), axis=0) / n_rows
+    values = {f"{name}/loss": losses.mean().item()}
+    for quarter, loss in enumerate(losses.tolist()):
+        values[f"{name}/loss/{quarter / 4:g}-{(quarter + 1) / 4:g}"] = loss
+    return values
+
+
+def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report):
+    """Report the validation loss, keep the best weights (without validation, the last) and draw samples."""
+    loss = -math.inf  # without a validation split, the last weights count as the best
+    ema.swap()
+    if "validation" in splits:
+        values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
+        report(values)
+        loss = values["val/loss"]
+    if progress["step"] > 0:
+        progress["evals_since_best"] += 1
+        if loss <= progress["best"]:
+            progress["best"] = loss
+            progress["evals_since_best"] = 0
+            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, only its own weights
+            if MAIN and init_from == "scratch":
+                write_file("model.safetensors", weights)
+            elif MAIN:
+                unwrap(model).save_weights(weights)
+            if "test" in splits:  # the test at the end loads the best weights
+                save_checkpoint(model, [], None, progress, "best.pt")
+    draw_samples(model, progress["step"])
+    if MAIN and adapter and progress["step"] > 0 and "validation" not in splits:
+        # Keep every adapter beside its samples, so that the best can be chosen by eye.
+        kept = Path(out_dir, f"samples/step_{progress['step']:08d}.safetensors")
+        shutil.copy(Path(out_dir, "pytorch_lora_weights.safetensors"), kept)
+    ema.swap()
+
+
+def draw_samples(model, step):
+    """Draw a grid of samples, always from the same noise, in every process, as FSDP2 needs it."""
+    model.eval()
+    conditions = sample_conditions(unwrap(model))
+    seeds = range(seed, seed + len(conditions))
+    with torch.compiler.set_stance("force_eager"):  # a new batch size would be compiled, for a minute
+        images = draw(unwrap(model), conditions, seeds)
+    model.train()
+    if MAIN:
+        Path(out_dir, "samples").mkdir(exist_ok=True)
+        make_grid(images).save(Path(out_dir, f"samples/step_{step:08d}.png"))
+
+
+def sample_conditions(model):
+    """Return what the samples during training show: 36 of the classes, or some prompts."""
+    if init_from != "scratch":
+        return model.prompts
+    names = model.class_names
+    return [names[i * len(names) // 36] for i in range(36)] if names else [""] * 36
+
+
+# ---- Training ----
+
+
+def start_accelerator():
+    """Return an Accelerator for the best device there is, with precision, threads and processes set up."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
+    torch.autograd.set_detect_anomaly(detect_anomaly)
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # of accelerate, which uses the old name
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=choose_precision(),
+        log_with=tracker or None,
+        project_dir=out_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process downloads
+            # A view saves a copy of all gradients. Some pipelines have weights without effect on the output.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=init_from != "scratch",
+            ),
+        ],
+    )
+    if accelerator.num_processes != WORLD:
+        fail(
+            f"{WORLD} processes were started, but do not train together: on CPUs, set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.is_fsdp2:
+        set_up_fsdp2(accelerator)
+    if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if init_from == "scratch":  # a pretrained model is large, and memory counts more
+            keep_freed_memory()
+        log("warning: no GPU was found; a CPU is fast enough for small models only")
+    log(f"device: {accelerator.device.type} x {WORLD}, precision: {accelerator.mixed_precision}")
+    return accelerator
+
+
+def keep_freed_memory():
+    """Let Linux keep the memory that a step frees for the next step: trains 1.15 times as fast on a CPU."""
+    if sys.platform == "linux":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+def choose_precision():
+    """Return the precision of matrix products: bf16 where the hardware has it."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "no" if init_from == "scratch" else "fp16"  # T4, V100: Muon has no loss scaling for fp16
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
+
+
+def set_up_fsdp2(accelerator):
+    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
+    policy = {"cast_forward_inputs": False}  # images and times stay in fp32
+    if accelerator.mixed_precision == "bf16":
+        policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+    plugin.reshard_after_forward = True  # or else gathered weights would stay when EMA swaps them
+    torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
+
+
+def finish(accelerator, step, is_stopped):
+    """End this process when all processes have come here."""
+    log(f"stopped at step {step}; the same command with --resume=True goes on" if is_stopped else "done")
+    code = 0
+    if is_stopped:
+        signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
+        code = 128 + signum  # as shells report it
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if WORLD > 1:  # gloo's threads may abort a process that ends in the usual way
         os._exit(code)
-    raise SystemExit(code)
+    sys.exit(code)
 
 
-def start_accelerator():
-    """-> an Accelerator on the best device there is, with precision and threads set."""
-    on_cpu, cpu = not torch.accelerator.is_available(), torch.cpu.get_capabilities()
-    bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
-    precision = ("bf16" if bf16 else "no") if mixed_precision == "auto" else mixed_precision
-    torch.set_float32_matmul_precision("high")  # TF32: much faster
-    torch.autograd.set_detect_anomaly(detect_anomaly)
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each makes the model, and keeps a part
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one reads pictures
-    kwargs = {"log_with": tracker or None, "project_dir": out_dir, "kwargs_handlers": [patient]}
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, **kwargs)
-    if accelerator.is_fsdp2:  # weights stay in fp32, autocast computes in bf16
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        torch.set_autocast_cache_enabled(False)  # which would keep all weights in bf16
-    if on_cpu:  # `accelerate launch` leaves a process one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        log("warning: no GPU was found, which is fine for small models only")
-    if on_cpu and sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep what a step frees: new pages cost a quarter
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    log(f"device: {accelerator.device.type} x {WORLD}, precision {precision}")
-    return accelerator
+def is_due(step, interval):
+    """Tell whether something that is done every `interval` steps is due; with 0 it never is."""
+    return interval > 0 and step % interval == 0
 
 
-@torch.no_grad()
-def evaluate(accelerator, model, split, rows, micro, batches):
-    """-> the loss of a split, in all and by quarter of the times; each picture has its own noise. batches: how
-    many, spread evenly; 0: all"""
-    n, device, losses = min(len(rows), batches * batch_size or len(rows)), accelerator.device, np.zeros(4)
-    mine = np.linspace(0, len(rows) - 1, n).astype(int)[RANK::WORLD]
-    module = accelerator.unwrap_model(model).eval()
-    for i in range(0, math.ceil(n / WORLD), micro):
-        numbers = mine[i : i + micro].tolist() or [0]
-        x0, cond = (value.to(device) for value in collate(rows.__getitems__(numbers), module.shape))
-        noise = noise_of(numbers, module.shape).to(device)
-        within = torch.tensor(numbers, device=device) * 0.618034 % 1  # fills a quarter evenly
-        for quarter in range(4):
-            t = (quarter + within) / 4
-            x_t, target = module.add_noise(x0, noise, t)
-            with accelerator.autocast():
-                loss = F.mse_loss(model(x_t, t, cond), target)
-            losses[quarter] += float(loss) * len(mine[i : i + micro])  # 0 where only others need a pass
-    losses = (np.sum(gather_object([losses]), axis=0) / n).tolist()
-    by_time = {f"{split}/loss/{i / 4:g}-{(i + 1) / 4:g}": loss for i, loss in enumerate(losses)}
-    return {f"{split}/loss": sum(losses) / 4, **by_time}
+def make_noisy_batches(model, micro_batches, step, device):
+    """Return [(x_t, t, cond, target)] for the micro-batches [(x_0, cond)] of a step.
+
+    Noise, times and what is hidden depend on (seed, step) and on the place of an image in the global batch.
+    So they are the same for any number of processes: each one draws them all, and takes its own.
+    """
+    rng = torch.Generator(device).manual_seed(hash((seed, step)) % 2**63)
+    eps = torch.randn(batch_size, *model.shape, generator=rng, device=device)
+    times = model.sample_times(batch_size, rng)
+    rng = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
+    is_hidden = torch.rand(batch_size, generator=rng) < label_dropout  # on the CPU, where cond is
+    noisy = []
+    n = len(micro_batches)
+    for i, (x_0, cond) in enumerate(micro_batches):
+        mine = (n, WORLD, -1)  # (accumulation steps, processes, images)
+        cond[:, 0].masked_fill_(is_hidden.unflatten(0, mine)[i, RANK], model.none)
+        x_0, cond = to_model(x_0, cond, device)
+        t = times.unflatten(0, mine)[i, RANK]
+        x_t, target = add_noise(model, x_0, eps.unflatten(0, mine)[i, RANK], t)
+        noisy.append((x_t, t, cond, target))
+    return noisy
 
 
-def evaluate_and_save(accelerator, model, ema, splits, micro, progress, report):
-    """Report the validation loss, keep the best weights (without it the last), draw pictures."""
-    loss, module, step = -math.inf, accelerator.unwrap_model(model).eval(), progress["step"]
-    ema.swap()
-    if "validation" in splits:
-        report(values := evaluate(accelerator, model, "val", splits["validation"], micro, eval_batches))
-        loss = values["val/loss"]
-    progress["waited"] += step > 0
-    if step and loss <= progress["best"]:
-        progress |= {"best": loss, "waited": 0}
-        weights, _ = gather(accelerator, model, frozen=not adapter)
-        if MAIN and init_from == "scratch":
-            write_file("model.safetensors", safetensors.torch.save(weights))
-        elif MAIN:
-            save_pipeline(module, weights)
-        if "test" in splits:
-            save_state(accelerator, model, [], progress, "best.pt")
-    # all draw, for FSDP2; compiled, each new size of batch takes a minute
-    autocast = accelerator.autocast if init_from == "scratch" else contextlib.nullcontext
-    with autocast(), torch.compiler.set_stance("force_eager"):
-        pictures = draw(module, module.prompts, range(seed, seed + len(module.prompts)))
-    ema.swap()
-    module.train()
-    if MAIN:
-        path = Path(out_dir, f"samples/step_{step:08d}.png")
-        path.parent.mkdir(exist_ok=True)
-        make_grid(pictures).save(path)
-        if adapter and step and loss == -math.inf:  # to choose the best by eye
-            shutil.copy(Path(out_dir, "pytorch_lora_weights.safetensors"), path.with_suffix(".safetensors"))
+def to_model(x, cond, device):
+    """Return a batch as the model takes it: a pipeline takes the numbers of captions as lists."""
+    x = x.to(device, non_blocking=True)
+    if init_from != "scratch":
+        return x, cond.tolist()
+    return x, cond[:, 0].to(device, non_blocking=True)
 
 
-def make_model(accelerator):
-    """-> (model, {split: rows}, what run.json says of them)"""
-    model, to_latents = None, encode
-    if init_from != "scratch":  # first: a wrong name costs no reading
-        model = load_pipeline(accelerator.mixed_precision, accelerator.device.type)
-        to_latents = model.encode
-    with accelerator.local_main_process_first():  # the others read what the first has cached
-        splits, data, names = prepare_data(to_latents)
-        if MAIN and overwrite:
-            shutil.rmtree(out_dir)
-            Path(out_dir).mkdir()
-        if MAIN and not Path(out_dir, "run.json").exists():  # now it is a run
-            write_file("run.json", {"kind": "diffusion"})
-        if model:
-            model.prepare(names, data["shape"])  # encodes the captions
-    torch.manual_seed(seed)
-    return model or DiT(data["shape"], names), splits, data
+def used_memory():
+    """Return the memory that this process has needed, of its GPU or else of the machine, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 def main():
+    # ---- set up: device, batch, run directory ----
     check_settings()
     accelerator = start_accelerator()
-    gpu, micro = torch.cuda.is_available(), micro_batch_size or max(1, batch_size // WORLD)
-    accumulation = batch_size // (micro * WORLD)  # forward passes of a step, each of `micro` pictures
-    if accumulation * micro * WORLD != batch_size:
-        fail(f"{batch_size=} is no multiple of {micro} pictures x {WORLD} processes")
-    open_run_dir()
-    model, splits, data = make_model(accelerator)
-    optimizers = make_optimizers(model, accelerator)
-    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    if compile and gpu:
-        model.compile()
-    model, *prepared = accelerator.prepare(model, *optimizers)
-    module = accelerator.unwrap_model(model)
-    if accelerator.is_fsdp2:
-        model.set_reshard_after_forward(True)  # gathered weights must not outlive a swap of EMA
-        model._get_fsdp_state()._lazy_init()  # an inner part may draw before the first step
+    device = accelerator.device
+    micro_size = micro_batch_size or max(1, batch_size // WORLD)  # images per process and forward pass
+    accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
+    if accumulation_steps * micro_size * WORLD != batch_size:
+        fail(f"{batch_size=} must be a multiple of {micro_size} images x {WORLD} processes")
+    old_run = open_run_dir()
 
-    ema = EMA(module)
-    fixed = {name: globals()[name] for name in FIXED.split()} | {"rows": len(splits["train"])}
-    progress = {"step": 0, "best": math.inf, "waited": 0, "seconds": 0.0, "metrics_bytes": 0, "fixed": fixed}
-    if broadcast_object_list([resume and Path(out_dir, "checkpoint.pt").exists()])[0]:
-        progress = load_state(accelerator, model, optimizers, "checkpoint.pt", fixed, ema)
+    # ---- model and data; a pipeline first: a wrong name fails before the images are read ----
+    model = load_pipeline(device) if init_from != "scratch" else None
+    splits, data, captions = prepare_data(accelerator, model)
+    if model is None:
+        torch.manual_seed(seed)
+        model = DiT(data["shape"], data["classes"])
+    else:
+        with accelerator.local_main_process_first():  # the other processes read the captions that it encodes
+            model.prepare(captions, data["shape"])
+    progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
+    if MAIN:
+        run = start_run(model, splits, data, captions, old_run)
+    model.to(device)
+    optimizers = make_optimizers(model, accelerator)
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
+    if compile and device.type == "cuda":
+        model.compile()
+    model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.is_fsdp2:
+        model._get_fsdp_state()._lazy_init()  # else a block that draws first would be the root
+    ema = EMA(unwrap(model))
+
+    # ---- start the run, or resume it ----
+    is_resumed = broadcast_object_list([old_run is not None])[0]  # only the main process knows
+    if is_resumed:
+        progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # load_state makes new ones
-    n_batches = max(1, len(splits["train"]) // batch_size)
-    total_steps = math.ceil(epochs * n_batches) if epochs else max_steps
+    groups = [group for o in optimizers for group in o.param_groups]  # loading a checkpoint replaces them
+    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
+
+    # ---- logging ----
+    start = time.monotonic() - progress["seconds"]
     if MAIN:
-        run = write_run(module, data)
         metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.seek(metrics.truncate(progress["metrics_bytes"]))  # the rest is done again
+        metrics.truncate(progress["metrics_bytes"])  # what came after the checkpoint is done again
+        metrics.seek(0, os.SEEK_END)
     with named("tracker", tracker):  # without a login: WANDB_MODE=offline
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_diffusion"), settings(globals()))
 
@@ -748,401 +1518,681 @@ def main():
         accelerator.log(values, step=step)
         log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
-    catch_signals()  # before the workers, which Ctrl-C must not end
-    order = batch_rows(len(splits["train"]), step, total_steps, micro, WORLD, RANK)
-    read = functools.partial(collate, shape=module.shape)
-    loader = DataLoader(splits["train"], batch_sampler=order, collate_fn=read, num_workers=num_workers)
-    batches, start = iter(loader), time.monotonic() - progress["seconds"]
+    # ---- the loop ----
+    catch_signals()
+    loader = DataLoader(
+        splits["train"],
+        batch_sampler=batch_rows(len(splits["train"]), step, total_steps, micro_size, WORLD, RANK),
+        collate_fn=functools.partial(collate, shape=data["shape"]),
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # of the first step
+    first_step = step
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
-    since, step_since, skipped = time.monotonic(), step, 0
+    timer = time.monotonic()
+    steps_since = 0  # since the timer was set
+    n_skipped = 0  # steps in a row
+    stop = False
     while True:
-        # save, then evaluate: a run that goes on from here does both again
-        if STOP:
-            accelerator.set_trigger()
-        stop, done = accelerator.check_trigger(), step >= total_steps
-        if step and (stop or done or step % (save_interval or math.inf) == 0):
+        done = step >= total_steps
+
+        # Save before evaluating, so that a run resumed from here evaluates again.
+        if step > 0 and (stop or done or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0
-            save_state(accelerator, model, optimizers, progress, "checkpoint.pt", ema)
-        if not stop and (done or step % (eval_interval or math.inf) == 0):
-            evaluate_and_save(accelerator, model, ema, splits, micro, progress, report)
-            since, step_since = time.monotonic(), step  # speed is measured between evaluations
-        if stop or done or 0 < patience <= progress["waited"]:
+            save_checkpoint(model, optimizers, ema, progress, "checkpoint.pt")
+        if not stop and (done or is_due(step, eval_interval)):
+            evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report)
+            timer = time.monotonic()  # speed is measured between evaluations
+            steps_since = 0
+        is_out_of_patience = 0 < patience <= progress["evals_since_best"]
+        if stop or done or is_out_of_patience:
             break
 
-        # one step by the mean loss over all pictures of the global batch
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * lr_at(step, total_steps)
-            if "momentum" in group:  # of muon: shorter while gradients turn quickly
+        for group, peak_lr in zip(groups, peak_lrs):
+            group["lr"] = peak_lr * lr_at(step, total_steps)
+            if "momentum" in group:  # Muon: lower at first, while gradients change quickly (nanochat)
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        micro_batches = noise_batches(accelerator, module, micro_batches, step)
-        torch.manual_seed(hash((seed, step, RANK)))  # for a pipeline's dropout
-        loss = 0.0
-        for i, (x, t, cond, target) in enumerate(micro_batches):
-            sync = i == accumulation - 1 or accelerator.is_fsdp2  # which has no room for whole gradients
-            with contextlib.nullcontext() if sync else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    part = F.mse_loss(model(x, t, cond), target) * micro / batch_size  # of the mean
-                accelerator.backward(part * WORLD)  # DDP and FSDP2 take the mean over processes
-            loss += part.detach()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-        loss = float(accelerator.reduce(loss, "sum"))
-        finite = math.isfinite(loss + grad_norm)  # in one process as in all
-        for optimizer in prepared:
-            if finite or accelerator.scaler:  # fp16's scaler skips it itself, and lowers its scale
-                optimizer.step()
-            optimizer.zero_grad()
-        if finite and ema_decay:
-            ema.update(step)
-        progress["step"] = step = step + 1
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            log(f"step {step}: the loss or the gradient is not finite: skipped")
-        if skipped == 10:
-            raise SystemExit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
-        if step % (log_interval or math.inf) == 0 or step == total_steps:
-            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values["images_per_s"] = (step - step_since) * batch_size / (time.monotonic() - since)
-            memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
-            report(values | {"memory_gb": memory / 1e9, "epoch": step / n_batches})
-            since, step_since = time.monotonic(), step
-        if profile and step in (5, 8):
-            profiler.start() if step == 5 else profiler.stop()
 
-    # the end: the test loss of the best weights
-    summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-    summary |= {"val/loss": progress["best"]} if math.isfinite(progress["best"]) else {}
-    ema.swap()
-    if "test" in splits and not stop:
-        if math.isfinite(progress["best"]):
-            load_state(accelerator, model, [], "best.pt", fixed)
-        report(values := evaluate(accelerator, model, "test", splits["test"], micro, 0))
-        summary |= values
-    if MAIN and not stop:
-        write_file("run.json", run | {"summary": summary})
+        noisy_batches = make_noisy_batches(unwrap(model), micro_batches, step, device)
+        loss = torch.zeros((), device=device)
+        torch.manual_seed(
+            hash((seed, step, RANK))
+        )  # a resumed run draws the same dropout, if a pipeline has some
+        for i, (x_t, t, cond, target) in enumerate(noisy_batches):
+            # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
+            # time, because unsharded gradients would not fit.
+            sync = i == accumulation_steps - 1 or accelerator.is_fsdp2
+            accumulate = contextlib.nullcontext() if sync else accelerator.no_sync(model)
+            with accumulate:
+                with accelerator.autocast():
+                    # The loss is the mean over the images of the batch in all processes.
+                    micro_loss = F.mse_loss(model(x_t, t, cond), target) * micro_size / batch_size
+                accelerator.backward(micro_loss * WORLD)  # DDP takes the mean over processes, we want the sum
+            loss += micro_loss.detach()
+        max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        if accelerator.is_fsdp2:
+            grad_norm = grad_norm.full_tensor()
+        # Load the next batch while the GPU computes.
+        micro_batches = list(itertools.islice(batches, accumulation_steps))
+
+        # This is the only place in a step where the CPU waits for the GPU. Every process gets the same
+        # numbers, so that all of them skip, stop or go on together.
+        n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
+        sums = accelerator.reduce(torch.stack([loss, n_stop]), "sum")  # over the processes
+        loss, n_stop, grad_norm = torch.stack([*sums, grad_norm]).tolist()
+        stop = n_stop > 0
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        for o in wrapped_optimizers:
+            if is_finite or accelerator.scaler:  # the scaler of fp16 skips the step and lowers its scale
+                o.step()
+            o.zero_grad()
+        if is_finite and ema_decay:
+            ema.update(step)
+        step += 1
+        progress["step"] = step
+        steps_since += 1
+        if is_finite:
+            n_skipped = 0
+        else:
+            n_skipped += 1
+            log(f"step {step}: the loss or the gradient is not finite: skipped")
+            if n_skipped == 10:
+                sys.exit("ten such steps in a row: lower learning_rate, or look with --detect_anomaly=True")
+
+        if is_due(step, log_interval) or step == total_steps:
+            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
+            values["images_per_s"] = steps_since * batch_size / (time.monotonic() - timer)
+            values["memory_gb"] = used_memory() / 1e9
+            values["epoch"] = step / steps_per_epoch
+            report(values)
+            timer = time.monotonic()
+            steps_since = 0
+        if profile and step == first_step + 5:
+            profiler.start()
+        elif profile and step == first_step + 8:
+            profiler.stop()
+
+    # ---- the end: the test loss of the best weights, and a summary in run.json ----
+    if not stop:
+        summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
+        has_best = math.isfinite(progress["best"])  # not without a validation split: the last are the best
+        if has_best:
+            summary["val/loss"] = progress["best"]
+        if "test" in splits:
+            ema.swap()
+            if has_best:
+                load_checkpoint(model, [], None, "best.pt")
+            values = evaluate(accelerator, model, "test", splits["test"], micro_size)
+            report(values)
+            summary |= values
+        if MAIN:
+            write_file("run.json", run | {"summary": summary})
     finish(accelerator, step, stop)
 
 
-# ---- Drawing, latents, the default data ----
+# ---- Sampling ----
 
 
 def load(folder, run, base=""):
-    """-> the model of a run, ready to draw; run: its run.json; base: where the pipeline under an adapter is"""
-    globals().update(run["settings"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the model of a run, ready to draw.
+
+    run: the content of its run.json. base: where the pipeline under a LoRA adapter is now, if it has moved.
+    """
+    globals().update(run["settings"])  # the model and draw() read some
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     if init_from != "scratch":
-        return load_pipeline("bf16" * torch.cuda.is_bf16_supported(False), device, folder, base)
-    dit = DiT(run["data"]["shape"], run["data"]["classes"])
-    safetensors.torch.load_model(dit, Path(folder, "model.safetensors"))
-    return dit.to(device).eval()
+        return load_trained_pipeline(folder, run, base, device)
+    model = DiT(run["data"]["shape"], run["data"]["classes"])
+    with named("out_dir", str(folder)):
+        weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
+    model.load_state_dict(weights, strict=False)  # a weight that you tie is stored once
+    return model.to(device).eval()
 
 
 @torch.no_grad()
-def draw(model, conditions, seeds, steps=0, guidance=-1.0, negative_prompt="", lora_scale=1.0):
-    """-> a PIL image for each seed and condition: a prompt, or the name of a class, "" of none"""
-    steps, guidance = steps or sample_steps, guidance if guidance >= 0 else globals()["guidance"]
+def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora_scale=1.0):
+    """Return a PIL image for each seed and condition: the name of a class, "" for none, or a prompt."""
+    steps = steps or sample_steps
+    if scale < 0:
+        scale = guidance
     if init_from != "scratch":
-        return model.draw(conditions, seeds, steps, guidance, negative_prompt, lora_scale)
+        return model.draw(conditions, seeds, steps, scale, negative_prompt, lora_scale)
     names = [*model.class_names, ""]
-    for name in set(conditions).difference(names):
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-        fail(f"there is no class {name!r}; did you mean {nearest!r}?")
-    guidance = 1.0 if len(names) == 1 or not label_dropout else guidance if guidance >= 0 else 2.0
-    cond = torch.tensor([names.index(name) for name in conditions], device=model.place.device)
-    x = sample(model, cond, seeds, steps or 25, guidance)
-    if vae:  # in fp32; one by one for memory
-        autoencoder = load_vae(vae).to(x.device)
-        x = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
-        with torch.autocast(x.device.type, enabled=False):
-            x = torch.cat([autoencoder.decode(z).sample for z in x.split(1)])
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(pixels.squeeze()) for pixels in x]
+    for name in conditions:
+        if name not in names:
+            fail(f"class_label={name!r} is not a class: choose from {', '.join(model.class_names)}")
+    if len(names) == 1 or label_dropout == 0:  # the model has not learned to do without the class
+        scale = 1.0
+    elif scale < 0:
+        scale = 2.0
+    device = next(model.parameters()).device
+    cond = torch.tensor([names.index(name) for name in conditions], device=device)
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision())
+    with torch.autocast(device.type, precision, enabled=precision is not None):
+        x = sample(model, cond, seeds, steps or 25, scale)
+    if vae:
+        autoencoder = load_vae(vae, device)
+        z = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
+        x = torch.cat([autoencoder.decode(one).sample for one in z.split(1)])  # one by one, to save memory
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(pixels.squeeze()) for pixels in x.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def make_grid(pictures):
-    """PIL images of one size -> one image of all, in ceil(sqrt(n)) columns"""
-    pixels, columns = [np.asarray(picture) for picture in pictures], math.ceil(math.sqrt(len(pictures)))
-    pixels += [np.zeros_like(pixels[0])] * (-len(pixels) % columns)
-    return Image.fromarray(np.vstack([np.hstack(row) for row in zip(*[iter(pixels)] * columns)]))
-
-
-@functools.cache
-def load_vae(vae):
-    """-> the AutoencoderKL of that name, in fp32, as some make black pictures in less"""
-    from diffusers import AutoencoderKL
-
-    with named("vae", vae):
-        return AutoencoderKL.from_pretrained(vae).float().eval().to(PartialState().device)
-
-
-@torch.no_grad()
-def encode(x, autoencoder=None):
-    """pictures (B, 3, H, W) in [-1, 1] -> latents (B, c, h, w) with a variance of about 1"""
-    if not (autoencoder or vae):
-        return x
-    autoencoder = autoencoder or load_vae(vae)
-    config, x = autoencoder.config, x.to(autoencoder.device)
-    encoded = autoencoder.encode(x[:, :, None] if "z_dim" in config else x)  # a frame, for a video's
-    z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
-    std = config.get("latents_std") or [1 / (config.get("scaling_factor") or 1.0)]
-    mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std))
-    return (z.view(*z.shape[:2], *z.shape[-2:]) - mean) / std
-
-
-def draw_glyphs(size):
-    """Yield 256 pictures of every character, white on black, each a little different."""
-    rng, big = np.random.default_rng(0), 4 * size  # reduced at the end: smooth edges
-    for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        image, font = Image.new("L", (big, big)), ImageFont.load_default(big * rng.uniform(0.9, 1.15))
-        place, bold = tuple(big * rng.uniform(0.43, 0.57, 2)), int(big * rng.uniform(0, 0.06))
-        ImageDraw.Draw(image).text(place, character, 255, font, "mm", stroke_width=bold)
-        image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
-        image.save(file := io.BytesIO(), "png")
-        yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
+def make_grid(images):
+    """Return one image of all images, which have one size, in ceil(sqrt(n)) columns."""
+    n_columns = math.ceil(math.sqrt(len(images)))
+    n_rows = math.ceil(len(images) / n_columns)
+    width, height = images[0].size
+    grid = Image.new(images[0].mode, (n_columns * width, n_rows * height))
+    for i, image in enumerate(images):
+        row, column = divmod(i, n_columns)
+        grid.paste(image, (column * width, row * height))
+    return grid
 
 
 # ---- Fine-tuning: only with init_from ----
-# A pipeline's own call is the forward function of its model: run for one step, it hands the model's output to
-# the scheduler, which here stands still. Signs, units of time, packing, positions and all else that a family
-# does its own way are the pipeline's business.
+# A pipeline's own call is the forward function of its model: run for one step, it hands the output of the
+# model to its scheduler, which is replaced here. So signs, units of time, packing of latents into tokens,
+# positions and whatever else a family does in its own way are left to the pipeline.
 
 
-class StillScheduler:
-    """One step, a time for each picture; StopIteration carries the model's output out of the call."""
+class ModelOutput(Exception):
+    """Carries the output of the model out of a pipeline's call."""
 
-    order, init_noise_sigma, times = 1, 1.0, None
+    def __init__(self, output=None):
+        super().__init__()
+        self.output = output
 
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
+
+class OneStepScheduler:
+    """Takes the place of a pipeline's scheduler, and ends the call with the output of the model."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, config):
+        self.config = config
+        self.times = None  # (B,) in the pipeline's unit; None: end the call when the captions are encoded
+        self.mu = None  # by which the pipeline shifts its times at this resolution, if it does
+
+    def set_timesteps(
+        self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **kwargs
+    ):
+        self.mu = mu
         if self.times is None:
-            raise StopIteration  # only captions were wanted
-        self.timesteps = self.sigmas = [self.times]  # (B,)
+            raise ModelOutput
+        self.timesteps = [self.times]
+        self.sigmas = [self.times]
 
-    def scale_model_input(self, sample=None, *_):
+    def set_begin_index(self, index=0):
+        pass
+
+    def scale_model_input(self, sample, *args, **kwargs):
         return sample
 
-    def step(self, model_output, *_, **__):
-        raise StopIteration(model_output)
-
-    set_begin_index = scale_model_input
+    def step(self, model_output, *args, **kwargs):
+        raise ModelOutput(model_output)
 
 
-def join(parts):
-    """What encode_prompt returns for each caption alone -> for all at once."""
-    if isinstance(parts[0], tuple):
-        return tuple(map(join, zip(*parts)))
-    if isinstance(parts[0], list):
-        return list(itertools.chain(*parts))
-    # a tensor without a batch axis (Flux's text_ids) or None is the same for all
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) and len(parts[0]) == 1 else parts[0]
+class TimeIds:
+    """What SDXL is told of its images (B, 6): original size, crop, size. It would repeat one row."""
+
+    def __init__(self, sizes, dtype):
+        rows = []
+        for height, width in sizes:
+            scale = image_size / min(height, width)
+            top = round(height * scale - image_size) // 2
+            left = round(width * scale - image_size) // 2
+            rows.append([height, width, top, left, image_size, image_size])
+        self.rows = torch.tensor(rows, dtype=dtype)
+
+    def to(self, device):
+        self.rows = self.rows.to(device)
+        return self
+
+    def repeat(self, *counts):
+        return self.rows
+
+
+def join(outputs):
+    """Return what encode_prompt() would return for several captions, given its outputs for each of them."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(join(parts) for parts in zip(*outputs))
+    if isinstance(first, list):
+        return list(itertools.chain(*outputs))
+    if isinstance(first, torch.Tensor) and len(first) == 1:
+        return torch.cat(outputs)
+    return first  # None, or a tensor without a batch axis (Flux's text_ids), which is the same for all
+
+
+def shapes(output):
+    """Return the shapes of the tensors in an output of encode_prompt(). Those in lists may differ."""
+    if isinstance(output, tuple):
+        return [shapes(part) for part in output]
+    return getattr(output, "shape", None)
+
+
+def negative_part(output, guided):
+    """Return an output of encode_prompt() with the unconditional parts in the place of the conditional ones.
+
+    output: without guidance, so its negative parts are None. guided: with guidance.
+    """
+    if not isinstance(output, tuple):
+        return output
+    is_empty = [not isinstance(part, torch.Tensor) and not part for part in output]
+    negatives = [part for part, empty in zip(guided, is_empty) if empty]
+    if len(negatives) != is_empty.count(False):  # the family has no guidance, as Flux
+        return output
+    negatives = iter(negatives)
+    return tuple(part if empty else next(negatives) for part, empty in zip(output, is_empty))
+
+
+def fingerprint(module):
+    """Return numbers that tell modules of the same shape but with other weights apart."""
+    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
 class Pipeline(nn.Module):
-    """A text-to-image pipeline that trains like DiT: its parameters are those of the transformer or UNet."""
+    """A text-to-image pipeline of diffusers with the interface of DiT. Its parameters are the denoiser's."""
 
-    def __init__(self, pipe, name, device):
+    def __init__(self, pipe, name, dtype, device):
         super().__init__()
-        self.pipe, self.name, self.denoiser, kind = pipe, name, getattr(pipe, name), type(pipe)
-        self.dtype, self.device = self.denoiser.dtype, torch.device(device)
+        self.pipe = pipe
+        self.name = name  # of the denoiser: "transformer" or "unet"
+        self.denoiser = getattr(pipe, name)
+        self.dtype = dtype
+        self.device = device
         self.compile = self.denoiser.compile  # in place
-        self.scheduler, self.still, self.is_batched = pipe.scheduler, StillScheduler(), False
-        self.still.config = config = pipe.scheduler.config
-        self.is_flow = "FlowMatch" in type(self.scheduler).__name__ or "flow" in config.prediction_type
-        # what FSDP2 gathers at a time; drawing calls the denoiser itself
-        parts = *(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__
-        self._no_split_modules = {type(m).__name__ for m in self.modules()}.intersection(parts)
-        self.call = inspect.unwrap(kind.__call__)  # without its @torch.no_grad()
+        # What FSDP2 gathers at a time. The denoiser itself is one of them because drawing calls it directly.
+        parts = {*(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__}
+        self._no_split_modules = {type(m).__name__ for m in self.modules()} & parts
+
+        self.scheduler = pipe.scheduler
+        config = self.scheduler.config
+        kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+        self.prediction = kinds.get(config.get("prediction_type"))
+        if "FlowMatch" in type(self.scheduler).__name__:
+            self.prediction = "flow"
+        self.n_times = config.get("num_train_timesteps", 1000)
+        self.one_step = OneStepScheduler(config)
+        self.takes_batches = False  # see probe()
+        self.prompt_outputs = {}  # {prompt: what encode_prompt() gave}, once the text encoders have left
+
+        self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
-        pipe._guidance_scale = 1.0  # none, but for Z-Image, where 0 is none
+        # "No guidance" is a scale of 1 for most pipelines, but 0 for Z-Image.
+        pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
-        pipe.__class__ = type(kind.__name__, (kind,), {"_execution_device": self.device})
-        # in fp32: some pipelines hand it latents in the denoiser's precision
-        decode = pipe.vae.to(device).decode
+        pipe.vae.to(device)
+        # The autoencoder is in fp32, but some pipelines give it latents in the precision of the denoiser.
+        decode = pipe.vae.decode
         pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
     def run(self, scheduler, **kwargs):
-        """The pipeline's call -> what it returns, or the model's output if the scheduler ends it"""
-        self.pipe.__dict__["scheduler"] = scheduler  # model_index.json keeps its own
+        """Call the pipeline. Return its result, or the output of the model if OneStepScheduler ends it."""
+        self.pipe.__dict__["scheduler"] = scheduler  # not by setattr(), which would change model_index.json
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
-        kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no other prompt
+        kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no rewritten prompt
+        kwargs = {name: value for name, value in kwargs.items() if name in self.keywords}
         try:
-            return self.call(self.pipe, **{k: v for k, v in kwargs.items() if k in self.keywords})[0]
-        except StopIteration as reached:
-            return reached.value
+            return self.call(self.pipe, **kwargs)[0]
+        except ModelOutput as end:
+            return end.output
+
+    # ---- what DiT has, too ----
 
     def forward(self, x, t, cond):
-        """noisy latents x (B, ...), times t (B,) in 0..1, numbers of captions cond (B,) -> like x, in fp32"""
-        if len(x) > 1 and not self.is_batched:
-            return torch.cat([self.forward(*one) for one in zip(x.split(1), t.split(1), cond.split(1))])
-        self.still.times = 1000 * t if self.is_flow else (1000 * t).floor()
-        kwargs = self.unguided | {"latents": x.to(self.dtype), "output_type": "latent"}
-        output = self.run(self.still, prompt=[self.captions[i] for i in cond.tolist()], **kwargs)
-        return (output if output.ndim == x.ndim else output.mT.reshape(x.shape)).float()  # Flux.2's is packed
+        """Return the prediction, in fp32 and of the shape of x.
 
-    def draw_times(self, n, rng):
-        if not self.is_flow:
-            return (torch.randint(1000, (n,), generator=rng, device=rng.device) + 0.5) / 1000
-        t, config = DiT.draw_times(self, n, rng), self.still.config
+        x: noisy latents (B, ...). t: their times (B,), from 0 to 1. cond: for each image the number of its
+        caption, for SDXL followed by the original height and width.
+        """
+        if len(x) > 1 and not self.takes_batches:
+            images = zip(x.split(1), t.split(1), cond)
+            return torch.cat([self(x_1, t_1, [cond_1]) for x_1, t_1, cond_1 in images])
+        # The pipeline asks for the encoded captions once or, if it has two kinds of encoders, several times.
+        answers = iter([join(outputs) for outputs in zip(*[self.outputs[row[0]] for row in cond])])
+        self.pipe.encode_prompt = lambda *args, **kwargs: self.to_device(next(answers))
+        if len(cond[0]) > 1:
+            sizes = [row[1:] for row in cond]
+            self.pipe._get_add_time_ids = lambda *args, dtype, **kwargs: TimeIds(sizes, dtype)
+        self.one_step.times = self.n_times * t if self.prediction == "flow" else self.index(t)
+        prompts = [self.captions[row[0]] for row in cond]
+        kwargs = {"latents": x.to(self.dtype), "output_type": "latent", **self.unguided}
+        output = self.run(self.one_step, prompt=prompts, **kwargs)
+        if output.ndim != x.ndim:  # Flux.2 leaves it packed: (B, T, C)
+            output = output.mT.reshape(x.shape)
+        return output.float()
+
+    def to_device(self, output):
+        return send_to_device(output, self.device, non_blocking=True)
+
+    def index(self, t):
+        """Return times t as the numbers of the scheduler's training steps."""
+        return (self.n_times * t).long().clamp(max=self.n_times - 1)
+
+    def alpha_sigma(self, t):
+        """Return alpha and sigma at times t: for flow as DiT, else the scheduler's own."""
+        if self.prediction == "flow":
+            return alpha_sigma("flow", t)
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(t.device)[self.index(t)]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def sample_times(self, n, rng):
+        """Return n random times for training: for flow as DiT, but shifted, else the scheduler's steps."""
+        if self.prediction == "flow":
+            t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
+            t = self.shift(t)
+            return (self.n_times * t).to(self.dtype).float() / self.n_times  # as pipelines round it
+        steps = torch.randint(self.n_times, (n,), generator=rng, device=rng.device)
+        return (steps + 0.5) / self.n_times
+
+    def shift(self, t):
+        """Return times t as the pipeline shifts them to draw: images of more pixels get more noise."""
+        config = self.one_step.config
+        if config.get("use_dynamic_shifting"):
+            return self.scheduler.time_shift(self.one_step.mu, 1.0, t)
         shift = config.get("shift") or config.get("flow_shift") or 1.0
-        t = shift * t / (1 + (shift - 1) * t)  # noisier for large pictures
-        return (1000 * t).to(self.dtype).float() / 1000  # as a pipeline in bf16 rounds it
+        return shift * t / (1 + (shift - 1) * t)
 
-    def add_noise(self, x0, noise, t):
-        """As DiT's, or x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, of which eps is predicted (Ho et al. 2020,
-        arXiv:2006.11239), or v = alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
-        if self.is_flow:
-            return DiT.add_noise(self, x0, noise, t)
-        alpha_bar = self.scheduler.alphas_cumprod.to(t.device)[(1000 * t).long()]
-        alpha_bar = alpha_bar.view(-1, *[1] * (x0.ndim - 1))
-        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        is_eps = self.still.config.prediction_type == "epsilon"
-        return alpha * x0 + sigma * noise, noise if is_eps else alpha * noise - sigma * x0
+    # ---- latents and captions ----
 
     @torch.no_grad()
-    def encode(self, pixels):
-        """pictures (B, 3, H, W) in [-1, 1] -> latents as the denoiser takes them"""
-        pipe, z = self.pipe, encode(pixels, self.pipe.vae)
+    def encode(self, x):
+        """Return images x (B, 3, H, W), from -1 to 1, as latents in the form that the denoiser takes."""
+        pipe = self.pipe
+        z = encode(pipe.vae, x)
         if hasattr(pipe, "_patchify_latents"):  # Flux.2
-            bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
-            return F.batch_norm(pipe._patchify_latents(z), bn.running_mean, bn.running_var, eps=eps)
+            bn = pipe.vae.bn
+            z = pipe._patchify_latents(z)
+            return F.batch_norm(z, bn.running_mean, bn.running_var, eps=pipe.vae.config.batch_norm_eps)
         return pipe._pack_latents(z, *z.shape) if hasattr(pipe, "_pack_latents") else z
 
-    @torch.no_grad()
-    def encode_prompt(self, *args, **kwargs):
-        """The pipeline's own, but what it returns for a caption is kept in out_dir/captions."""
-        own, parts = type(self.pipe).encode_prompt, []
-        bound = inspect.signature(own).bind(self.pipe, *args, **kwargs)
-        for caption in bound.arguments["prompt"]:
-            bound.arguments["prompt"] = [caption]
-            file = f"captions/{Hasher.hash(f'{bound.args[1:]} {bound.kwargs} {self.dtype}')}.pt"
-            if not Path(out_dir, file).exists():
-                write_file(file, own(*bound.args, **bound.kwargs))
-            parts.append(torch.load(Path(out_dir, file), map_location=self.device.type, mmap=True))
-        return join(parts)
+    def encode_prompt(self, prompt, **kwargs):
+        """Return what the pipeline's encode_prompt() gives for a prompt, for each time that it is called."""
+        outputs = []
 
+        def record(*args, **kwargs):
+            output = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs)
+            outputs.append(send_to_device(output, "cpu"))
+            return output
+
+        self.pipe.encode_prompt = record
+        self.one_step.times = None
+        self.run(self.one_step, prompt=[prompt], **kwargs)
+        if not outputs:
+            fail(f"{init_from=}: {type(self.pipe).__name__} encodes captions in a way that is not supported")
+        return outputs
+
+    def encode_nothing(self):
+        """Return outputs of encode_prompt() for a hidden caption: what guidance sees as unconditional."""
+        outputs = self.encode_prompt("", **self.unguided)
+        guided = self.encode_prompt("", **self.drawing_options(1, 2.0))
+        if len(guided) == 2 * len(outputs):  # the pipeline encodes the negative prompt by calls of its own
+            return guided[len(outputs) :]
+        return [negative_part(output, other) for output, other in zip(outputs, guided)]
+
+    @torch.no_grad()
     def prepare(self, captions, shape):
-        """Encode captions, the last of which is "", of dropped ones, and prompts; the text encoders leave memory."""
-        if not adapter and not Path(out_dir, "model_index.json").exists():
-            self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file
-        Path(out_dir, "captions").mkdir(exist_ok=True)
-        self.shape, self.captions, self.none = shape, [*captions, ""], len(captions)
+        """Encode the captions and the prompts of samples, after which the text encoders leave memory."""
+        self.shape = shape
+        self.captions = [*captions, ""]
+        self.none = len(captions)  # the number of the hidden caption
         prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
         self.prompts = (prompts * 4)[: max(4, len(prompts))]
-        self.pipe.encode_prompt = self.encode_prompt
-        encoders = [k for k, v in self.pipe.components.items() if v and k.startswith("text_encoder")]
-        with named("init_from", init_from):
-            for name in encoders:
-                getattr(self.pipe, name).to(self.device)
-            for text in tqdm(self.captions, "captions", leave=False, disable=not sys.stderr.isatty()):
-                self.run(self.still, prompt=[text], **self.unguided)
-            for text in prompts:
-                self.run(self.still, prompt=[text], **self.drawing_kwargs(sample_steps, guidance))
-            for name in encoders:
-                setattr(self.pipe, name, None)
-            self.to(self.device)
-            self.probe(captions.index(max(captions, key=len)), len(captions))
+        log_cut_captions(self.pipe, self.keywords, captions)
+        parts = self.pipe.components.items()
+        self.encoders = {name: part for name, part in parts if part and name.startswith("text_encoder")}
+        options = self.drawing_options(sample_steps, guidance)
+        key = [
+            image_size,
+            captions,
+            prompts,
+            str(options),
+            str(self.dtype),
+            [fingerprint(e) for e in self.encoders.values()],
+        ]
+        name = f"captions-{hashlib.md5(repr(key).encode()).hexdigest()}.pt"
+        file = Path(datasets.config.HF_DATASETS_CACHE, name)
+        if not file.exists():
+            for encoder in self.encoders.values():
+                encoder.to(self.device)
+            with named("image_size", image_size):  # the pipeline's call begins with a check of the size
+                self.encode_prompt("", **self.unguided)
+            outputs = [self.encode_prompt(text, **self.unguided) for text in captions]
+            outputs.append(self.encode_nothing())
+            prompt_outputs = {text: self.encode_prompt(text, **options) for text in prompts}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((outputs, prompt_outputs), file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        # Captions of Flux take 4 MB each, so they stay in the file, mapped to memory.
+        self.outputs, self.prompt_outputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        for name, encoder in self.encoders.items():
+            setattr(self.pipe, name, None)
+            encoder.cpu()
+        self.to(self.device)
+        self.probe()
 
-    def probe(self, *numbers):
-        """Refuse what cannot be trained; freeze what has no gradient (DDP would wait); see if a call takes two."""
-        S, calls, is_same = image_size, [], False
-        z = self.encode(torch.arange(6.0 * S * S).sin().view(2, 3, S, S))
-        cond = torch.tensor(numbers, device=z.device)
-        t = self.draw_times(2, torch.Generator(z.device).manual_seed(0))
-        hook = self.denoiser.register_forward_hook(lambda *_: calls.append(1))
-        alone = self(z, t, cond)
+    def probe(self):
+        """Find out if a call takes two images; refuse a pipeline that calls its denoiser twice a step."""
+        rng = torch.Generator().manual_seed(0)
+        x = self.encode(torch.randn(2, 3, image_size, image_size, generator=rng))
+        t = torch.tensor([0.3, 0.6], device=self.device)
+        longest = self.captions.index(max(self.captions, key=len))
+        size = [image_size, image_size] if hasattr(self.pipe, "_get_add_time_ids") else []
+        cond = [[longest, *size], [self.none, *size]]
+        n_calls = []
+        hook = self.denoiser.register_forward_hook(lambda *args: n_calls.append(1))
+        alone = self(x, t, cond)
         hook.remove()
-        if len(calls) != 2:
-            raise ValueError(f"its model is called {len(calls) / 2:g} times a step, not once")
-        alone.square().mean().backward()
-        for weight in self.parameters():
-            weight.requires_grad_(weight.grad is not None)
-            weight.grad = None
-        self.is_batched = True  # not so where captions differ in length, or a call takes one time
-        with torch.no_grad(), contextlib.suppress(Exception):
-            both, swapped = self(z, t, cond), self(z, t, cond.flip(0))
-            is_same = bool((both - alone).norm() < 0.1 * (swapped - alone).norm())
-        self.is_batched = is_same
-        log("pictures pass " + ("together" if is_same else "one by one"))
+        if len(n_calls) != 2:
+            fail(f"{init_from=} calls its denoiser {len(n_calls) / 2:g} times a step: only once is supported")
+        all_shapes = [[shapes(output) for output in outputs] for outputs in self.outputs]
+        if all(other == all_shapes[0] for other in all_shapes):
+            self.takes_batches = True
+            with contextlib.suppress(Exception):  # a family may take one time a call, or one caption
+                error = (self(x, t, cond) - alone).norm()
+                difference = (self(x, t, cond[::-1]) - alone).norm()
+                self.takes_batches = (error < 0.1 * difference).item()
+        log("images go through the denoiser " + ("together" if self.takes_batches else "one by one"))
 
-    def drawing_kwargs(self, steps, scale, negative=""):
-        kwargs = {"num_inference_steps": steps or -1, "guidance_scale": scale, "negative_prompt": negative}
+    # ---- sampling and saving ----
+
+    def drawing_options(self, steps, scale, negative_prompt=""):
+        """Return the keyword arguments for the pipeline's call: those that have a value."""
+        options = {
+            "num_inference_steps": steps or -1,
+            "guidance_scale": scale,
+            "negative_prompt": negative_prompt,
+        }
         if getattr(self.keywords.get("true_cfg_scale"), "default", 0) > 1:  # Qwen-Image, which needs both
-            kwargs |= {"true_cfg_scale": scale, "negative_prompt": negative or " "}
-        return {name: value for name, value in kwargs.items() if value not in ("", -1)}
+            options |= {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
+        return {name: value for name, value in options.items() if value not in ("", -1)}
 
-    def draw(self, prompts, seeds, steps, scale, negative, lora_scale):
-        """-> a PIL image for each prompt and seed, one a call"""
-        for layer in self.denoiser.modules():  # set_adapters would unfreeze
+    def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
+        """Return a PIL image for each prompt and seed, drawn by the pipeline with its own scheduler."""
+        for layer in self.denoiser.modules():  # the pipeline's set_adapters() would unfreeze weights
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", lora_scale)
-        kwargs, pictures = self.drawing_kwargs(steps, scale, negative and [negative]), []
+        options = self.drawing_options(steps, scale, negative_prompt and [negative_prompt])
+        vars(self.pipe).pop("_get_add_time_ids", None)  # that of forward(), for SDXL
+        images = []
         for prompt, number in zip(prompts, seeds):
-            rng = torch.Generator().manual_seed(number)  # the same noise on any device
-            pictures += self.run(self.scheduler, prompt=[prompt], generator=rng, **kwargs)
-        return pictures
+            if self.prompt_outputs:
+                answers = iter(self.prompt_outputs[prompt])
+                self.pipe.encode_prompt = lambda *args, answers=answers, **kwargs: self.to_device(
+                    next(answers)
+                )
+            rng = torch.Generator().manual_seed(number)  # the same noise on every device
+            images += self.run(self.scheduler, prompt=[prompt], generator=rng, **options)
+        return images
+
+    def save_pipeline(self):
+        """Write the whole pipeline, with its text encoders, to out_dir."""
+        for name, encoder in self.encoders.items():
+            setattr(self.pipe, name, encoder)
+        self.pipe.__dict__["scheduler"] = self.scheduler
+        self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file for each part
+        for name in self.encoders:
+            setattr(self.pipe, name, None)
+
+    def save_weights(self, weights):
+        """Write weights {name: tensor}, of the adapter or of the denoiser, to out_dir as diffusers does."""
+        weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
+        if not adapter:
+            write_file(f"{self.name}/diffusion_pytorch_model.safetensors", weights)
+            return
+        from diffusers.utils import convert_state_dict_to_kohya
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(self.denoiser, weights)
+        config = self.denoiser.peft_config["default"].to_dict()  # without it, lora_alpha would be lost
+        kwargs = {f"{self.name}_lora_layers": weights, f"{self.name}_lora_adapter_metadata": config}
+        self.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
+        Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
+        if self.name == "unet":  # the names that ComfyUI and others know
+            kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+            alphas = {name: torch.tensor(lora_alpha) for name in kohya if name.endswith(".alpha")}
+            write_file("kohya_lora.safetensors", kohya | alphas)
 
 
-def load_pipeline(precision, device, folder="", base=""):
-    """-> init_from, ready to train, in fp32, or under an adapter in the precision of training; or the run in `folder`,
-    ready to draw. LoRA: Hu et al. 2021, arXiv:2106.09685"""
+def log_cut_captions(pipe, keywords, captions):
+    """Log how many captions are longer than what the text encoders read."""
+    for name, tok in pipe.components.items():
+        if name.startswith("tokenizer") and tok is not None:
+            limit = tok.model_max_length
+            if (
+                limit > 1000 and "max_sequence_length" in keywords
+            ):  # T5 and later encoders are cut by the pipeline
+                limit = keywords["max_sequence_length"].default
+            n_cut = sum(len(tok(text)["input_ids"]) > limit for text in captions)
+            if n_cut:
+                log(f"{n_cut} of {len(captions)} captions are cut at the {limit} tokens of the {name}")
+
+
+def open_pipeline(name, dtype, device, setting):
+    """Return a Pipeline of the name or folder in a setting. Refuse those that cannot be trained this way."""
     import diffusers
-    import peft
 
-    source = folder if folder and not adapter else base or init_from
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if adapter or folder else {}
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    with named("init_from", source):
-        config = diffusers.DiffusionPipeline.load_config(source)
+    transformers.logging.disable_progress_bar()
+    if os.path.isfile(name):
+        fail(
+            f"{setting}={name!r} is a single file: load it by diffusers' from_single_file() and save a folder"
+        )
+    is_lora = Path(name, "pytorch_lora_weights.safetensors").exists()
+    if is_lora and not Path(name, "model_index.json").exists():
+        fail(
+            f"{setting}={name!r} holds a LoRA adapter, not a pipeline: name the pipeline that it was made for"
+        )
+    with named(setting, name):
+        config = diffusers.DiffusionPipeline.load_config(name)
         kind = getattr(diffusers, config["_class_name"])
-        names = [name for name in config if name.startswith(("transformer", "unet")) and config[name][0]]
-        if len(names) != 1 or not hasattr(kind, "encode_prompt") or "EDM" in config["scheduler"][1]:
-            raise ValueError(f"a {kind.__name__} must have captions, one denoiser, and no EDM scheduler")
-        if adapter and not hasattr(kind, "save_lora_weights"):
-            raise ValueError(f"a {kind.__name__} takes no LoRA")
-        dtypes = {"vae": torch.float32, "default": dtypes.get(precision, torch.float32)}
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtypes, safety_checker=None)
-        model = Pipeline(pipe, names[0], device)
-        if folder and adapter:
-            pipe.load_lora_weights(folder, "default", weight_name="pytorch_lora_weights.safetensors")
-    if folder:
-        pipe.to(device)
-        return model.eval()
+    keywords = inspect.signature(kind.__call__).parameters.keys()
+    if not {"prompt", "latents"} <= keywords or {"strength", "mask_image"} & keywords:
+        fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
+    denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
+    if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
+        fail(f"{setting}={name!r}: a {kind.__name__} must have one denoiser, and encode its captions itself")
+    if adapter and not hasattr(kind, "save_lora_weights"):
+        fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA")
+    files = list(Path(name).glob("*/*.safetensors"))
+    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # saved with variant="fp16"
+    with named(setting, name):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            name,
+            dtype={"vae": torch.float32, "default": dtype},  # autoencoders overflow in less
+            variant="fp16" if is_half else None,
+            safety_checker=None,
+        )
+    model = Pipeline(pipe, denoisers[0], dtype, device)
+    if model.prediction is None or not (
+        model.prediction == "flow" or hasattr(pipe.scheduler, "alphas_cumprod")
+    ):
+        fail(f"{setting}={name!r}: its {type(pipe.scheduler).__name__} is not supported")
+    return model
+
+
+def frozen_dtype():
+    """Return the dtype of weights that are not trained: the precision of training."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(), torch.float32)
+
+
+def load_pipeline(device):
+    """Return the pipeline in init_from, ready to train. LoRA: Hu et al. 2021 (arXiv:2106.09685)."""
+    model = open_pipeline(init_from, frozen_dtype() if adapter else torch.float32, device, "init_from")
+    denoiser = model.denoiser
     if adapter:
-        pattern = r"\.attn\d\." if names[0] == "unet" else r"\.\d+\."  # or blocks, which have numbers
-        linear = [name for name, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
-        targets = lora_targets.split(",") if lora_targets else [n for n in linear if re.search(pattern, n)]
-        lora = {"r": lora_rank, "lora_alpha": lora_alpha, "init_lora_weights": "gaussian"}
+        import diffusers
+        import peft
+
+        config = peft.LoraConfig(
+            r=lora_rank,
+            lora_alpha=lora_alpha,
+            target_modules=find_targets(model),
+            init_lora_weights="gaussian",
+        )
         torch.manual_seed(seed)
         with named("lora_targets", lora_targets):
-            model.denoiser.add_adapter(peft.LoraConfig(target_modules=targets, **lora))
-        diffusers.training_utils.cast_training_params(model, torch.float32)
+            denoiser.add_adapter(config)
+        diffusers.training_utils.cast_training_params(denoiser, torch.float32)
+    if frozen_fp8:  # after the adapter, which would be in 8 bits, too
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype())
     if gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
+        # The default check stumbles over weights that are in 8 bits between two uses.
+        denoiser.enable_gradient_checkpointing(
+            functools.partial(recompute, use_reentrant=False, determinism_check="none")
+        )
     return model.train()
 
 
-def save_pipeline(model, weights):
-    """Write weights {name: tensor} of adapter or denoiser to out_dir as diffusers does."""
-    weights = {name.removeprefix("denoiser."): weight.contiguous() for name, weight in weights.items()}
-    if not adapter:
-        file = f"{model.name}/diffusion_pytorch_model.safetensors"
-        return write_file(file, safetensors.torch.save(weights))
-    from diffusers.utils import convert_state_dict_to_kohya
-    from peft import get_peft_model_state_dict
+def find_targets(model):
+    """Return the names of the layers that get a LoRA. Each name in lora_targets must be that of a layer."""
+    layers = {name: m for name, m in model.denoiser.named_modules() if name}
+    if not lora_targets:
+        # The blocks of a transformer have numbers; a UNet has attention in layers called attn1 and attn2.
+        pattern = r"\.attn\d\." if model.name == "unet" else r"\.\d+\."
+        return [name for name, m in layers.items() if isinstance(m, nn.Linear) and re.search(pattern, name)]
+    targets = [name.strip() for name in lora_targets.split(",")]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}")
+    return targets
 
-    weights = get_peft_model_state_dict(model.denoiser, weights)
-    config = model.denoiser.peft_config["default"].to_dict()  # with alpha
-    kwargs = {f"{model.name}_lora_layers": weights, f"{model.name}_lora_adapter_metadata": config}
-    model.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
-    Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
-    if model.name == "unet":  # for ComfyUI
-        kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
-        alphas = {name: torch.tensor(float(lora_alpha)) for name in kohya if name.endswith(".alpha")}
-        write_file("kohya_lora.safetensors", safetensors.torch.save(kohya | alphas))
+
+def load_trained_pipeline(folder, run, base, device):
+    """Return the Pipeline of a run, ready to draw. base: where that under an adapter is now."""
+    source = base or init_from
+    setting = "base" if base else "init_from"
+    if not adapter:
+        source = str(folder)
+        setting = "out_dir"
+    model = open_pipeline(source, frozen_dtype(), device, setting)
+    if type(model.pipe).__name__ != run["pipeline"]:
+        fail(f"{setting}={source!r} is a {type(model.pipe).__name__}, but the run needs a {run['pipeline']}")
+    if adapter:
+        file = Path(folder, "pytorch_lora_weights.safetensors")
+        with named(setting, source):
+            model.pipe.load_lora_weights(folder, adapter_name="default", weight_name=file.name)
+            stored = safetensors.torch.load_file(file)
+        from peft import get_peft_model_state_dict
+
+        expected = get_peft_model_state_dict(model.denoiser)
+        if {f"{model.name}.{key}" for key in expected} != stored.keys():
+            fail(f"{setting}={source!r} has other layers than the LoRA in {folder} changes")
+    model.pipe.to(device)
+    return model.eval()
 
 
 if __name__ == "__main__":
