@@ -88,7 +88,7 @@ n_embd = 128  # width of the model, a multiple of 4 and of n_head
 lora_rank = 16  # rank of the matrices that are added to the frozen ones
 lora_alpha = 16.0  # what is added is scaled by lora_alpha / lora_rank
 lora_targets = ""  # names of layers, such as to_q,to_v; "": linear layers of the blocks, in a UNet attention
-frozen_fp8 = False  # store the frozen weights in 8 bits, which halves their memory; slower
+frozen_fp8 = False  # store frozen weights in 8 bits: half their memory; needs gradient_checkpointing
 # diffusion
 prediction = "flow"  # what the model learns: "flow", "v", "eps" or "x0"; see the table below
 label_dropout = 0.1  # how often the class or caption is hidden, which guidance needs; 0: never
@@ -214,10 +214,10 @@ def check_settings():
         fail(f"{seed=} must be below 2**63")
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
-    if init_from == "scratch" and (adapter or frozen_fp8):
-        fail(f"{adapter=} and {frozen_fp8=} need a pretrained pipeline: name it by --init_from=")
-    if frozen_fp8 and not adapter:
-        fail(f"{frozen_fp8=} needs frozen weights: add --adapter=lora")
+    if init_from == "scratch" and (adapter or caption):
+        fail(f"{adapter=} and {caption=} need a pretrained pipeline: name it by --init_from=")
+    if frozen_fp8 and not (adapter and gradient_checkpointing):
+        fail(f"{frozen_fp8=} saves memory only with --adapter=lora and --gradient_checkpointing=True")
     if init_from != "scratch" and vae:
         fail(f"{vae=} cannot be used: {init_from} has its own autoencoder")
     if mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -583,8 +583,8 @@ def read_tables(tables):
     for split, table in tables.items():
         if image_column not in table.features:
             fail(f"{dataset=} has no {image_column=}: choose from {', '.join(table.features)}")
-        values = [None] * len(table)
-        if column in table.features:
+        values = [caption or None] * len(table)
+        if column in table.features and not caption:
             # The feature of a list has the feature of its elements.
             feature = getattr(table.features[column], "feature", table.features[column])
             if isinstance(feature, datasets.ClassLabel):
@@ -632,7 +632,9 @@ def read_folder(paths, descriptions):
         folders = folders_of(path)
         split, index = split_of(folders)
         value = None
-        if column in row:
+        if caption:
+            value = caption
+        elif column in row:
             value = as_name(row[column], column)
         elif init_from == "scratch" and column:
             class_folders = folders[index + 1 :] or folders[: max(0, index)]
@@ -737,7 +739,7 @@ def original_size(source):
 
 
 def encode_images(sources, numbers, to_latents, wants_size):
-    """Yield a row (see FEATURES) for each of the images of these numbers, with flip also for its mirror image.
+    """Yield a row (see FEATURES) for each of the images of the numbers, with flip also for its mirror image.
 
     The row of an image that cannot be read has no x. to_latents: a function from images (B, 3, S, S) to what
     the model learns.
@@ -797,8 +799,11 @@ def state_of_files(sources, part):
     return key
 
 
-def encode_split(accelerator, sources, to_latents, wants_size, key):
-    """Return rows (see FEATURES) of the images of a split. Each process encodes some parts, on its device."""
+def encode_split(accelerator, split, sources, to_latents, wants_size, key):
+    """Return the rows (see FEATURES) of the images of a split that can be read.
+
+    Each process encodes some parts, on its device, and finds those of the others in the cache.
+    """
     parts = [range(i, min(i + PART, len(sources))) for i in range(0, len(sources), PART)]
 
     def encode_part(part):
@@ -808,7 +813,20 @@ def encode_split(accelerator, sources, to_latents, wants_size, key):
     for part in parts[RANK::WORLD]:
         encode_part(part)
     accelerator.wait_for_everyone()
-    return datasets.concatenate_datasets([encode_part(part) for part in parts])
+    rows = datasets.concatenate_datasets([encode_part(part) for part in parts])
+    is_read = np.array(rows["crc32"][:]) >= 0
+    n_unread = np.count_nonzero(~is_read)
+    if n_unread == len(sources):
+        fail(f"{dataset=}: no image of its {split} split can be read")
+    if n_unread:
+        log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
+        rows = rows.select(np.flatnonzero(is_read))
+    return rows
+
+
+def fingerprint(module):
+    """Return numbers that tell modules of the same shape but with other weights apart."""
+    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
 @torch.no_grad()
@@ -846,6 +864,34 @@ def cut_off(rows, fraction):
     return parts["train"], parts["test"]
 
 
+def choose_splits(found):
+    """Return the splits that are used, by their usual names."""
+    if "train" not in found:
+        fail(f"{dataset=} has no split train, but {', '.join(found)}")
+    wanted = {"train": True, "validation": val_fraction > 0, "test": test_fraction > 0}
+    splits = {}
+    for name in ["train", *found]:
+        split = SPLITS.get(name.lower())
+        if wanted.get(split) and split not in splits:
+            splits[split] = found[name]
+        elif found[name] is not splits.get(split):
+            log(f"not used: the split {name}")
+    return splits
+
+
+def choose_names(splits, class_names):
+    """Return the names of all classes or, with init_from, all captions. The model sees their numbers."""
+    values = [value for _, values in splits.values() for value in values]
+    if init_from != "scratch" and None in values:
+        n = values.count(None)
+        fail(f"{dataset=} lacks captions for {n} images: add .txt files, --caption= or --caption_column=")
+    names = class_names or sorted({*values} - {None})
+    if init_from == "scratch" and len(names) < 2:
+        log("training without classes: fewer than two were found")
+        return []
+    return names
+
+
 def prepare_data(accelerator, pipeline=None):
     """Return ({split: rows}, what run.json says of them, captions).
 
@@ -853,28 +899,9 @@ def prepare_data(accelerator, pipeline=None):
     """
     datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # the other processes read what it has downloaded
-        found, names = load_images()
-    if "train" not in found:
-        fail(f"{dataset=} has no split train, but {', '.join(found)}")
-    splits = {"train": found.pop("train")}
-    wanted = {"validation": val_fraction, "test": test_fraction}
-    for name, images in found.items():
-        split = SPLITS.get(name.lower())
-        if wanted.get(split) and split not in splits:
-            splits[split] = images
-        else:
-            log(f"not used: the split {name}")
-    if caption and init_from != "scratch":
-        splits = {split: (sources, [caption] * len(values)) for split, (sources, values) in splits.items()}
-
-    all_values = [value for _, values in splits.values() for value in values]
-    if init_from != "scratch" and None in all_values:
-        n = all_values.count(None)
-        fail(f"{dataset=} lacks captions for {n} images: add .txt files, --caption= or --caption_column=")
-    names = names or sorted({*all_values} - {None})
-    if init_from == "scratch" and len(names) < 2:
-        log("training without classes: fewer than two were found")
-        names = []
+        found, class_names = load_images()
+    splits = choose_splits(found)
+    names = choose_names(splits, class_names)
     numbers = {name: i for i, name in enumerate(names)}
 
     autoencoder = None
@@ -885,34 +912,23 @@ def prepare_data(accelerator, pipeline=None):
     elif vae:
         autoencoder = load_vae(vae, accelerator.device)
         to_latents = functools.partial(encode, autoencoder)
-    wants_size = hasattr(pipeline, "pipe") and hasattr(pipeline.pipe, "_get_add_time_ids")  # SDXL
+    wants_size = pipeline is not None and pipeline.wants_size
     key = [image_size, flip, wants_size]
-    if autoencoder is not None:  # the sums tell autoencoders of the same shape apart
-        key += [str(autoencoder.config), [p.double().sum().item() for p in autoencoder.state_dict().values()]]
+    if autoencoder is not None:
+        key += [str(autoencoder.config), fingerprint(autoencoder)]
     shape = to_latents(torch.zeros(1, 3, image_size, image_size)).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
 
     for split, (sources, values) in splits.items():
-        order = np.arange(len(values))
-        if split == "train":  # validation and test are cut off from the end; shuffle, the same for every seed
-            order = np.random.default_rng(0).permutation(len(values))
-        if isinstance(sources, list):
-            sources = [sources[i] for i in order]
-        else:
-            sources = sources.select(order)
-        rows = encode_split(accelerator, sources, to_latents, wants_size, key)
-        is_read = np.array(rows["crc32"][:]) >= 0
-        n_unread = np.count_nonzero(~is_read)
-        if n_unread == len(sources):
-            fail(f"{dataset=}: no image of its {split} split can be read")
-        if n_unread:
-            log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
-            rows = rows.select(np.flatnonzero(is_read))
+        order = range(len(values))
+        if split == "train":  # validation and test are cut off from its end; shuffle, the same for every seed
+            order = np.random.default_rng(0).permutation(len(values)).tolist()
+        sources = [sources[i] for i in order] if isinstance(sources, list) else sources.select(order)
+        rows = encode_split(accelerator, split, sources, to_latents, wants_size, key)
         cond = [numbers.get(values[order[i]], len(names)) for i in rows["source"][:]]
         splits[split] = rows.add_column("cond", cond)
-    is_gray = not autoencoder and all(all(rows["is_gray"][:]) for rows in splits.values())
-    if is_gray:
+    if autoencoder is None and all(all(rows["is_gray"][:]) for rows in splits.values()):
         shape = (1, *shape[1:])
 
     for split, fraction in ("test", test_fraction), ("validation", val_fraction):
@@ -1452,6 +1468,19 @@ def to_model(x, cond, device):
     return x, cond[:, 0].to(device, non_blocking=True)
 
 
+def make_model(accelerator):
+    """Return (model, {split: rows}, what run.json says of the data, captions)."""
+    if init_from == "scratch":
+        splits, data, captions = prepare_data(accelerator)
+        torch.manual_seed(seed)
+        return DiT(data["shape"], data["classes"]), splits, data, captions
+    model = load_pipeline(accelerator.device)  # first: a wrong name fails before the images are read
+    splits, data, captions = prepare_data(accelerator, model)
+    with accelerator.local_main_process_first():  # the other processes read the captions that it encodes
+        model.prepare(captions, data["shape"])
+    return model, splits, data, captions
+
+
 def used_memory():
     """Return the memory that this process has needed, of its GPU or else of the machine, in bytes."""
     if torch.cuda.is_available():
@@ -1470,15 +1499,8 @@ def main():
         fail(f"{batch_size=} must be a multiple of {micro_size} images x {WORLD} processes")
     old_run = open_run_dir()
 
-    # ---- model and data; a pipeline first: a wrong name fails before the images are read ----
-    model = load_pipeline(device) if init_from != "scratch" else None
-    splits, data, captions = prepare_data(accelerator, model)
-    if model is None:
-        torch.manual_seed(seed)
-        model = DiT(data["shape"], data["classes"])
-    else:
-        with accelerator.local_main_process_first():  # the other processes read the captions that it encodes
-            model.prepare(captions, data["shape"])
+    # ---- model and data ----
+    model, splits, data, captions = make_model(accelerator)
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     if MAIN:
         run = start_run(model, splits, data, captions, old_run)
@@ -1794,11 +1816,6 @@ def negative_part(output, guided):
     return tuple(part if empty else next(negatives) for part, empty in zip(output, is_empty))
 
 
-def fingerprint(module):
-    """Return numbers that tell modules of the same shape but with other weights apart."""
-    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
-
-
 class Pipeline(nn.Module):
     """A text-to-image pipeline of diffusers with the interface of DiT. Its parameters are the denoiser's."""
 
@@ -1825,6 +1842,7 @@ class Pipeline(nn.Module):
         self.takes_batches = False  # see probe()
         self.prompt_outputs = {}  # {prompt: what encode_prompt() gave}, once the text encoders have left
 
+        self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
         self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
         # "No guidance" is a scale of 1 for most pipelines, but 0 for Z-Image.
@@ -1862,7 +1880,7 @@ class Pipeline(nn.Module):
         # The pipeline asks for the encoded captions once or, if it has two kinds of encoders, several times.
         answers = iter([join(outputs) for outputs in zip(*[self.outputs[row[0]] for row in cond])])
         self.pipe.encode_prompt = lambda *args, **kwargs: self.to_device(next(answers))
-        if len(cond[0]) > 1:
+        if self.wants_size:
             sizes = [row[1:] for row in cond]
             self.pipe._get_add_time_ids = lambda *args, dtype, **kwargs: TimeIds(sizes, dtype)
         self.one_step.times = self.n_times * t if self.prediction == "flow" else self.index(t)
@@ -1988,7 +2006,7 @@ class Pipeline(nn.Module):
         x = self.encode(torch.randn(2, 3, image_size, image_size, generator=rng))
         t = torch.tensor([0.3, 0.6], device=self.device)
         longest = self.captions.index(max(self.captions, key=len))
-        size = [image_size, image_size] if hasattr(self.pipe, "_get_add_time_ids") else []
+        size = [image_size, image_size] if self.wants_size else []
         cond = [[longest, *size], [self.none, *size]]
         n_calls = []
         hook = self.denoiser.register_forward_hook(lambda *args: n_calls.append(1))
