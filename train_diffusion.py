@@ -43,7 +43,6 @@ import datasets
 import filelock
 import numpy as np
 import psutil
-import pyarrow.compute
 import safetensors.torch
 import torch
 import torch.nn as nn
@@ -467,21 +466,13 @@ def noise_of(seeds, shape):
     return torch.stack([torch.randn(*shape, generator=rng) for rng in rngs])
 
 
-# ---- Data: files or tables -> images and their classes or captions -> pixels or latents -> splits ----
+# ---- Data: files or tables -> images, and their classes or captions ----
 
 IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 IMAGE_SUFFIXES -= {".pdf", ".eps", ".ps"}  # documents
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-PART = 10_000  # images in a file of the cache
-FEATURES = {
-    "x": datasets.Value("binary"),  # pixels or latents in fp16
-    "source": datasets.Value("int32"),  # the number of the image that they come from
-    "size": datasets.List(datasets.Value("int32")),  # its original height and width, if the model needs them
-    "is_gray": datasets.Value("bool"),
-    "crc32": datasets.Value("int64"),  # of its pixels, before an autoencoder
-}
 
 
 def list_files(root):
@@ -682,6 +673,18 @@ def read_metadata(files):
     return metadata
 
 
+# ---- Pixels and latents: what the model learns from, in a cache ----
+
+PART = 10_000  # images in a file of the cache
+FEATURES = {
+    "x": datasets.Value("binary"),  # pixels or latents in fp16
+    "source": datasets.Value("int32"),  # the number of the image that they come from
+    "size": datasets.List(datasets.Value("int32")),  # its original height and width, if the model needs them
+    "is_gray": datasets.Value("bool"),
+    "crc32": datasets.Value("int64"),  # of its pixels, before an autoencoder
+}
+
+
 def read_image(source):
     """Return an image, scaled and cropped to a square, as pixels (3, S, S); None if it cannot be read.
 
@@ -744,7 +747,7 @@ def encode_images(sources, numbers, to_latents, wants_size):
     The row of an image that cannot be read has no x. to_latents: a function from images (B, 3, S, S) to what
     the model learns.
     """
-    size = max(1, 2**22 // image_size**2)  # images that go through the autoencoder together
+    size = max(1, 2**20 // image_size**2)  # images that go through the autoencoder together
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
@@ -768,65 +771,6 @@ def encode_images(sources, numbers, to_latents, wants_size):
                     "is_gray": bool((pixels == pixels[:1]).all()),
                     "crc32": zlib.crc32(pixels.tobytes()),
                 }
-
-
-def cached(generator, features, *args, key=None):
-    """Return what generator(*args) yields as a Dataset, from a cache if key and code are the same.
-
-    key: what the rows depend on; if it is None, the arguments.
-    """
-    source = Path(__file__).read_text(encoding="utf-8")
-    section = re.search(r"^# ---- Data.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
-    make_rows = functools.partial(generator, *args)
-    fingerprint = hashlib.md5(repr([section, generator.__name__, key or args]).encode()).hexdigest()
-    return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
-
-
-def state_of_files(sources, part):
-    """Return what changes if the files of sources change: their names, sizes, times and permissions."""
-    if isinstance(sources, list):
-        key = []
-        paths = [sources[i]["image"]["path"] for i in part]
-    else:  # a table, in which some images may be paths of files
-        key = [sources._fingerprint, part]
-        images = sources.data.column("image").combine_chunks()
-        is_path = pyarrow.compute.is_null(pyarrow.compute.struct_field(images, "bytes"))
-        paths = pyarrow.compute.struct_field(images, "path").filter(is_path).drop_null().to_pylist()
-    for path in paths:
-        if os.path.exists(path):
-            stat = os.stat(path)
-            key.append((path, stat.st_size, stat.st_mtime_ns, os.access(path, os.R_OK)))
-    return key
-
-
-def encode_split(accelerator, split, sources, to_latents, wants_size, key):
-    """Return the rows (see FEATURES) of the images of a split that can be read.
-
-    Each process encodes some parts, on its device, and finds those of the others in the cache.
-    """
-    parts = [range(i, min(i + PART, len(sources))) for i in range(0, len(sources), PART)]
-
-    def encode_part(part):
-        part_key = [key, state_of_files(sources, part)]
-        return cached(encode_images, FEATURES, sources, part, to_latents, wants_size, key=part_key)
-
-    for part in parts[RANK::WORLD]:
-        encode_part(part)
-    accelerator.wait_for_everyone()
-    rows = datasets.concatenate_datasets([encode_part(part) for part in parts])
-    is_read = np.array(rows["crc32"][:]) >= 0
-    n_unread = np.count_nonzero(~is_read)
-    if n_unread == len(sources):
-        fail(f"{dataset=}: no image of its {split} split can be read")
-    if n_unread:
-        log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
-        rows = rows.select(np.flatnonzero(is_read))
-    return rows
-
-
-def fingerprint(module):
-    """Return numbers that tell modules of the same shape but with other weights apart."""
-    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
 @torch.no_grad()
@@ -853,6 +797,89 @@ def load_vae(name, device):
 
     with named("vae", name):
         return diffusers.AutoencoderKL.from_pretrained(name).float().eval().to(device)
+
+
+def draw_glyphs(size):
+    """Yield 256 images of every letter and digit, white on black, each a little different."""
+    rng = np.random.default_rng(0)
+    large = 4 * size  # reduced at the end, which smooths the edges
+    for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        font = ImageFont.load_default(large * rng.uniform(0.9, 1.15))
+        center = tuple(large * rng.uniform(0.43, 0.57, 2))
+        stroke_width = int(large * rng.uniform(0, 0.06))
+        image = Image.new("L", (large, large))
+        ImageDraw.Draw(image).text(center, character, 255, font, "mm", stroke_width=stroke_width)
+        image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
+        file = io.BytesIO()
+        image.save(file, "png")
+        yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
+
+
+def cached(generator, features, *args, key=None):
+    """Return what generator(*args) yields as a Dataset, from a cache if nothing has changed since.
+
+    key: what the rows depend on, beside the code of this section; if it is None, the arguments.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    section = re.search(r"^# ---- Pixels.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
+    make_rows = functools.partial(generator, *args)
+    fingerprint = hashlib.md5(repr([section, generator.__name__, key or args]).encode()).hexdigest()
+    return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
+
+
+def state_of_files(paths):
+    """Return the sizes, times of change and permissions of files: if they are the same, so are the files."""
+    state = []
+    for path in filter(os.path.exists, paths):
+        stat = os.stat(path)
+        state.append((path, stat.st_size, stat.st_mtime_ns, os.access(path, os.R_OK)))
+    return state
+
+
+def named_files(table):
+    """Return the paths in the column "image" of a table, where there are paths instead of bytes."""
+    paths = []
+    for chunk in table.data.column("image").chunks:
+        has_path = chunk.field("bytes").is_null()
+        paths += chunk.field("path").filter(has_path).drop_null().to_pylist()
+    return paths
+
+
+def encode_split(accelerator, split, sources, to_latents, wants_size, key):
+    """Return the rows (see FEATURES) of the images of a split that can be read.
+
+    Each process encodes some parts, on its device, and finds those of the others in the cache.
+    """
+    is_table = not isinstance(sources, list)
+    if is_table:
+        key = [*key, sources._fingerprint, state_of_files(named_files(sources))]
+    parts = [range(i, min(i + PART, len(sources))) for i in range(0, len(sources), PART)]
+
+    def encode_part(part):
+        paths = [] if is_table else [sources[i]["image"]["path"] for i in part]
+        part_key = [key, part, state_of_files(paths)]
+        return cached(encode_images, FEATURES, sources, part, to_latents, wants_size, key=part_key)
+
+    for part in parts[RANK::WORLD]:
+        encode_part(part)
+    accelerator.wait_for_everyone()
+    rows = datasets.concatenate_datasets([encode_part(part) for part in parts])
+    is_read = np.array(rows["crc32"][:]) >= 0
+    n_unread = np.count_nonzero(~is_read)
+    if n_unread == len(sources):
+        fail(f"{dataset=}: no image of its {split} split can be read")
+    if n_unread:
+        log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
+        rows = rows.select(np.flatnonzero(is_read))
+    return rows
+
+
+def fingerprint(module):
+    """Return numbers that tell modules of the same shape but with other weights apart."""
+    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
+
+
+# ---- Splits and batches ----
 
 
 def cut_off(rows, fraction):
@@ -970,22 +997,6 @@ def batch_rows(n_rows, first_step, last_step, micro_size, world, rank):
         # (accumulation steps, processes, rows)
         micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
         yield from micro_batches[:, rank].tolist()
-
-
-def draw_glyphs(size):
-    """Yield 256 images of every letter and digit, white on black, each a little different."""
-    rng = np.random.default_rng(0)
-    large = 4 * size  # reduced at the end, which smooths the edges
-    for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        font = ImageFont.load_default(large * rng.uniform(0.9, 1.15))
-        center = tuple(large * rng.uniform(0.43, 0.57, 2))
-        stroke_width = int(large * rng.uniform(0, 0.06))
-        image = Image.new("L", (large, large))
-        ImageDraw.Draw(image).text(center, character, 255, font, "mm", stroke_width=stroke_width)
-        image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
-        file = io.BytesIO()
-        image.save(file, "png")
-        yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
 
 
 # ---- Optimizers and learning rate ----
@@ -1481,11 +1492,12 @@ def make_model(accelerator):
     return model, splits, data, captions
 
 
-def used_memory():
-    """Return the memory that this process has needed, of its GPU or else of the machine, in bytes."""
+def speed(images_per_s):
+    """Return images/s and the memory in GB that this process has needed, of its GPU or else of the machine."""
+    memory = psutil.Process().memory_info().rss
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+        memory = torch.cuda.max_memory_allocated()
+    return {"images_per_s": images_per_s, "memory_gb": memory / 1e9}
 
 
 def main():
@@ -1501,7 +1513,6 @@ def main():
 
     # ---- model and data ----
     model, splits, data, captions = make_model(accelerator)
-    progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     if MAIN:
         run = start_run(model, splits, data, captions, old_run)
     model.to(device)
@@ -1514,7 +1525,8 @@ def main():
         model._get_fsdp_state()._lazy_init()  # else a block that draws first would be the root
     ema = EMA(unwrap(model))
 
-    # ---- start the run, or resume it ----
+    # ---- resume the run, if there is one ----
+    progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     is_resumed = broadcast_object_list([old_run is not None])[0]  # only the main process knows
     if is_resumed:
         progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
@@ -1581,9 +1593,7 @@ def main():
 
         noisy_batches = make_noisy_batches(unwrap(model), micro_batches, step, device)
         loss = torch.zeros((), device=device)
-        torch.manual_seed(
-            hash((seed, step, RANK))
-        )  # a resumed run draws the same dropout, if a pipeline has some
+        torch.manual_seed(hash((seed, step, RANK)))  # a resumed run draws the same dropout, if there is any
         for i, (x_t, t, cond, target) in enumerate(noisy_batches):
             # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
             # time, because unsharded gradients would not fit.
@@ -1628,8 +1638,7 @@ def main():
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values["images_per_s"] = steps_since * batch_size / (time.monotonic() - timer)
-            values["memory_gb"] = used_memory() / 1e9
+            values |= speed(steps_since * batch_size / (time.monotonic() - timer))
             values["epoch"] = step / steps_per_epoch
             report(values)
             timer = time.monotonic()
@@ -1838,6 +1847,8 @@ class Pipeline(nn.Module):
         if "FlowMatch" in type(self.scheduler).__name__:
             self.prediction = "flow"
         self.n_times = config.get("num_train_timesteps", 1000)
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.one_step = OneStepScheduler(config)
         self.takes_batches = False  # see probe()
         self.prompt_outputs = {}  # {prompt: what encode_prompt() gave}, once the text encoders have left
@@ -1902,7 +1913,7 @@ class Pipeline(nn.Module):
         """Return alpha and sigma at times t: for flow as DiT, else the scheduler's own."""
         if self.prediction == "flow":
             return alpha_sigma("flow", t)
-        alphas_cumprod = self.scheduler.alphas_cumprod.to(t.device)[self.index(t)]
+        alphas_cumprod = self.alphas_cumprod[self.index(t)]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def sample_times(self, n, rng):
@@ -1997,6 +2008,8 @@ class Pipeline(nn.Module):
         for name, encoder in self.encoders.items():
             setattr(self.pipe, name, None)
             encoder.cpu()
+        if adapter or not MAIN:  # else save_pipeline() needs them
+            self.encoders.clear()
         self.to(self.device)
         self.probe()
 
@@ -2062,6 +2075,7 @@ class Pipeline(nn.Module):
         self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file for each part
         for name in self.encoders:
             setattr(self.pipe, name, None)
+        self.encoders.clear()
 
     def save_weights(self, weights):
         """Write weights {name: tensor}, of the adapter or of the denoiser, to out_dir as diffusers does."""
@@ -2135,9 +2149,7 @@ def open_pipeline(name, dtype, device, setting):
             safety_checker=None,
         )
     model = Pipeline(pipe, denoisers[0], dtype, device)
-    if model.prediction is None or not (
-        model.prediction == "flow" or hasattr(pipe.scheduler, "alphas_cumprod")
-    ):
+    if model.prediction is None or not (model.prediction == "flow" or model.alphas_cumprod is not None):
         fail(f"{setting}={name!r}: its {type(pipe.scheduler).__name__} is not supported")
     return model
 

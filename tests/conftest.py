@@ -143,17 +143,17 @@ def writes_around(folder, single):
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tok.eos_token, **bos).save_pretrained(folder)
 
 
-def check_out(folder, *edits):
-    """A copy of the files in a new folder, edited as a researcher would; -> its train_lm.py"""
+def check_out(folder, *edits, trainer="train_lm.py"):
+    """A copy of the files in a new folder, edited as a researcher would; -> its trainer"""
     folder.mkdir()
-    source = (ROOT / "train_lm.py").read_text(encoding="utf-8")
+    source = (ROOT / trainer).read_text(encoding="utf-8")
     for old, new in edits:
         assert old in source
         source = source.replace(old, new)
     for name in ("sample.py", "configurator.py"):
         shutil.copy(ROOT / name, folder)
-    (folder / "train_lm.py").write_text(source, encoding="utf-8")
-    return folder / "train_lm.py"
+    (folder / trainer).write_text(source, encoding="utf-8")
+    return folder / trainer
 
 
 @pytest.fixture(scope="session")
