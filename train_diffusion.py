@@ -1493,7 +1493,7 @@ def make_model(accelerator):
 
 
 def speed(images_per_s):
-    """Return images/s and the memory in GB that this process has needed, of its GPU or else of the machine."""
+    """Return images/s and the memory in GB that this process has needed, on its GPU if it has one."""
     memory = psutil.Process().memory_info().rss
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
