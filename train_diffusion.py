@@ -13,7 +13,7 @@ with --resume=True goes on from it.
 
 import os
 
-PARENT = os.getppid()  # the launcher, before the slow imports: catch_signals() looks whether it still lives
+PARENT = os.getppid()  # the launcher; asked for before the slow imports, during which it may die
 
 import contextlib
 import csv
@@ -67,9 +67,9 @@ seed = 1337  # of the initial weights, the order of the data, the noise and the 
 # data
 dataset = "glyphs"  # letters and digits; or a folder of images, a .parquet file, or Hub name:config@revision
 image_column = "image"  # column with the images, if the data is a table
-label_column = "label"  # column with the classes, in a folder the names of its subfolders; "": no classes
-caption_column = "text"  # with init_from: column with the captions, in a folder .txt files beside the images
-caption = ""  # with init_from: one caption for all images, instead
+label_column = "label"  # column with the class; in a folder, the class is the subfolder; "": no classes
+caption_column = "text"  # with init_from: column with the caption; in a folder, a .txt file per image
+caption = ""  # with init_from: one caption for all images
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 image_size = 16  # height and width in pixels; larger and smaller images are scaled, and cropped to a square
@@ -79,14 +79,16 @@ num_workers = 0  # processes that load data; use 2 or more if a GPU waits for da
 init_from = "scratch"  # or a text-to-image pipeline of diffusers to fine-tune: Hub name or folder
 adapter = ""  # with init_from: "lora" trains a few new weights and keeps the pipeline as it is
 vae = ""  # train on the latents of this AutoencoderKL (Hub name or folder); "": on pixels
-patch_size = 2  # side of the squares of pixels or latents that are one token each; smaller: better, slower
+patch_size = 2  # patch_size x patch_size pixels or latents are one token; smaller is better and slower
 n_layer = 6  # number of transformer blocks
 n_head = 2  # number of attention heads
 n_embd = 128  # width of the model, a multiple of 4 and of n_head
 # adapter
 lora_rank = 16  # rank of the matrices that are added to the frozen ones
 lora_alpha = 16.0  # what is added is scaled by lora_alpha / lora_rank
-lora_targets = ""  # names of layers, such as to_q,to_v; "": linear layers of the blocks, in a UNet attention
+lora_targets = (
+    ""  # layers to adapt, such as to_q,to_v; "": all linear layers of the blocks, in a UNet of attention
+)
 frozen_fp8 = False  # store frozen weights in 8 bits: half their memory; needs gradient_checkpointing
 # diffusion
 prediction = "flow"  # what the model learns: "flow", "v", "eps" or "x0"; see the table below
@@ -94,18 +96,18 @@ label_dropout = 0.1  # how often the class or caption is hidden, which guidance 
 ema_decay = 0.999  # of the moving average of the weights, which is what is evaluated and saved; 0: none
 # sampling
 sampler = "dpm++"  # "dpm++" (second order), or "ddim" (first order; for flow, this is Euler's method)
-sample_steps = 0  # steps from noise to image; 0: 25, or the pipeline's own number
-guidance = -1.0  # how strongly to follow the class or caption; 1: no guidance; -1: 2, or the pipeline's own
+sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
+guidance = -1.0  # guidance scale; 1: no guidance; -1: the default (2, or that of the pipeline)
 sample_prompts = ""  # with init_from: prompts for the samples, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
-micro_batch_size = 0  # images per process and forward pass: lower it if memory is short; 0: all at once
+micro_batch_size = 0  # images per process and forward pass, to save memory; 0: the whole batch at once
 max_steps = 700  # number of optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data; if not 0, used instead of max_steps
+epochs = 0.0  # passes over the data, instead of max_steps; 0: max_steps counts
 # optimizer and learning rate
-optimizer = "muon"  # block matrices by Muon, the rest by AdamW; or "adamw" for all, as always with init_from
-learning_rate = 0.0  # at its peak; 0: see DEFAULT_LR below
-adamw_lr = 0.005  # peak for the rest, used with muon
+optimizer = "muon"  # Muon for block matrices and AdamW for the rest; "adamw" for all (always with init_from)
+learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
+adamw_lr = 0.005  # peak for what AdamW trains, with optimizer = "muon"
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
@@ -148,7 +150,7 @@ def log(message):
     """Print a message, in the main process only."""
     if not MAIN:
         return
-    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal does not have
+    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal cannot encode
     try:
         print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
@@ -161,8 +163,8 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: STOP.append(received))
-    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. It sets one of
-    # these variables for a single process, and the other for several.
+    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. Accelerate
+    # sets the first variable for one process and the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
@@ -179,8 +181,8 @@ def ignore_signals(worker_id):
 
 # ---- Check the settings ----
 
-NOT_ZERO = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha"
-BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction"
+MUST_BE_POSITIVE = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha"
+MUST_BE_BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction"
 CHOICES = {
     "adapter": ("", "lora"),
     "prediction": ("flow", "v", "eps", "x0"),
@@ -194,22 +196,22 @@ CHOICES = {
 
 def check_settings():
     """End the program for settings that cannot work, before any data is touched."""
-    for name, value in settings(globals()).items():
+    for name, value in settings(globals()).items():  # the variables at the top of this file
         if name in CHOICES and value not in CHOICES[name]:
             fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
         if isinstance(value, str):
             continue  # the rest is about numbers
         if value < 0 and name != "guidance":
             fail(f"{name}={value} must not be negative")
-        if value == 0 and name in NOT_ZERO.split():
+        if value == 0 and name in MUST_BE_POSITIVE.split():
             fail(f"{name}={value} must be greater than 0")
-        if value >= 1 and name in BELOW_ONE.split():
+        if value >= 1 and name in MUST_BE_BELOW_ONE.split():
             fail(f"{name}={value} must be below 1")
     if label_dropout > 1:
         fail(f"{label_dropout=} must be at most 1")
     if guidance < 0 and guidance != -1:
         fail(f"{guidance=} must be at least 0, or -1 for the default")
-    if seed >= 2**63:  # torch takes no more
+    if seed >= 2**63:  # torch.manual_seed() takes no more
         fail(f"{seed=} must be below 2**63")
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
@@ -241,11 +243,8 @@ def norm(x):
 
 
 def sinusoidal_embedding(x, lowest, n):
-    """Return cosines and sines (..., 2 n) of numbers x (...) times n frequencies, from 1 down to `lowest`.
-
-    Vaswani et al. 2017 (arXiv:1706.03762).
-    """
-    frequencies = lowest ** (torch.arange(n, device=x.device) / n)
+    """Embed numbers x (...) as cosines and sines (..., 2 n) of x times n frequencies (arXiv:1706.03762)."""
+    frequencies = lowest ** (torch.arange(n, device=x.device) / n)  # from 1 down to nearly `lowest`
     angles = x[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -304,7 +303,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention()
         self.mlp = MLP()
-        self.modulation = nn.Linear(n_embd, 6 * n_embd)  # zero at first (adaLN-Zero): all gates are closed
+        self.modulation = nn.Linear(n_embd, 6 * n_embd)  # adaLN-Zero: starts at zero, with all gates closed
 
     def forward(self, x, c):
         """Return x (B, T, C), changed under the condition c (B, C)."""
@@ -323,20 +322,21 @@ class DiT(nn.Module):
     def __init__(self, shape, class_names):
         super().__init__()
         channels, size, _ = shape
-        n_patches = size // patch_size  # in a row and in a column
+        n_side = size // patch_size  # patches in a row, and in a column
         self.shape = shape
         self.class_names = class_names
-        self.none = len(class_names)  # the number that stands for "no class"
-        self.prediction = prediction
+        self.none = len(class_names)  # index of the embedding for "no class"
+        self.prediction = prediction  # a Pipeline has a prediction of its own
 
         self.patch_in = nn.Linear(channels * patch_size**2, n_embd)
-        # 0.05 is the lowest frequency: neighbors differ by 0.1 to 2 radians.
-        rows = 2 * torch.arange(n_patches)
-        places = torch.cartesian_prod(rows, rows)  # (T, 2)
-        place = sinusoidal_embedding(places, 0.05, n_embd // 4).flatten(1)  # (T, C)
-        self.place = nn.Parameter(place)  # where a patch is; learned from there on
-        self.time = nn.Sequential(nn.Linear(256, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
-        self.classes = nn.Embedding(len(class_names) + 1, n_embd)
+        # Position embeddings: sinusoids of rows and columns at first, then learned.
+        grid = torch.cartesian_prod(torch.arange(n_side), torch.arange(n_side))  # (T, 2)
+        sinusoids = sinusoidal_embedding(
+            2 * grid, 0.05, n_embd // 4
+        )  # frequencies: 2 to 0.1 radians per patch
+        self.position = nn.Parameter(sinusoids.flatten(1))  # (T, C)
+        self.time_mlp = nn.Sequential(nn.Linear(256, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
+        self.class_embedding = nn.Embedding(len(class_names) + 1, n_embd)
         self.blocks = nn.ModuleList(Block() for _ in range(n_layer))
         self.modulation = nn.Linear(n_embd, 2 * n_embd)
         self.patch_out = nn.Linear(n_embd, channels * patch_size**2)
@@ -356,13 +356,13 @@ class DiT(nn.Module):
     def forward(self, x, t, cond):
         """Return the prediction, in fp32 and of the shape of x.
 
-        x: noisy images (B, channels, size, size). t: their times (B,), from 0 to 1. cond: the numbers of
-        their classes (B,).
+        x: noisy images (B, channels, size, size). t: their times (B,), from 0 to 1. cond: the indices
+        of their classes (B,).
         """
         patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, size / p, size / p)
-        x = self.patch_in(patches.flatten(2).mT) + self.place  # (B, T, C)
-        c = self.time(sinusoidal_embedding(1000 * t, 1e-4, 128)) + self.classes(cond)
-        c = F.silu(c)  # (B, C)
+        x = self.patch_in(patches.flatten(2).mT) + self.position  # (B, T, C)
+        t_embedding = sinusoidal_embedding(1000 * t, 1e-4, 128)  # times as in DDPM, from 0 to 1000
+        c = F.silu(self.time_mlp(t_embedding) + self.class_embedding(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
                 x = recompute(block, x, c, use_reentrant=False)
@@ -382,17 +382,19 @@ class DiT(nn.Module):
 
 
 # ---- The mathematics of diffusion ----
-# At time t, from 0 (an image x_0) to 1 (noise eps from N(0, I)), an image has become x_t = alpha x_0 + sigma
-# eps.
+# Times t run from 0 (an image x_0) to 1 (noise eps from N(0, I)). The forward process is
 #
-#   prediction  alpha   sigma   the model learns        x_0 by its prediction
+#     x_t = alpha x_0 + sigma eps
+#
+#   prediction  alpha   sigma   what the model learns   x_0 recovered from it
 #   flow        1 - t   t       eps - x_0               x_t - sigma prediction            arXiv:2209.03003
 #   v           cos(a)  sin(a)  alpha eps - sigma x_0   alpha x_t - sigma prediction      arXiv:2202.00512
 #   eps         cos(a)  sin(a)  eps                     (x_t - sigma prediction) / alpha  arXiv:2006.11239
 #   x0          cos(a)  sin(a)  x_0                     prediction
 #
-# with a = 0.99 pi t / 2: the factor keeps alpha, by which eps divides, above 0. Pipelines have an alpha and a
-# sigma of their own. The loss is the mean squared error of the prediction, the same for all times.
+# where a = 0.99 pi t / 2. The factor 0.99 keeps alpha above 0 at t = 1, because eps divides by it. The loss
+# is the mean squared error of the prediction. Pretrained pipelines have schedules of their own for alpha and
+# sigma.
 
 
 def alpha_sigma(prediction, t):
@@ -404,24 +406,26 @@ def alpha_sigma(prediction, t):
 
 
 def add_noise(model, x_0, eps, t):
-    """Return x_t and what the model has to predict from it, at times t (B,): the forward process."""
+    """Return x_t at times t (B,), by the forward process, and the target: what the model learns from it."""
     alpha, sigma = model.alpha_sigma(t)
-    alpha = alpha.view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, 1, 1)
-    sigma = sigma.view(alpha.shape)
+    shape = (len(x_0), *[1] * (x_0.ndim - 1))  # (B, 1, 1, 1); latents of some pipelines are (B, T, C)
+    alpha = alpha.view(shape)
+    sigma = sigma.view(shape)
     x_t = alpha * x_0 + sigma * eps
     targets = {"flow": eps - x_0, "v": alpha * eps - sigma * x_0, "eps": eps, "x0": x_0}
     return x_t, targets[model.prediction]
 
 
 def predict_x_0(model, x_t, t, cond, scale):
-    """Return the model's estimate of x_0, with classifier-free guidance by `scale` (arXiv:2207.12598)."""
+    """Return the model's estimate of x_0, with classifier-free guidance of this scale (arXiv:2207.12598)."""
     times = t.expand(len(x_t))
     if scale == 1:
         output = model(x_t, times, cond)
-    else:
-        both = torch.cat((cond, torch.full_like(cond, model.none)))
-        output, without = model(torch.cat((x_t, x_t)), torch.cat((times, times)), both).chunk(2)
-        output = without + scale * (output - without)
+    else:  # one call with a batch of twice the size
+        none = torch.full_like(cond, model.none)
+        outputs = model(torch.cat((x_t, x_t)), torch.cat((times, times)), torch.cat((cond, none)))
+        output, unconditional = outputs.chunk(2)
+        output = unconditional + scale * (output - unconditional)
     alpha, sigma = model.alpha_sigma(t)
     if model.prediction == "flow":
         return x_t - sigma * output
@@ -434,42 +438,44 @@ def predict_x_0(model, x_t, t, cond, scale):
 
 @torch.no_grad()
 def sample(model, cond, seeds, steps, scale):
-    """Return images (B, *model.shape), drawn by going from noise back to time 0: the reverse process.
+    """Return images (B, *model.shape), going from noise at time 1 to time 0: the reverse process.
 
-    "ddim" keeps the estimates of x_0 and eps through each step (Song et al. 2020, arXiv:2010.02502). "dpm++"
-    is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of x_0,
-    linearly in log(alpha / sigma), to the middle of the step. Both call the model once a step.
+    "ddim" takes the estimates of x_0 and eps as constant through a step (Song et al. 2020, arXiv:2010.02502).
+    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of
+    x_0, linearly in log(alpha / sigma), to the middle of the step. Both call the model once a step.
     """
     times = torch.linspace(1, 0, steps + 1, device=cond.device)
     x = noise_of(seeds, model.shape).to(cond.device)
-    x_0_before = None
-    length_before = None
-    for i, (t, s) in enumerate(itertools.pairwise(times)):  # a step from t down to s
-        alpha_t, sigma_t = model.alpha_sigma(t)
-        alpha_s, sigma_s = model.alpha_sigma(s)
-        length = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)
-        x_0 = predict_x_0(model, x, t, cond, scale)
+    before = None  # x_0 and h of the step before
+    for i in range(steps):
+        alpha_t, sigma_t = model.alpha_sigma(times[i])
+        alpha_s, sigma_s = model.alpha_sigma(times[i + 1])
+        h = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)  # length of the step
+        x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # The first step has no estimate before it, and the last one is infinitely long.
+        # In the last step sigma_s is 0, so h is infinite. The first step of flow has an infinite h, too: then
+        # its estimate has no weight in the second step.
         if sampler == "dpm++" and 0 < i < steps - 1:
-            estimate = x_0 + length / (2 * length_before) * (x_0 - x_0_before)
+            x_0_before, h_before = before
+            estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
         eps = (x - alpha_t * estimate) / sigma_t
         x = alpha_s * estimate + sigma_s * eps
-        x_0_before = x_0
-        length_before = length
+        before = (x_0, h)
     return x
 
 
 def noise_of(seeds, shape):
     """Return noise (B, *shape), each sample by its own seed and the same on every device."""
-    rngs = [torch.Generator().manual_seed(int(number)) for number in seeds]
+    rngs = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(*shape, generator=rng) for rng in rngs])
 
 
 # ---- Data: files or tables -> images, and their classes or captions ----
 
-IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-IMAGE_SUFFIXES -= {".pdf", ".eps", ".ps"}  # documents
+OPENED = (
+    Image.registered_extensions().items()
+)  # {suffix: format}; Pillow opens some formats, and saves others
+IMAGE_SUFFIXES = {suffix for suffix, kind in OPENED if kind in Image.OPEN} - {".pdf", ".eps", ".ps"}
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
@@ -480,7 +486,7 @@ def list_files(root):
     files = []
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        # os.walk enters those that remain in the list.
+        # Removing names from this list keeps os.walk out of these folders.
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         if os.path.realpath(folder) in seen:  # a link that leads back up
             subfolders.clear()
@@ -488,8 +494,9 @@ def list_files(root):
         seen.add(os.path.realpath(folder))
         for name in names:
             path = Path(folder, name)
-            if name[0] != "." and path.is_file() and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
+            real_path = os.path.realpath(path)
+            if name[0] != "." and path.is_file() and real_path not in seen:
+                seen.add(real_path)
                 files.append(path)
     return sorted(files)
 
@@ -497,17 +504,17 @@ def list_files(root):
 def find_files():
     """Return (kind, paths, descriptions) for the files that `dataset` names.
 
-    kind: "image", "parquet", or "hub" if there are no files. descriptions: captions in .txt files, and
-    metadata as `datasets` knows it.
+    kind: "image", "parquet", or "hub" if there are no such files. descriptions: captions in .txt files, and
+    the metadata files of datasets' "imagefolder".
     """
     if Path(dataset).is_dir():
         files = list_files(dataset)
-    else:
+    else:  # one file, or a pattern such as photos/*.png
         names = [dataset] if os.path.exists(dataset) else glob.glob(dataset, recursive=True)
         files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
         if not files:
             return "hub", [], []
-    # Tables win over images: images beside them are the screenshots of a README.md.
+    # Images beside .parquet files are left out: often, they are the screenshots of a README.md.
     kind = "parquet"
     used = [path for path in files if path.suffix.lower() == ".parquet" and path.stem != "metadata"]
     descriptions = []
@@ -525,27 +532,29 @@ def find_files():
 
 
 def split_of(names):
-    """Return (split, index) for the names of the folders of a file: its split, and which name says so."""
+    """Return (split, index) for the first of the names of folders that names a split, or ("train", -1)."""
+    # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
+    suffix = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
     for i, name in enumerate(names):
-        # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
-        name = re.sub(r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$", "", name.lower())
+        name = re.sub(suffix, "", name.lower())
         if name in SPLITS:
             return SPLITS[name], i
     return "train", -1
 
 
 def load_images():
-    """Return ({split: (sources, values)}, the names of a ClassLabel column or []).
+    """Return ({split: (sources, values)}, class names).
 
-    sources: rows with an "image", which has "bytes" or a "path". values: for each source the name of its
-    class or its caption, or None.
+    sources: rows with an "image", of which either the "bytes" or the "path" is known. values: for each source
+    the name of its class or its caption, or None. class names: those that a column of the type ClassLabel
+    declares.
     """
-    kind, paths, descriptions = find_files()
-    if kind == "image":
-        return read_folder(paths, descriptions), []
     if dataset == "glyphs":
         features = {"image": datasets.Image(), "label": datasets.Value("string")}
         return read_tables({"train": cached(draw_glyphs, features, image_size)})
+    kind, paths, descriptions = find_files()
+    if kind == "image":
+        return read_folder(paths, descriptions), []
     if kind == "hub":
         name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
         with named("dataset", dataset):
@@ -563,11 +572,13 @@ def load_images():
 
 def folders_of(path):
     """Return the names of the folders between `dataset` and a file in it."""
-    return path.relative_to(dataset).parts[:-1] if Path(dataset).is_dir() else ()
+    if not Path(dataset).is_dir():
+        return ()
+    return path.relative_to(dataset).parts[:-1]
 
 
 def read_tables(tables):
-    """Return what load_images() does, for {split: Dataset}."""
+    """Return ({split: (sources, values)}, class names) for {split: table}; see load_images()."""
     column = label_column if init_from == "scratch" else caption_column
     splits = {}
     class_names = []
@@ -576,8 +587,9 @@ def read_tables(tables):
             fail(f"{dataset=} has no {image_column=}: choose from {', '.join(table.features)}")
         values = [caption or None] * len(table)
         if column in table.features and not caption:
-            # The feature of a list has the feature of its elements.
-            feature = getattr(table.features[column], "feature", table.features[column])
+            feature = table.features[column]
+            if isinstance(feature, datasets.List):
+                feature = feature.feature  # the type of its elements
             if isinstance(feature, datasets.ClassLabel):
                 class_names = feature.names
             values = [as_name(value, column, class_names) for value in table[column][:]]
@@ -592,23 +604,23 @@ def read_tables(tables):
 
 
 def as_name(value, column, class_names=()):
-    """Return a field of a table as the name of a class or as a caption; None if there is none."""
-    if isinstance(value, list):  # of several, the first
+    """Return a field of a table as the name of a class or as a caption; None if it is empty."""
+    if isinstance(value, list):  # if there are several, take the first
         value = value[0] if value else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if class_names:
-        return class_names[value] if value >= 0 else None  # -1: unknown
+        return class_names[value] if value >= 0 else None  # -1 means unknown
     if not isinstance(value, str | int | float):
-        fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is neither text nor a number")
+        fail(f"{dataset=}: column {column!r} holds {repr(value)[:60]}, which is neither text nor a number")
     return str(value).strip() or None
 
 
 def read_folder(paths, descriptions):
-    """Return {split: (sources, values)} for the paths of images.
+    """Return {split: (sources, values)} for the paths of images; see load_images().
 
-    The class is the folder directly below the split, or else directly below `dataset`; the caption is in a
-    .txt file beside the image. Where metadata names the images, both are in its columns.
+    The class of cats/1.png, train/cats/1.png and train/cats/old/1.png is "cats". The caption of 1.png is in
+    1.txt. If there are metadata files, only the images that they name are used, with their columns.
     """
     column = label_column if init_from == "scratch" else caption_column
     metadata = read_metadata([path for path in descriptions if path.suffix != ".txt"])
@@ -628,8 +640,9 @@ def read_folder(paths, descriptions):
         elif column in row:
             value = as_name(row[column], column)
         elif init_from == "scratch" and column:
-            class_folders = folders[index + 1 :] or folders[: max(0, index)]
-            value = class_folders[0] if class_folders else None
+            # Take the folder below the split, or else (cats/train/1.png) the first one above it.
+            others = [*folders[index + 1 :], *folders[: max(0, index)]]
+            value = others[0] if others else None
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
             value = read_caption(path.with_suffix(".txt"))
         sources, values = splits[split]
@@ -657,14 +670,15 @@ def read_metadata(files):
             if file.suffix == ".parquet":
                 rows = datasets.Dataset.from_parquet(glob.escape(str(file))).to_list()
             elif file.suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")), strict=True))
+                with open(file, newline="", encoding="utf-8-sig") as f:
+                    rows = list(csv.DictReader(f, strict=True))
             else:
-                lines = file.read_text(encoding="utf-8-sig").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
+                with open(file, encoding="utf-8-sig") as f:
+                    rows = [json.loads(line) for line in f if line.strip()]
         for n, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
-            if None in row:  # the csv module's name for fields without a name
+            if None in row:  # DictReader puts surplus fields under the key None
                 fail(f"{dataset=}: {file}, row {n} has more fields than the first line: quote commas")
             metadata[os.path.normpath(file.parent / row["file_name"])] = row
     n_missing = sum(not os.path.isfile(path) for path in metadata)
@@ -675,13 +689,17 @@ def read_metadata(files):
 
 # ---- Pixels and latents: what the model learns from, in a cache ----
 
-PART = 10_000  # images in a file of the cache
+IMAGES_PER_FILE = 10_000  # in the cache
 FEATURES = {
     "x": datasets.Value("binary"),  # pixels or latents in fp16
-    "source": datasets.Value("int32"),  # the number of the image that they come from
-    "size": datasets.List(datasets.Value("int32")),  # its original height and width, if the model needs them
-    "is_gray": datasets.Value("bool"),
-    "crc32": datasets.Value("int64"),  # of its pixels, before an autoencoder
+    "source": datasets.Value("int32"),  # index of the image that they come from
+    "size": datasets.List(
+        datasets.Value("int32")
+    ),  # its original height and width, if the model is told them
+    "is_gray": datasets.Value("bool"),  # are the three channels equal?
+    "crc32": datasets.Value(
+        "int64"
+    ),  # checksum of the pixels, by which a resume knows the data; -1: unreadable
 }
 
 
@@ -692,23 +710,25 @@ def read_image(source):
     """
     try:
         image = open_image(source)
-        image = ImageOps.exif_transpose(image)  # reads the pixels; cameras note which side is up
+        image = ImageOps.exif_transpose(image)  # turn photos upright; this also reads all of the file
     except Exception as error:  # Pillow raises errors of many kinds
-        log(f"left out: {(source or {}).get('path')} cannot be read: {error}")
+        log(f"left out: {source and source['path']} cannot be read: {error}")
         return None
-    if image.mode[0] in "IF":
+    if image.mode[0] in "IF":  # I, I;16, I;16B, F: integers of 16 or 32 bits, or floats
         image = scale_to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-    image = to_srgb(image)
-    return np.asarray(ImageOps.fit(image, (image_size, image_size))).transpose(2, 0, 1)
+    image = ImageOps.fit(to_srgb(image), (image_size, image_size))
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def open_image(source):
-    """Open an image, of which Pillow reads only the header at first."""
-    return Image.open(io.BytesIO(source["bytes"]) if source["bytes"] else source["path"])
+    """Open an image. Pillow reads only its header at first."""
+    if source["bytes"]:
+        return Image.open(io.BytesIO(source["bytes"]))
+    return Image.open(source["path"])
 
 
 def scale_to_8_bits(image):
@@ -717,14 +737,16 @@ def scale_to_8_bits(image):
     if image.mode.startswith("I;16"):
         values = values / 65535
     elif image.mode == "I" or values.min() < 0 or values.max() > 1:  # the range is unknown: take all of it
-        values = (values - values.min()) / max(1, values.max() - values.min())
+        low = values.min()
+        high = values.max()
+        values = (values - low) / max(1, high - low)
     return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
 def to_srgb(image):
-    """Return an image in the color space sRGB, by the profile that it may have."""
+    """Return an image in the color space sRGB, converted by its ICC profile if it has one."""
     profile = image.info.get("icc_profile")
-    if image.mode not in ("L", "RGB", "CMYK"):
+    if image.mode not in ("L", "RGB", "CMYK"):  # the modes that a profile can be for
         image = image.convert("RGB")
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit the image
@@ -736,21 +758,22 @@ def to_srgb(image):
 def original_size(source):
     """Return the (height, width) of an image before it is scaled, from the header of its file."""
     image = open_image(source)
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     width, height = image.size
-    return (width, height) if is_turned else (height, width)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # the camera was held sideways
+        return width, height
+    return height, width
 
 
-def encode_images(sources, numbers, to_latents, wants_size):
-    """Yield a row (see FEATURES) for each of the images of the numbers, with flip also for its mirror image.
+def encode_images(sources, indices, to_latents, wants_size):
+    """Yield a row (see FEATURES) for each of sources[indices], and with flip one for its mirror image.
 
-    The row of an image that cannot be read has no x. to_latents: a function from images (B, 3, S, S) to what
-    the model learns.
+    The row of an image that cannot be read has an empty x. to_latents: a function from images (B, 3, S, S) in
+    [-1, 1] to what the model is trained on. wants_size: is the model told the original size?
     """
-    size = max(1, 2**20 // image_size**2)  # images that go through the autoencoder together
+    n_together = max(1, 2**20 // image_size**2)  # images that the autoencoder encodes at once: a megapixel
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
+        for start in range(0, len(indices), n_together):
+            batch = indices[start : start + n_together]
             images = pool.map(read_image, [sources[i]["image"] for i in batch])
             views = []
             for i, pixels in zip(batch, images):
@@ -763,7 +786,8 @@ def encode_images(sources, numbers, to_latents, wants_size):
             if not views:
                 continue
             x = torch.from_numpy(np.stack([pixels for _, pixels in views])) / 127.5 - 1
-            for (i, pixels), z in zip(views, to_latents(x).half().cpu()):
+            latents = to_latents(x).half().cpu()
+            for (i, pixels), z in zip(views, latents):
                 yield {
                     "x": z.numpy().tobytes(),
                     "source": i,
@@ -776,23 +800,41 @@ def encode_images(sources, numbers, to_latents, wants_size):
 @torch.no_grad()
 def encode(autoencoder, x):
     """Return images x (B, 3, H, W), from -1 to 1, as latents (B, c, h, w) with a variance of about 1."""
-    config = autoencoder.config
     x = x.to(autoencoder.device)
-    if "z_dim" in config:  # an autoencoder for videos: an image is one frame
-        x = x[:, :, None]
+    if is_for_videos(autoencoder):
+        x = x[:, :, None]  # an image is one frame
     encoded = autoencoder.encode(x)
-    z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    z = z.view(*z.shape[:2], *z.shape[-2:])
-    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
-    std = config.get("latents_std") or [1 / (config.get("scaling_factor") or 1.0)]
-    mean = torch.tensor(mean, device=z.device).view(1, -1, 1, 1)
-    std = torch.tensor(std, device=z.device).view(1, -1, 1, 1)
+    if hasattr(encoded, "latent_dist"):
+        z = encoded.latent_dist.mode()
+    else:
+        z = encoded.latent  # AutoencoderDC has no distribution
+    if is_for_videos(autoencoder):
+        z = z.squeeze(2)
+    mean, std = latent_statistics(autoencoder)
     return (z - mean) / std
+
+
+def is_for_videos(autoencoder):
+    """Tell whether an autoencoder takes (B, 3, frames, H, W), such as that of Qwen-Image."""
+    return "z_dim" in autoencoder.config
+
+
+def latent_statistics(autoencoder):
+    """Return the mean and standard deviation of latents, each (1, c, 1, 1) or (1, 1, 1, 1)."""
+    config = autoencoder.config
+    mean = [config.get("shift_factor") or 0.0]
+    std = [1 / (config.get("scaling_factor") or 1.0)]
+    if config.get("latents_mean"):  # they differ by channel
+        mean = config["latents_mean"]
+        std = config["latents_std"]
+    mean = torch.tensor(mean, device=autoencoder.device).view(1, -1, 1, 1)
+    std = torch.tensor(std, device=autoencoder.device).view(1, -1, 1, 1)
+    return mean, std
 
 
 @functools.cache
 def load_vae(name, device):
-    """Return the AutoencoderKL of a name, in fp32: in less, some make black images."""
+    """Load an AutoencoderKL in fp32; in 16 bits, some make black images."""
     import diffusers
 
     with named("vae", name):
@@ -808,7 +850,7 @@ def draw_glyphs(size):
         center = tuple(large * rng.uniform(0.43, 0.57, 2))
         stroke_width = int(large * rng.uniform(0, 0.06))
         image = Image.new("L", (large, large))
-        ImageDraw.Draw(image).text(center, character, 255, font, "mm", stroke_width=stroke_width)
+        ImageDraw.Draw(image).text(center, character, 255, font, anchor="mm", stroke_width=stroke_width)
         image = image.rotate(rng.uniform(-10, 10), Image.BILINEAR).reduce(4)
         file = io.BytesIO()
         image.save(file, "png")
@@ -816,19 +858,20 @@ def draw_glyphs(size):
 
 
 def cached(generator, features, *args, key=None):
-    """Return what generator(*args) yields as a Dataset, from a cache if nothing has changed since.
+    """Return a Dataset of the rows that generator(*args) yields, or load it from the cache.
 
-    key: what the rows depend on, beside the code of this section; if it is None, the arguments.
+    It is made anew if the key has changed (without one: the arguments), or the code of this section.
     """
     source = Path(__file__).read_text(encoding="utf-8")
     section = re.search(r"^# ---- Pixels.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
     make_rows = functools.partial(generator, *args)
-    fingerprint = hashlib.md5(repr([section, generator.__name__, key or args]).encode()).hexdigest()
+    identity = repr([section, generator.__name__, key or args])
+    fingerprint = hashlib.md5(identity.encode()).hexdigest()
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
 def state_of_files(paths):
-    """Return the sizes, times of change and permissions of files: if they are the same, so are the files."""
+    """Return what changes with a file: path, size, time of change, readability, for each of the files."""
     state = []
     for path in filter(os.path.exists, paths):
         stat = os.stat(path)
@@ -837,7 +880,7 @@ def state_of_files(paths):
 
 
 def named_files(table):
-    """Return the paths in the column "image" of a table, where there are paths instead of bytes."""
+    """Return the paths in the column "image" of a table. Other rows have the bytes of their image."""
     paths = []
     for chunk in table.data.column("image").chunks:
         has_path = chunk.field("bytes").is_null()
@@ -846,14 +889,15 @@ def named_files(table):
 
 
 def encode_split(accelerator, split, sources, to_latents, wants_size, key):
-    """Return the rows (see FEATURES) of the images of a split that can be read.
+    """Return the rows (see FEATURES) of all images of a split that can be read.
 
-    Each process encodes some parts, on its device, and finds those of the others in the cache.
+    The processes share the work: each encodes some of the parts, then all load all parts from the cache.
     """
     is_table = not isinstance(sources, list)
     if is_table:
         key = [*key, sources._fingerprint, state_of_files(named_files(sources))]
-    parts = [range(i, min(i + PART, len(sources))) for i in range(0, len(sources), PART)]
+    indices = range(len(sources))
+    parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(sources), IMAGES_PER_FILE)]
 
     def encode_part(part):
         paths = [] if is_table else [sources[i]["image"]["path"] for i in part]
@@ -874,8 +918,8 @@ def encode_split(accelerator, split, sources, to_latents, wants_size, key):
     return rows
 
 
-def fingerprint(module):
-    """Return numbers that tell modules of the same shape but with other weights apart."""
+def checksums(module):
+    """Return sums of some of the weights, to tell modules of the same shape apart."""
     return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
@@ -883,7 +927,7 @@ def fingerprint(module):
 
 
 def cut_off(rows, fraction):
-    """Split off the last part of the rows. Return (rest, part). Mirror images stay with theirs."""
+    """Split off the last part of the rows, and no image from its mirror image. Return (rest, part)."""
     n_views = 2 if flip else 1
     n = math.ceil(fraction * len(rows) / n_views) * n_views
     with named("dataset", dataset):
@@ -892,22 +936,22 @@ def cut_off(rows, fraction):
 
 
 def choose_splits(found):
-    """Return the splits that are used, by their usual names."""
+    """Return {split: images} with the splits that are wanted, under their usual names."""
     if "train" not in found:
         fail(f"{dataset=} has no split train, but {', '.join(found)}")
-    wanted = {"train": True, "validation": val_fraction > 0, "test": test_fraction > 0}
-    splits = {}
-    for name in ["train", *found]:
+    wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
+    splits = {"train": found.pop("train")}
+    for name, images in found.items():
         split = SPLITS.get(name.lower())
         if wanted.get(split) and split not in splits:
-            splits[split] = found[name]
-        elif found[name] is not splits.get(split):
+            splits[split] = images
+        else:
             log(f"not used: the split {name}")
     return splits
 
 
 def choose_names(splits, class_names):
-    """Return the names of all classes or, with init_from, all captions. The model sees their numbers."""
+    """Return all class names or, with init_from, all captions. The model gets indices into this list."""
     values = [value for _, values in splits.values() for value in values]
     if init_from != "scratch" and None in values:
         n = values.count(None)
@@ -920,16 +964,16 @@ def choose_names(splits, class_names):
 
 
 def prepare_data(accelerator, pipeline=None):
-    """Return ({split: rows}, what run.json says of them, captions).
+    """Return (splits, data, captions): {split: rows}, a description for run.json, and a list of texts.
 
-    Missing splits are cut off from the end of the training rows, which are shuffled.
+    Splits that the data lacks are cut off from the end of the training rows.
     """
     datasets.disable_progress_bars()
-    with accelerator.local_main_process_first():  # the other processes read what it has downloaded
+    with accelerator.local_main_process_first():  # one process per machine downloads, for all of them
         found, class_names = load_images()
     splits = choose_splits(found)
     names = choose_names(splits, class_names)
-    numbers = {name: i for i, name in enumerate(names)}
+    index_of = {name: i for i, name in enumerate(names)}
 
     autoencoder = None
     to_latents = torch.nn.Identity()
@@ -942,23 +986,28 @@ def prepare_data(accelerator, pipeline=None):
     wants_size = pipeline is not None and pipeline.wants_size
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
-        key += [str(autoencoder.config), fingerprint(autoencoder)]
-    shape = to_latents(torch.zeros(1, 3, image_size, image_size)).shape[1:]
+        key += [str(autoencoder.config), checksums(autoencoder)]
+    black = torch.zeros(1, 3, image_size, image_size)
+    shape = to_latents(black).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
 
     for split, (sources, values) in splits.items():
-        order = range(len(values))
-        if split == "train":  # validation and test are cut off from its end; shuffle, the same for every seed
+        if (
+            split == "train"
+        ):  # shuffle, because validation and test are cut off from the end; the same for all seeds
             order = np.random.default_rng(0).permutation(len(values)).tolist()
-        sources = [sources[i] for i in order] if isinstance(sources, list) else sources.select(order)
+            sources = [sources[i] for i in order] if isinstance(sources, list) else sources.select(order)
+            values = [values[i] for i in order]
         rows = encode_split(accelerator, split, sources, to_latents, wants_size, key)
-        cond = [numbers.get(values[order[i]], len(names)) for i in rows["source"][:]]
+        row_values = [values[i] for i in rows["source"][:]]
+        cond = [index_of.get(value, len(names)) for value in row_values]
         splits[split] = rows.add_column("cond", cond)
-    if autoencoder is None and all(all(rows["is_gray"][:]) for rows in splits.values()):
-        shape = (1, *shape[1:])
+    is_gray = all(all(rows["is_gray"][:]) for rows in splits.values())
+    if is_gray and autoencoder is None:
+        shape = (1, *shape[1:])  # one of the three equal channels is enough
 
-    for split, fraction in ("test", test_fraction), ("validation", val_fraction):
+    for split, fraction in [("test", test_fraction), ("validation", val_fraction)]:
         if fraction and split not in splits:
             splits["train"], splits[split] = cut_off(splits["train"], fraction)
     data = {"shape": list(shape), "classes": names if init_from == "scratch" else []}
@@ -971,11 +1020,12 @@ def prepare_data(accelerator, pipeline=None):
 def collate(rows, shape):
     """Return a batch (x, cond) of rows.
 
-    x: pixels from -1 to 1, or latents (B, *shape). cond: (B, 1), the numbers of classes or captions, or (B,
-    3) with the original height and width behind them.
+    x: pixels in [-1, 1], or latents (B, *shape). cond: the indices of classes or captions (B, 1), or for SDXL
+    (B, 3) with the original height and width.
     """
-    x = torch.frombuffer(bytearray(b"".join(row["x"] for row in rows)), dtype=torch.float16).float()
-    x = x.view(len(rows), -1)[:, : math.prod(shape)]  # of gray images, one of three equal channels
+    data = b"".join(row["x"] for row in rows)
+    x = torch.frombuffer(bytearray(data), dtype=torch.float16).float()
+    x = x.view(len(rows), -1)[:, : math.prod(shape)]  # if images are gray, the first channel only
     cond = torch.tensor([[row["cond"], *row["size"]] for row in rows])
     return x.reshape(-1, *shape), cond
 
@@ -992,7 +1042,8 @@ def batch_rows(n_rows, first_step, last_step, micro_size, world, rank):
         if step // n_batches != epoch:
             epoch = step // n_batches
             rows = np.random.default_rng([seed, epoch]).permutation(n_rows)
-            rows = np.resize(rows, n_batches * batch_size)  # drop an incomplete batch, or repeat too few rows
+            # np.resize drops an incomplete batch, or repeats rows if there are too few for one.
+            rows = np.resize(rows, n_batches * batch_size)
             batches = rows.reshape(n_batches, batch_size)
         # (accumulation steps, processes, rows)
         micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
@@ -1019,7 +1070,7 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (momentum with orthogonalized updates), but for all matrices of a shape at once."""
+    """torch.optim.Muon (momentum with orthogonalized updates), with all matrices of a shape in a batch."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, **kwargs)
@@ -1052,9 +1103,10 @@ def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     if optimizer == "adamw" or init_from != "scratch":
-        kind = adapter or "fine-tuning"
         if init_from == "scratch":
             kind = "adamw"
+        else:
+            kind = adapter or "fine-tuning"
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
@@ -1073,7 +1125,7 @@ def make_optimizers(model, accelerator):
         "weight_decay": weight_decay,
         "adjust_lr_fn": "original",
     }
-    if accelerator.is_fsdp2:  # each matrix is in shards, which the Muon of torch gathers, and ours does not
+    if accelerator.is_fsdp2:  # it shards each matrix; torch.optim.Muon gathers the shards, ours does not
         return [torch.optim.Muon(matrices, **muon), adamw(others, lr=adamw_lr)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
@@ -1100,11 +1152,13 @@ class EMA:
 
     def update(self, step):
         """Move the averages towards the weights."""
-        decay = min(ema_decay, (1 + step) / (10 + step))  # the first weights are forgotten soon
+        decay = min(
+            ema_decay, (1 + step) / (10 + step)
+        )  # small at first, to forget the random initial weights
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     def swap(self):
-        """Let the model have the averages, or its own weights again."""
+        """Exchange the weights and the averages; a second call undoes it."""
         for weight, average in zip(self.weights, self.averages):
             kept = weight.clone()
             weight.copy_(average)
@@ -1117,11 +1171,11 @@ class EMA:
 RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt *.safetensors model_index.json"
 RUN_FILES += " vae/* unet*/* transformer*/* text_encoder*/* tokenizer*/* scheduler/* feature_extractor/*"
 RUN_FILES += " samples/step_*.png samples/step_*.safetensors train_diffusion/events* *.trace.json *.tmp"
-LOCKS = []  # held until this process ends
+LOCKS = []  # the lock of out_dir is here, and so held until this process ends
 
 
 def write_file(name, content):
-    """Write a .json, .pt or .safetensors file in out_dir. A crash leaves the old file or the new one."""
+    """Write a file in out_dir atomically: a crash leaves the old file or the new one."""
     temporary = Path(out_dir, f"{name}.tmp")
     with open(temporary, "wb") as f:
         if name.endswith(".json"):
@@ -1146,7 +1200,7 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(out_dir).resolve()
-    for path in (os.getcwd(), init_from, vae, dataset):  # the last three may be names of the Hub
+    for path in (os.getcwd(), init_from, vae, dataset):  # the last three may be Hub names
         if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
             fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
     if not MAIN:
@@ -1170,7 +1224,7 @@ def open_run_dir():
 
 
 def check_fixed(run, values):
-    """End the program if the run in out_dir was made with other values of what a resume may not change."""
+    """Refuse to resume a run if what must stay fixed has changed since it began."""
     for name, value in values.items():
         before = run["fixed"].get(name)
         if before != value:
@@ -1218,7 +1272,7 @@ def unwrap(model):
 
 
 def gather(model, optimizers=(), with_frozen=False):
-    """Return ({name: weight}, the optimizers' state), of the trained weights only or with the frozen ones."""
+    """Gather ({name: weight}, state of the optimizers) from all processes; frozen weights are optional."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
@@ -1229,7 +1283,7 @@ def gather(model, optimizers=(), with_frozen=False):
 
 
 def save_checkpoint(model, optimizers, ema, progress, name):
-    """Write all that a resume needs. With optimizers=[] and ema=None, the weights and the progress."""
+    """Write a checkpoint. optimizers=[] and ema=None leave out what only a resume needs."""
     averages = {}
     if ema:
         ema.swap()
@@ -1246,19 +1300,19 @@ def save_checkpoint(model, optimizers, ema, progress, name):
 def load_checkpoint(model, optimizers, ema, name):
     """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
     state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # in every process, as FSDP2 needs it
+    weights, _ = gather(model)  # a collective operation under FSDP2: every process takes part
     if MAIN:
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} has the weights of another model: undo the edit, or start anew elsewhere")
+            fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
     # Not strict, because the checkpoint has no frozen weights.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     if ema:
         dcp.set_model_state_dict(model, state["ema"], options=options)
-        ema.swap()  # now the averages have them
+        ema.swap()  # moves them from the model into ema
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
@@ -1270,11 +1324,11 @@ def load_checkpoint(model, optimizers, ema, name):
 
 @torch.no_grad()
 def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
-    """Return the loss of a split: the mean over times from 0 to 1, evenly spread, and by quarters of them.
+    """Return the mean loss of a split over times from 0 to 1, in all and for each quarter of them.
 
-    The training loss is a mean over the times that training samples, so the two differ. Each image has its
-    own noise and times, the same in every evaluation. n_batches: how many batches of batch_size images to
-    take, spread evenly over the split; 0: all images.
+    These times are spread evenly, but the training loss is a mean over the times of sample_times(), so the
+    two differ. Each image has the same noise and times in every evaluation. n_batches: how many batches of
+    batch_size images to take, spread evenly over the split; 0: all images.
     """
     n_rows = len(rows)
     if n_batches > 0:
@@ -1283,21 +1337,21 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
     mine = chosen[RANK::WORLD].tolist()
     losses = np.zeros(4)  # sums over images, one for each quarter
     model.eval()
-    for i in range(0, math.ceil(n_rows / WORLD), micro_size):
+    n_mine = math.ceil(n_rows / WORLD)  # the same in all processes: under FSDP2, they run the model together
+    for i in range(0, n_mine, micro_size):
         batch = mine[i : i + micro_size]
-        numbers = batch or [0]  # no rows are left for this process, but FSDP2 needs it in every forward pass
-        x_0, cond = collate([rows[j] for j in numbers], unwrap(model).shape)
+        indices = batch or [0]  # this process has no rows left, so the loss below counts 0 times
+        x_0, cond = collate([rows[j] for j in indices], unwrap(model).shape)
         x_0, cond = to_model(x_0, cond, accelerator.device)
-        eps = noise_of(numbers, x_0.shape[1:]).to(x_0.device)
-        place = (
-            torch.tensor(numbers, device=x_0.device) * 0.618034 % 1
-        )  # the golden ratio spreads them evenly
+        eps = noise_of(indices, x_0.shape[1:]).to(x_0.device)
+        golden_ratio = 0.618034  # its multiples modulo 1 are spread evenly
+        offset = torch.tensor(indices, device=x_0.device) * golden_ratio % 1
         for quarter in range(4):
-            t = (quarter + place) / 4
+            t = (quarter + offset) / 4
             x_t, target = add_noise(unwrap(model), x_0, eps, t)
             with accelerator.autocast():
                 loss = F.mse_loss(model(x_t, t, cond), target)
-            losses[quarter] += loss.item() * len(batch)
+            losses[quarter] += loss.item() * len(batch)  # the mean times the number of images
     model.train()
     losses = np.sum(gather_object([losses]), axis=0) / n_rows
     values = {f"{name}/loss": losses.mean().item()}
@@ -1307,24 +1361,25 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
 
 
 def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report):
-    """Report the validation loss, keep the best weights (without validation, the last) and draw samples."""
-    loss = -math.inf  # without a validation split, the last weights count as the best
+    """Evaluate, save the weights if they are the best so far, and draw samples."""
+    is_best = True  # always, without a validation split
     ema.swap()
     if "validation" in splits:
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
         report(values)
-        loss = values["val/loss"]
+        is_best = values["val/loss"] <= progress["best"]
     if progress["step"] > 0:
         progress["evals_since_best"] += 1
-        if loss <= progress["best"]:
-            progress["best"] = loss
+        if is_best:
             progress["evals_since_best"] = 0
-            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, only its own weights
+            if "validation" in splits:
+                progress["best"] = values["val/loss"]
+            weights, _ = gather(model, with_frozen=not adapter)
             if MAIN and init_from == "scratch":
                 write_file("model.safetensors", weights)
             elif MAIN:
                 unwrap(model).save_weights(weights)
-            if "test" in splits:  # the test at the end loads the best weights
+            if "test" in splits:  # the test at the end loads the best weights from here
                 save_checkpoint(model, [], None, progress, "best.pt")
     draw_samples(model, progress["step"])
     if MAIN and adapter and progress["step"] > 0 and "validation" not in splits:
@@ -1335,11 +1390,11 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
 
 
 def draw_samples(model, step):
-    """Draw a grid of samples, always from the same noise, in every process, as FSDP2 needs it."""
+    """Save a grid of samples, always from the same noise. All processes draw, as FSDP2 needs it."""
     model.eval()
     conditions = sample_conditions(unwrap(model))
     seeds = range(seed, seed + len(conditions))
-    with torch.compiler.set_stance("force_eager"):  # a new batch size would be compiled, for a minute
+    with torch.compiler.set_stance("force_eager"):  # compiling for this batch size would take a minute
         images = draw(unwrap(model), conditions, seeds)
     model.train()
     if MAIN:
@@ -1348,11 +1403,11 @@ def draw_samples(model, step):
 
 
 def sample_conditions(model):
-    """Return what the samples during training show: 36 of the classes, or some prompts."""
+    """Return what the samples during training show: some prompts, or 36 of the classes, evenly spread."""
     if init_from != "scratch":
         return model.prompts
-    names = model.class_names
-    return [names[i * len(names) // 36] for i in range(36)] if names else [""] * 36
+    names = model.class_names or [""]
+    return [names[i * len(names) // 36] for i in range(36)]
 
 
 # ---- Training ----
@@ -1364,7 +1419,7 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
-    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # of accelerate, which uses the old name
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -1373,24 +1428,22 @@ def start_accelerator():
         project_dir=out_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process downloads
-            # A view saves a copy of all gradients. Some pipelines have weights without effect on the output.
             DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=init_from != "scratch",
+                broadcast_buffers=False,  # they never change
+                gradient_as_bucket_view=True,  # saves a copy of all gradients
+                find_unused_parameters=init_from
+                != "scratch",  # some pipelines have weights without any effect
             ),
         ],
     )
     if accelerator.num_processes != WORLD:
-        fail(
-            f"{WORLD} processes were started, but do not train together: on CPUs, set ACCELERATE_USE_CPU=true"
-        )
+        fail(f"{WORLD} processes would each train alone: to join them on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        if init_from == "scratch":  # a pretrained model is large, and memory counts more
+        if init_from == "scratch":  # pretrained models are large and need the memory
             keep_freed_memory()
         log("warning: no GPU was found; a CPU is fast enough for small models only")
     log(f"device: {accelerator.device.type} x {WORLD}, precision: {accelerator.mixed_precision}")
@@ -1403,6 +1456,9 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def choose_precision():
@@ -1419,13 +1475,13 @@ def choose_precision():
 
 
 def set_up_fsdp2(accelerator):
-    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
+    """Configure FSDP2: weights in fp32, all-gather in bf16 (half the traffic), gradient reduction in fp32."""
     policy = {"cast_forward_inputs": False}  # images and times stay in fp32
     if accelerator.mixed_precision == "bf16":
         policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     plugin = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
-    plugin.reshard_after_forward = True  # or else gathered weights would stay when EMA swaps them
+    plugin.reshard_after_forward = True  # else gathered weights would outlive a swap of EMA
     torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
 
 
@@ -1438,7 +1494,7 @@ def finish(accelerator, step, is_stopped):
         code = 128 + signum  # as shells report it
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if WORLD > 1:  # gloo's threads may abort a process that ends in the usual way
+    if WORLD > 1:  # gloo's threads may crash the usual end of a process
         os._exit(code)
     sys.exit(code)
 
@@ -1451,28 +1507,31 @@ def is_due(step, interval):
 def make_noisy_batches(model, micro_batches, step, device):
     """Return [(x_t, t, cond, target)] for the micro-batches [(x_0, cond)] of a step.
 
-    Noise, times and what is hidden depend on (seed, step) and on the place of an image in the global batch.
-    So they are the same for any number of processes: each one draws them all, and takes its own.
+    Every process draws noise, times and dropped conditions for the whole global batch from (seed, step) and
+    takes its own part, so that a run does not depend on the number of processes.
     """
-    rng = torch.Generator(device).manual_seed(hash((seed, step)) % 2**63)
+    step_seed = hash((seed, step)) % 2**63
+    rng = torch.Generator(device).manual_seed(step_seed)
     eps = torch.randn(batch_size, *model.shape, generator=rng, device=device)
     times = model.sample_times(batch_size, rng)
-    rng = torch.Generator().manual_seed(hash((seed, step)) % 2**63)
-    is_hidden = torch.rand(batch_size, generator=rng) < label_dropout  # on the CPU, where cond is
-    noisy = []
-    n = len(micro_batches)
+    cpu_rng = torch.Generator().manual_seed(step_seed)
+    is_dropped = torch.rand(batch_size, generator=cpu_rng) < label_dropout  # on the CPU, where cond is
+
+    parts = (len(micro_batches), WORLD, -1)  # (accumulation steps, processes, images)
+    eps = eps.unflatten(0, parts)[:, RANK]
+    times = times.unflatten(0, parts)[:, RANK]
+    is_dropped = is_dropped.unflatten(0, parts)[:, RANK]
+    noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
-        mine = (n, WORLD, -1)  # (accumulation steps, processes, images)
-        cond[:, 0].masked_fill_(is_hidden.unflatten(0, mine)[i, RANK], model.none)
+        cond[is_dropped[i], 0] = model.none
         x_0, cond = to_model(x_0, cond, device)
-        t = times.unflatten(0, mine)[i, RANK]
-        x_t, target = add_noise(model, x_0, eps.unflatten(0, mine)[i, RANK], t)
-        noisy.append((x_t, t, cond, target))
-    return noisy
+        x_t, target = add_noise(model, x_0, eps[i], times[i])
+        noisy_batches.append((x_t, times[i], cond, target))
+    return noisy_batches
 
 
 def to_model(x, cond, device):
-    """Return a batch as the model takes it: a pipeline takes the numbers of captions as lists."""
+    """Return a batch on the device: a DiT takes class indices (B,), a Pipeline a list of rows of cond."""
     x = x.to(device, non_blocking=True)
     if init_from != "scratch":
         return x, cond.tolist()
@@ -1480,14 +1539,16 @@ def to_model(x, cond, device):
 
 
 def make_model(accelerator):
-    """Return (model, {split: rows}, what run.json says of the data, captions)."""
+    """Return (model, splits, data, captions); see prepare_data()."""
     if init_from == "scratch":
         splits, data, captions = prepare_data(accelerator)
         torch.manual_seed(seed)
         return DiT(data["shape"], data["classes"]), splits, data, captions
-    model = load_pipeline(accelerator.device)  # first: a wrong name fails before the images are read
+    model = load_pipeline(accelerator.device)  # before the data, so that a wrong name fails early
     splits, data, captions = prepare_data(accelerator, model)
-    with accelerator.local_main_process_first():  # the other processes read the captions that it encodes
+    with (
+        accelerator.local_main_process_first()
+    ):  # one process per machine encodes the captions, for all of them
         model.prepare(captions, data["shape"])
     return model, splits, data, captions
 
@@ -1522,7 +1583,7 @@ def main():
         model.compile()
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        model._get_fsdp_state()._lazy_init()  # else a block that draws first would be the root
+        model._get_fsdp_state()._lazy_init()  # before a part of it draws, and takes itself for the root
     ema = EMA(unwrap(model))
 
     # ---- resume the run, if there is one ----
@@ -1532,7 +1593,7 @@ def main():
         progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # loading a checkpoint replaces them
+    groups = [group for o in optimizers for group in o.param_groups]  # new lists after loading a checkpoint
     steps_per_epoch = max(1, len(splits["train"]) // batch_size)
     total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
 
@@ -1540,9 +1601,9 @@ def main():
     start = time.monotonic() - progress["seconds"]
     if MAIN:
         metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.truncate(progress["metrics_bytes"])  # what came after the checkpoint is done again
+        metrics.truncate(progress["metrics_bytes"])  # the steps after the checkpoint will be done again
         metrics.seek(0, os.SEEK_END)
-    with named("tracker", tracker):  # without a login: WANDB_MODE=offline
+    with named("tracker", tracker):  # to use wandb without a login, set WANDB_MODE=offline
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_diffusion"), settings(globals()))
 
     def report(values):
@@ -1563,7 +1624,7 @@ def main():
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
-    micro_batches = list(itertools.islice(batches, accumulation_steps))  # of the first step
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # always loaded one step ahead
     first_step = step
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     timer = time.monotonic()
@@ -1571,6 +1632,7 @@ def main():
     n_skipped = 0  # steps in a row
     stop = False
     while True:
+        # Each pass does what is due after `step` steps, and then one more step.
         done = step >= total_steps
 
         # Save before evaluating, so that a run resumed from here evaluates again.
@@ -1582,18 +1644,18 @@ def main():
             evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
             steps_since = 0
-        is_out_of_patience = 0 < patience <= progress["evals_since_best"]
+        is_out_of_patience = patience > 0 and progress["evals_since_best"] >= patience
         if stop or done or is_out_of_patience:
             break
 
         for group, peak_lr in zip(groups, peak_lrs):
             group["lr"] = peak_lr * lr_at(step, total_steps)
-            if "momentum" in group:  # Muon: lower at first, while gradients change quickly (nanochat)
+            if "momentum" in group:  # Muon: warm up the momentum from 0.85 to 0.95, as nanochat does
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
 
         noisy_batches = make_noisy_batches(unwrap(model), micro_batches, step, device)
         loss = torch.zeros((), device=device)
-        torch.manual_seed(hash((seed, step, RANK)))  # a resumed run draws the same dropout, if there is any
+        torch.manual_seed(hash((seed, step, RANK)))  # for the dropout that some pipelines have
         for i, (x_t, t, cond, target) in enumerate(noisy_batches):
             # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
             # time, because unsharded gradients would not fit.
@@ -1601,9 +1663,11 @@ def main():
             accumulate = contextlib.nullcontext() if sync else accelerator.no_sync(model)
             with accumulate:
                 with accelerator.autocast():
-                    # The loss is the mean over the images of the batch in all processes.
-                    micro_loss = F.mse_loss(model(x_t, t, cond), target) * micro_size / batch_size
-                accelerator.backward(micro_loss * WORLD)  # DDP takes the mean over processes, we want the sum
+                    output = model(x_t, t, cond)
+                    micro_loss = F.mse_loss(output, target) / accumulation_steps
+                accelerator.backward(
+                    micro_loss
+                )  # DDP and FSDP2 take the mean of the gradients over processes
             loss += micro_loss.detach()
         max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
@@ -1617,10 +1681,13 @@ def main():
         n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
         sums = accelerator.reduce(torch.stack([loss, n_stop]), "sum")  # over the processes
         loss, n_stop, grad_norm = torch.stack([*sums, grad_norm]).tolist()
+        loss = loss / WORLD
         stop = n_stop > 0
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            if is_finite or accelerator.scaler:  # the scaler of fp16 skips the step and lowers its scale
+            if (
+                is_finite or accelerator.scaler
+            ):  # in fp16, the scaler itself skips the step and lowers its scale
                 o.step()
             o.zero_grad()
         if is_finite and ema_decay:
@@ -1651,7 +1718,7 @@ def main():
     # ---- the end: the test loss of the best weights, and a summary in run.json ----
     if not stop:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # not without a validation split: the last are the best
+        has_best = math.isfinite(progress["best"])  # without a validation split, the last weights are tested
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1674,7 +1741,7 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: where the pipeline under a LoRA adapter is now, if it has moved.
     """
-    globals().update(run["settings"])  # the model and draw() read some
+    globals().update(run["settings"])  # the functions below read the settings of the run as globals
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     if init_from != "scratch":
@@ -1682,13 +1749,16 @@ def load(folder, run, base=""):
     model = DiT(run["data"]["shape"], run["data"]["classes"])
     with named("out_dir", str(folder)):
         weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
-    model.load_state_dict(weights, strict=False)  # a weight that you tie is stored once
+    model.load_state_dict(weights, strict=False)  # not strict, because tied weights are stored once
     return model.to(device).eval()
 
 
 @torch.no_grad()
 def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora_scale=1.0):
-    """Return a PIL image for each seed and condition: the name of a class, "" for none, or a prompt."""
+    """Return a PIL image for each seed and condition: a prompt, or the name of a class ("": no class).
+
+    steps=0 and scale=-1 stand for the settings of the run.
+    """
     steps = steps or sample_steps
     if scale < 0:
         scale = guidance
@@ -1698,21 +1768,23 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
     for name in conditions:
         if name not in names:
             fail(f"class_label={name!r} is not a class: choose from {', '.join(model.class_names)}")
-    if len(names) == 1 or label_dropout == 0:  # the model has not learned to do without the class
-        scale = 1.0
+    if len(names) == 1 or label_dropout == 0:
+        scale = 1.0  # guidance needs a model that has learned both, with a class and without
     elif scale < 0:
         scale = 2.0
     device = next(model.parameters()).device
     cond = torch.tensor([names.index(name) for name in conditions], device=device)
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision())
-    with torch.autocast(device.type, precision, enabled=precision is not None):
+    dtype = DTYPES[choose_precision()]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         x = sample(model, cond, seeds, steps or 25, scale)
     if vae:
         autoencoder = load_vae(vae, device)
-        z = x / autoencoder.config.scaling_factor + (autoencoder.config.shift_factor or 0.0)
+        mean, std = latent_statistics(autoencoder)
+        z = x * std + mean
         x = torch.cat([autoencoder.decode(one).sample for one in z.split(1)])  # one by one, to save memory
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(pixels.squeeze()) for pixels in x.permute(0, 2, 3, 1).cpu().numpy()]
+    arrays = x.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 1 or 3)
+    return [Image.fromarray(array.squeeze()) for array in arrays]
 
 
 def make_grid(images):
@@ -1728,13 +1800,13 @@ def make_grid(images):
 
 
 # ---- Fine-tuning: only with init_from ----
-# A pipeline's own call is the forward function of its model: run for one step, it hands the output of the
-# model to its scheduler, which is replaced here. So signs, units of time, packing of latents into tokens,
-# positions and whatever else a family does in its own way are left to the pipeline.
+# To get the output of the denoiser, we call the whole pipeline for one step, with a scheduler that raises
+# ModelOutput as soon as it receives the output. So the pipeline itself does what each family of models does
+# in its own way: signs, units of time, packing of latents into tokens, position ids, additional conditions.
 
 
 class ModelOutput(Exception):
-    """Carries the output of the model out of a pipeline's call."""
+    """Carries the output of the denoiser out of a pipeline's call, before the pipeline decodes it."""
 
     def __init__(self, output=None):
         super().__init__()
@@ -1742,15 +1814,17 @@ class ModelOutput(Exception):
 
 
 class OneStepScheduler:
-    """Takes the place of a pipeline's scheduler, and ends the call with the output of the model."""
+    """Takes the place of a pipeline's scheduler, and ends the call with the output of the denoiser."""
 
     order = 1
     init_noise_sigma = 1.0
 
     def __init__(self, config):
         self.config = config
-        self.times = None  # (B,) in the pipeline's unit; None: end the call when the captions are encoded
-        self.mu = None  # by which the pipeline shifts its times at this resolution, if it does
+        self.times = (
+            None  # (B,) in the unit of the pipeline; None: end the call as soon as the prompt is encoded
+        )
+        self.mu = None  # the shift of times for this resolution, which some pipelines pass in
 
     def set_timesteps(
         self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **kwargs
@@ -1759,7 +1833,7 @@ class OneStepScheduler:
         if self.times is None:
             raise ModelOutput
         self.timesteps = [self.times]
-        self.sigmas = [self.times]
+        self.sigmas = [self.times]  # read by some pipelines instead
 
     def set_begin_index(self, index=0):
         pass
@@ -1772,7 +1846,7 @@ class OneStepScheduler:
 
 
 class TimeIds:
-    """What SDXL is told of its images (B, 6): original size, crop, size. It would repeat one row."""
+    """The time ids of SDXL (B, 6): original size, crop and size of each image."""
 
     def __init__(self, sizes, dtype):
         rows = []
@@ -1788,11 +1862,12 @@ class TimeIds:
         return self
 
     def repeat(self, *counts):
+        """Return all rows, where SDXL expects to repeat a single one for the whole batch."""
         return self.rows
 
 
 def join(outputs):
-    """Return what encode_prompt() would return for several captions, given its outputs for each of them."""
+    """Concatenate the outputs of encode_prompt() for single captions into that for a batch."""
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(join(parts) for parts in zip(*outputs))
@@ -1803,26 +1878,29 @@ def join(outputs):
     return first  # None, or a tensor without a batch axis (Flux's text_ids), which is the same for all
 
 
-def shapes(output):
+def tensor_shapes(output):
     """Return the shapes of the tensors in an output of encode_prompt(). Those in lists may differ."""
     if isinstance(output, tuple):
-        return [shapes(part) for part in output]
+        return [tensor_shapes(part) for part in output]
     return getattr(output, "shape", None)
 
 
-def negative_part(output, guided):
-    """Return an output of encode_prompt() with the unconditional parts in the place of the conditional ones.
+def unconditional_part(output, guided):
+    """Return an output of encode_prompt() with the unconditional embeddings instead of the conditional ones.
 
-    output: without guidance, so its negative parts are None. guided: with guidance.
+    For example, from output = (c, None, pooled_c, None), which is made without guidance, and
+    guided = (c, u, pooled_c, pooled_u), it makes (u, None, pooled_u, None).
     """
     if not isinstance(output, tuple):
         return output
-    is_empty = [not isinstance(part, torch.Tensor) and not part for part in output]
-    negatives = [part for part, empty in zip(guided, is_empty) if empty]
-    if len(negatives) != is_empty.count(False):  # the family has no guidance, as Flux
+    is_empty = [part is None or part == [] for part in output]
+    unconditional = [part for part, empty in zip(guided, is_empty) if empty]
+    if len(unconditional) != is_empty.count(False):  # this family has none: Flux
         return output
-    negatives = iter(negatives)
-    return tuple(part if empty else next(negatives) for part, empty in zip(output, is_empty))
+    parts = []
+    for part, empty in zip(output, is_empty):
+        parts.append(part if empty else unconditional.pop(0))
+    return tuple(parts)
 
 
 class Pipeline(nn.Module):
@@ -1835,66 +1913,77 @@ class Pipeline(nn.Module):
         self.denoiser = getattr(pipe, name)
         self.dtype = dtype
         self.device = device
-        self.compile = self.denoiser.compile  # in place
-        # What FSDP2 gathers at a time. The denoiser itself is one of them because drawing calls it directly.
+        self.compile = self.denoiser.compile  # compiles the denoiser only
+        # What FSDP2 shards as units. The denoiser is one of them because drawing calls it directly.
         parts = {*(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__}
-        self._no_split_modules = {type(m).__name__ for m in self.modules()} & parts
+        self._no_split_modules = parts & {type(m).__name__ for m in self.modules()}
 
         self.scheduler = pipe.scheduler
         config = self.scheduler.config
-        kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-        self.prediction = kinds.get(config.get("prediction_type"))
+        names = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+        self.prediction = names.get(config.get("prediction_type"))
         if "FlowMatch" in type(self.scheduler).__name__:
             self.prediction = "flow"
         self.n_times = config.get("num_train_timesteps", 1000)
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.one_step = OneStepScheduler(config)
-        self.takes_batches = False  # see probe()
-        self.prompt_outputs = {}  # {prompt: what encode_prompt() gave}, once the text encoders have left
 
-        self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
         self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
-        # "No guidance" is a scale of 1 for most pipelines, but 0 for Z-Image.
+        self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
+        self.takes_batches = False  # see probe()
+        self.prompt_outputs = {}  # {prompt: outputs of encode_prompt()}, after the text encoders have left
+        # Find out which scale switches guidance off. It is 1, but Z-Image still has guidance then: 0.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(device)
-        # The autoencoder is in fp32, but some pipelines give it latents in the precision of the denoiser.
         decode = pipe.vae.decode
-        pipe.vae.decode = lambda z, *args, **kwargs: decode(z.to(pipe.vae.dtype), *args, **kwargs)
+
+        def decode_in_fp32(z, *args, **kwargs):
+            """Decode latents. Some pipelines pass them in the precision of the denoiser."""
+            return decode(z.to(pipe.vae.dtype), *args, **kwargs)
+
+        pipe.vae.decode = decode_in_fp32
 
     def run(self, scheduler, **kwargs):
-        """Call the pipeline. Return its result, or the output of the model if OneStepScheduler ends it."""
-        self.pipe.__dict__["scheduler"] = scheduler  # not by setattr(), which would change model_index.json
+        """Call the pipeline. Return its result, or the output of the denoiser if OneStepScheduler ends it."""
+        self.pipe.__dict__["scheduler"] = scheduler  # setattr() would also change what model_index.json says
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
-        kwargs |= {"use_resolution_binning": False, "use_pe": False}  # no other size, no rewritten prompt
+        kwargs |= {
+            "use_resolution_binning": False,
+            "use_pe": False,
+        }  # keep the size, do not rewrite the prompt
         kwargs = {name: value for name, value in kwargs.items() if name in self.keywords}
         try:
             return self.call(self.pipe, **kwargs)[0]
         except ModelOutput as end:
             return end.output
 
-    # ---- what DiT has, too ----
+    # ---- the interface of DiT ----
 
     def forward(self, x, t, cond):
         """Return the prediction, in fp32 and of the shape of x.
 
-        x: noisy latents (B, ...). t: their times (B,), from 0 to 1. cond: for each image the number of its
-        caption, for SDXL followed by the original height and width.
+        x: noisy latents (B, ...). t: their times (B,), from 0 to 1. cond: a list per image with the index of
+        its caption and, for SDXL, its original height and width.
         """
         if len(x) > 1 and not self.takes_batches:
             images = zip(x.split(1), t.split(1), cond)
             return torch.cat([self(x_1, t_1, [cond_1]) for x_1, t_1, cond_1 in images])
-        # The pipeline asks for the encoded captions once or, if it has two kinds of encoders, several times.
-        answers = iter([join(outputs) for outputs in zip(*[self.outputs[row[0]] for row in cond])])
-        self.pipe.encode_prompt = lambda *args, **kwargs: self.to_device(next(answers))
+        # A pipeline with several kinds of text encoders calls encode_prompt() several times.
+        outputs_by_image = [self.outputs[row[0]] for row in cond]
+        outputs_by_call = [join(outputs) for outputs in zip(*outputs_by_image)]
+        self.replay(outputs_by_call)
         if self.wants_size:
             sizes = [row[1:] for row in cond]
             self.pipe._get_add_time_ids = lambda *args, dtype, **kwargs: TimeIds(sizes, dtype)
-        self.one_step.times = self.n_times * t if self.prediction == "flow" else self.index(t)
+        if self.prediction == "flow":
+            self.one_step.times = self.n_times * t
+        else:
+            self.one_step.times = self.timestep(t)
         prompts = [self.captions[row[0]] for row in cond]
         kwargs = {"latents": x.to(self.dtype), "output_type": "latent", **self.unguided}
         output = self.run(self.one_step, prompt=prompts, **kwargs)
@@ -1902,31 +1991,38 @@ class Pipeline(nn.Module):
             output = output.mT.reshape(x.shape)
         return output.float()
 
-    def to_device(self, output):
-        return send_to_device(output, self.device, non_blocking=True)
+    def replay(self, outputs):
+        """Let encode_prompt() return these outputs, one in each call, without text encoders."""
+        remaining = iter(outputs)
 
-    def index(self, t):
-        """Return times t as the numbers of the scheduler's training steps."""
+        def encode_prompt(*args, **kwargs):
+            return send_to_device(next(remaining), self.device, non_blocking=True)
+
+        self.pipe.encode_prompt = encode_prompt
+
+    def timestep(self, t):
+        """Return times t as integer steps of the scheduler."""
         return (self.n_times * t).long().clamp(max=self.n_times - 1)
 
     def alpha_sigma(self, t):
-        """Return alpha and sigma at times t: for flow as DiT, else the scheduler's own."""
+        """Return alpha and sigma at times t: those of flow, or the scheduler's own."""
         if self.prediction == "flow":
             return alpha_sigma("flow", t)
-        alphas_cumprod = self.alphas_cumprod[self.index(t)]
-        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        alpha_squared = self.alphas_cumprod[self.timestep(t)]
+        return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     def sample_times(self, n, rng):
-        """Return n random times for training: for flow as DiT, but shifted, else the scheduler's steps."""
+        """Return n random times: for flow logit-normal and shifted, else uniform over the steps."""
         if self.prediction == "flow":
             t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
             t = self.shift(t)
-            return (self.n_times * t).to(self.dtype).float() / self.n_times  # as pipelines round it
+            # Round t as the pipelines do that cast times to the precision of the denoiser.
+            return (self.n_times * t).to(self.dtype).float() / self.n_times
         steps = torch.randint(self.n_times, (n,), generator=rng, device=rng.device)
-        return (steps + 0.5) / self.n_times
+        return (steps + 0.5) / self.n_times  # timestep() rounds down
 
     def shift(self, t):
-        """Return times t as the pipeline shifts them to draw: images of more pixels get more noise."""
+        """Shift times as the pipeline does when it draws: larger images need more noise."""
         config = self.one_step.config
         if config.get("use_dynamic_shifting"):
             return self.scheduler.time_shift(self.one_step.mu, 1.0, t)
@@ -1944,10 +2040,12 @@ class Pipeline(nn.Module):
             bn = pipe.vae.bn
             z = pipe._patchify_latents(z)
             return F.batch_norm(z, bn.running_mean, bn.running_var, eps=pipe.vae.config.batch_norm_eps)
-        return pipe._pack_latents(z, *z.shape) if hasattr(pipe, "_pack_latents") else z
+        if hasattr(pipe, "_pack_latents"):  # Flux, Qwen-Image
+            return pipe._pack_latents(z, *z.shape)
+        return z
 
     def encode_prompt(self, prompt, **kwargs):
-        """Return what the pipeline's encode_prompt() gives for a prompt, for each time that it is called."""
+        """Run the pipeline up to its denoiser, and return what each call of its encode_prompt() returned."""
         outputs = []
 
         def record(*args, **kwargs):
@@ -1957,53 +2055,47 @@ class Pipeline(nn.Module):
 
         self.pipe.encode_prompt = record
         self.one_step.times = None
-        self.run(self.one_step, prompt=[prompt], **kwargs)
+        self.run(self.one_step, prompt=prompt, **kwargs)
         if not outputs:
             fail(f"{init_from=}: {type(self.pipe).__name__} encodes captions in a way that is not supported")
         return outputs
 
-    def encode_nothing(self):
-        """Return outputs of encode_prompt() for a hidden caption: what guidance sees as unconditional."""
+    def encode_unconditional(self):
+        """Return outputs of encode_prompt() with what the pipeline itself uses as unconditional."""
         outputs = self.encode_prompt("", **self.unguided)
         guided = self.encode_prompt("", **self.drawing_options(1, 2.0))
-        if len(guided) == 2 * len(outputs):  # the pipeline encodes the negative prompt by calls of its own
+        if len(guided) == 2 * len(outputs):  # the calls for the negative prompt follow
             return guided[len(outputs) :]
-        return [negative_part(output, other) for output, other in zip(outputs, guided)]
+        return [unconditional_part(output, other) for output, other in zip(outputs, guided)]
 
     @torch.no_grad()
     def prepare(self, captions, shape):
-        """Encode the captions and the prompts of samples, after which the text encoders leave memory."""
+        """Encode all captions and sample prompts, or load them from the cache, and free the text encoders."""
         self.shape = shape
         self.captions = [*captions, ""]
-        self.none = len(captions)  # the number of the hidden caption
+        self.none = len(captions)  # the index of a dropped caption
         prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
-        self.prompts = (prompts * 4)[: max(4, len(prompts))]
+        self.prompts = (prompts * 4)[: max(4, len(prompts))]  # repeated, if there are fewer than four
         log_cut_captions(self.pipe, self.keywords, captions)
         parts = self.pipe.components.items()
         self.encoders = {name: part for name, part in parts if part and name.startswith("text_encoder")}
         options = self.drawing_options(sample_steps, guidance)
-        key = [
-            image_size,
-            captions,
-            prompts,
-            str(options),
-            str(self.dtype),
-            [fingerprint(e) for e in self.encoders.values()],
-        ]
+        key = [image_size, captions, prompts, options, self.dtype]
+        key += [checksums(encoder) for encoder in self.encoders.values()]
         name = f"captions-{hashlib.md5(repr(key).encode()).hexdigest()}.pt"
         file = Path(datasets.config.HF_DATASETS_CACHE, name)
         if not file.exists():
             for encoder in self.encoders.values():
                 encoder.to(self.device)
-            with named("image_size", image_size):  # the pipeline's call begins with a check of the size
+            with named("image_size", image_size):  # in this first call, the pipeline checks the size
                 self.encode_prompt("", **self.unguided)
             outputs = [self.encode_prompt(text, **self.unguided) for text in captions]
-            outputs.append(self.encode_nothing())
+            outputs.append(self.encode_unconditional())
             prompt_outputs = {text: self.encode_prompt(text, **options) for text in prompts}
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save((outputs, prompt_outputs), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
-        # Captions of Flux take 4 MB each, so they stay in the file, mapped to memory.
+        # Captions of Flux take 4 MB each, so they stay in the file, mapped into memory.
         self.outputs, self.prompt_outputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         for name, encoder in self.encoders.items():
             setattr(self.pipe, name, None)
@@ -2014,23 +2106,26 @@ class Pipeline(nn.Module):
         self.probe()
 
     def probe(self):
-        """Find out if a call takes two images; refuse a pipeline that calls its denoiser twice a step."""
+        """Find out if the pipeline takes a batch. Refuse one that calls its denoiser twice a step."""
         rng = torch.Generator().manual_seed(0)
         x = self.encode(torch.randn(2, 3, image_size, image_size, generator=rng))
         t = torch.tensor([0.3, 0.6], device=self.device)
         longest = self.captions.index(max(self.captions, key=len))
         size = [image_size, image_size] if self.wants_size else []
         cond = [[longest, *size], [self.none, *size]]
-        n_calls = []
-        hook = self.denoiser.register_forward_hook(lambda *args: n_calls.append(1))
-        alone = self(x, t, cond)
+        calls = []
+        hook = self.denoiser.register_forward_hook(lambda *args: calls.append(1))
+        alone = self(x, t, cond)  # one by one
         hook.remove()
-        if len(n_calls) != 2:
-            fail(f"{init_from=} calls its denoiser {len(n_calls) / 2:g} times a step: only once is supported")
-        all_shapes = [[shapes(output) for output in outputs] for outputs in self.outputs]
-        if all(other == all_shapes[0] for other in all_shapes):
+        if len(calls) != 2:
+            fail(f"{init_from=} calls its denoiser {len(calls) / 2:g} times a step: only once is supported")
+        shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
+        if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
-            with contextlib.suppress(Exception):  # a family may take one time a call, or one caption
+            # In a batch, each image must come out as it does alone. A family that mixes up the images of a
+            # batch shows it when the captions are swapped. One that takes a single time or caption raises an
+            # error.
+            with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
                 difference = (self(x, t, cond[::-1]) - alone).norm()
                 self.takes_batches = (error < 0.1 * difference).item()
@@ -2039,36 +2134,40 @@ class Pipeline(nn.Module):
     # ---- sampling and saving ----
 
     def drawing_options(self, steps, scale, negative_prompt=""):
-        """Return the keyword arguments for the pipeline's call: those that have a value."""
-        options = {
-            "num_inference_steps": steps or -1,
-            "guidance_scale": scale,
-            "negative_prompt": negative_prompt,
-        }
-        if getattr(self.keywords.get("true_cfg_scale"), "default", 0) > 1:  # Qwen-Image, which needs both
-            options |= {"true_cfg_scale": scale, "negative_prompt": negative_prompt or " "}
-        return {name: value for name, value in options.items() if value not in ("", -1)}
+        """Return the keyword arguments for drawing; the pipeline has defaults for steps=0 and scale=-1."""
+        options = {}
+        if steps > 0:
+            options["num_inference_steps"] = steps
+        if negative_prompt:
+            options["negative_prompt"] = negative_prompt
+        if scale >= 0:
+            options["guidance_scale"] = scale
+            true_cfg_scale = self.keywords.get("true_cfg_scale")
+            if true_cfg_scale is not None and true_cfg_scale.default > 1:  # Qwen-Image
+                options["true_cfg_scale"] = scale
+        if "true_cfg_scale" in options:
+            options.setdefault("negative_prompt", " ")
+        return options
 
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
         """Return a PIL image for each prompt and seed, drawn by the pipeline with its own scheduler."""
-        for layer in self.denoiser.modules():  # the pipeline's set_adapters() would unfreeze weights
+        # Set the strength of the LoRA in each layer, because the pipeline's set_adapters() would unfreeze
+        # weights.
+        for layer in self.denoiser.modules():
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", lora_scale)
-        options = self.drawing_options(steps, scale, negative_prompt and [negative_prompt])
-        vars(self.pipe).pop("_get_add_time_ids", None)  # that of forward(), for SDXL
+        vars(self.pipe).pop("_get_add_time_ids", None)  # undo what forward() does for SDXL
+        options = self.drawing_options(steps, scale, negative_prompt)
         images = []
         for prompt, number in zip(prompts, seeds):
             if self.prompt_outputs:
-                answers = iter(self.prompt_outputs[prompt])
-                self.pipe.encode_prompt = lambda *args, answers=answers, **kwargs: self.to_device(
-                    next(answers)
-                )
+                self.replay(self.prompt_outputs[prompt])
             rng = torch.Generator().manual_seed(number)  # the same noise on every device
-            images += self.run(self.scheduler, prompt=[prompt], generator=rng, **options)
+            images += self.run(self.scheduler, prompt=prompt, generator=rng, **options)
         return images
 
     def save_pipeline(self):
-        """Write the whole pipeline, with its text encoders, to out_dir."""
+        """Write the whole pipeline to out_dir, with the text encoders that prepare() has taken out."""
         for name, encoder in self.encoders.items():
             setattr(self.pipe, name, encoder)
         self.pipe.__dict__["scheduler"] = self.scheduler
@@ -2087,11 +2186,11 @@ class Pipeline(nn.Module):
         from peft import get_peft_model_state_dict
 
         weights = get_peft_model_state_dict(self.denoiser, weights)
-        config = self.denoiser.peft_config["default"].to_dict()  # without it, lora_alpha would be lost
+        config = self.denoiser.peft_config["default"].to_dict()  # has lora_alpha
         kwargs = {f"{self.name}_lora_layers": weights, f"{self.name}_lora_adapter_metadata": config}
         self.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
         Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
-        if self.name == "unet":  # the names that ComfyUI and others know
+        if self.name == "unet":  # once more, under the names that ComfyUI knows
             kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
             alphas = {name: torch.tensor(lora_alpha) for name in kohya if name.endswith(".alpha")}
             write_file("kohya_lora.safetensors", kohya | alphas)
@@ -2099,20 +2198,20 @@ class Pipeline(nn.Module):
 
 def log_cut_captions(pipe, keywords, captions):
     """Log how many captions are longer than what the text encoders read."""
-    for name, tok in pipe.components.items():
-        if name.startswith("tokenizer") and tok is not None:
-            limit = tok.model_max_length
-            if (
-                limit > 1000 and "max_sequence_length" in keywords
-            ):  # T5 and later encoders are cut by the pipeline
-                limit = keywords["max_sequence_length"].default
-            n_cut = sum(len(tok(text)["input_ids"]) > limit for text in captions)
-            if n_cut:
-                log(f"{n_cut} of {len(captions)} captions are cut at the {limit} tokens of the {name}")
+    for name, tokenizer in pipe.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        limit = tokenizer.model_max_length
+        # The tokenizers of T5 and later text encoders have no real limit. There, the pipeline cuts.
+        if limit > 1000 and "max_sequence_length" in keywords:
+            limit = keywords["max_sequence_length"].default
+        n_cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)
+        if n_cut:
+            log(f"{n_cut} of {len(captions)} captions are cut at the {limit} tokens of the {name}")
 
 
 def open_pipeline(name, dtype, device, setting):
-    """Return a Pipeline of the name or folder in a setting. Refuse those that cannot be trained this way."""
+    """Load the pipeline that a setting names. Refuse those that cannot be trained in this way."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
@@ -2129,10 +2228,11 @@ def open_pipeline(name, dtype, device, setting):
             f"{setting}={name!r} holds a LoRA adapter, not a pipeline: name the pipeline that it was made for"
         )
     with named(setting, name):
-        config = diffusers.DiffusionPipeline.load_config(name)
+        config = diffusers.DiffusionPipeline.load_config(name)  # {part: [library, class]}, and more
         kind = getattr(diffusers, config["_class_name"])
     keywords = inspect.signature(kind.__call__).parameters.keys()
-    if not {"prompt", "latents"} <= keywords or {"strength", "mask_image"} & keywords:
+    changes_images = "strength" in keywords or "mask_image" in keywords  # image-to-image, inpainting
+    if changes_images or not {"prompt", "latents"} <= keywords:
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
@@ -2140,28 +2240,26 @@ def open_pipeline(name, dtype, device, setting):
     if adapter and not hasattr(kind, "save_lora_weights"):
         fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA")
     files = list(Path(name).glob("*/*.safetensors"))
-    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # saved with variant="fp16"
+    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # a folder of the variant fp16
     with named(setting, name):
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             name,
-            dtype={"vae": torch.float32, "default": dtype},  # autoencoders overflow in less
+            dtype={"vae": torch.float32, "default": dtype},  # some autoencoders overflow in 16 bits
             variant="fp16" if is_half else None,
             safety_checker=None,
         )
     model = Pipeline(pipe, denoisers[0], dtype, device)
-    if model.prediction is None or not (model.prediction == "flow" or model.alphas_cumprod is not None):
+    has_schedule = model.prediction == "flow" or model.alphas_cumprod is not None
+    if model.prediction is None or not has_schedule:
         fail(f"{setting}={name!r}: its {type(pipe.scheduler).__name__} is not supported")
     return model
 
 
-def frozen_dtype():
-    """Return the dtype of weights that are not trained: the precision of training."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(), torch.float32)
-
-
 def load_pipeline(device):
     """Return the pipeline in init_from, ready to train. LoRA: Hu et al. 2021 (arXiv:2106.09685)."""
-    model = open_pipeline(init_from, frozen_dtype() if adapter else torch.float32, device, "init_from")
+    frozen_dtype = DTYPES[choose_precision()]
+    dtype = frozen_dtype if adapter else torch.float32
+    model = open_pipeline(init_from, dtype, device, "init_from")
     denoiser = model.denoiser
     if adapter:
         import diffusers
@@ -2177,10 +2275,10 @@ def load_pipeline(device):
         with named("lora_targets", lora_targets):
             denoiser.add_adapter(config)
         diffusers.training_utils.cast_training_params(denoiser, torch.float32)
-    if frozen_fp8:  # after the adapter, which would be in 8 bits, too
-        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype())
+    if frozen_fp8:  # after add_adapter(), which would put the adapter in 8 bits, too
+        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype)
     if gradient_checkpointing:
-        # The default check stumbles over weights that are in 8 bits between two uses.
+        # With frozen_fp8, weights change their dtype between two uses, which the default check would reject.
         denoiser.enable_gradient_checkpointing(
             functools.partial(recompute, use_reentrant=False, determinism_check="none")
         )
@@ -2191,24 +2289,24 @@ def find_targets(model):
     """Return the names of the layers that get a LoRA. Each name in lora_targets must be that of a layer."""
     layers = {name: m for name, m in model.denoiser.named_modules() if name}
     if not lora_targets:
-        # The blocks of a transformer have numbers; a UNet has attention in layers called attn1 and attn2.
+        # In a transformer, the layers in numbered blocks; in a UNet, those in attn1 and attn2.
         pattern = r"\.attn\d\." if model.name == "unet" else r"\.\d+\."
         return [name for name, m in layers.items() if isinstance(m, nn.Linear) and re.search(pattern, name)]
     targets = [name.strip() for name in lora_targets.split(",")]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+        if not any(f".{name}".endswith(f".{target}") for name in layers):  # to_q is not the end of into_q
             fail(f"{lora_targets=}: {init_from} has no layer {target!r}")
     return targets
 
 
 def load_trained_pipeline(folder, run, base, device):
-    """Return the Pipeline of a run, ready to draw. base: where that under an adapter is now."""
+    """Load the pipeline of a run for drawing. base: where that under an adapter is, if it has moved."""
     source = base or init_from
     setting = "base" if base else "init_from"
     if not adapter:
         source = str(folder)
         setting = "out_dir"
-    model = open_pipeline(source, frozen_dtype(), device, setting)
+    model = open_pipeline(source, DTYPES[choose_precision()], device, setting)
     if type(model.pipe).__name__ != run["pipeline"]:
         fail(f"{setting}={source!r} is a {type(model.pipe).__name__}, but the run needs a {run['pipeline']}")
     if adapter:
@@ -2220,7 +2318,7 @@ def load_trained_pipeline(folder, run, base, device):
 
         expected = get_peft_model_state_dict(model.denoiser)
         if {f"{model.name}.{key}" for key in expected} != stored.keys():
-            fail(f"{setting}={source!r} has other layers than the LoRA in {folder} changes")
+            fail(f"{setting}={source!r} does not have the layers that the LoRA in {folder} changes")
     model.pipe.to(device)
     return model.eval()
 
