@@ -13,7 +13,7 @@ with --resume=True goes on from it.
 
 import os
 
-PARENT = os.getppid()  # the launcher; asked for before the slow imports, during which it may die
+PARENT = os.getppid()  # the launcher, which may die during the slow imports; see catch_signals()
 
 import contextlib
 import csv
@@ -43,6 +43,7 @@ import datasets
 import filelock
 import numpy as np
 import psutil
+import pyarrow.compute
 import safetensors.torch
 import torch
 import torch.nn as nn
@@ -63,11 +64,11 @@ from configurator import configure, fail, named, settings
 out_dir = "out/diffusion"  # the folder that everything is written to
 resume = False  # continue from the checkpoint in out_dir, or start if there is none
 overwrite = False  # replace the run in out_dir by a new one
-seed = 1337  # of the initial weights, the order of the data, the noise and the times
+seed = 1337  # random seed for the initial weights, the order of the data, the noise and the times
 # data
 dataset = "glyphs"  # letters and digits; or a folder of images, a .parquet file, or Hub name:config@revision
 image_column = "image"  # column with the images, if the data is a table
-label_column = "label"  # column with the class; in a folder, the class is the subfolder; "": no classes
+label_column = "label"  # column with the class (in a folder, the subfolder is the class); "": no classes
 caption_column = "text"  # with init_from: column with the caption; in a folder, a .txt file per image
 caption = ""  # with init_from: one caption for all images
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
@@ -86,14 +87,12 @@ n_embd = 128  # width of the model, a multiple of 4 and of n_head
 # adapter
 lora_rank = 16  # rank of the matrices that are added to the frozen ones
 lora_alpha = 16.0  # what is added is scaled by lora_alpha / lora_rank
-lora_targets = (
-    ""  # layers to adapt, such as to_q,to_v; "": all linear layers of the blocks, in a UNet of attention
-)
-frozen_fp8 = False  # store frozen weights in 8 bits: half their memory; needs gradient_checkpointing
+lora_targets = ""  # layers to adapt, such as to_q,to_v; "": all linear ones in blocks (UNet: attention)
+frozen_fp8 = False  # store frozen weights in 8 bits, half of bf16; only with gradient_checkpointing
 # diffusion
 prediction = "flow"  # what the model learns: "flow", "v", "eps" or "x0"; see the table below
 label_dropout = 0.1  # how often the class or caption is hidden, which guidance needs; 0: never
-ema_decay = 0.999  # of the moving average of the weights, which is what is evaluated and saved; 0: none
+ema_decay = 0.999  # decay of the average of the weights, which is evaluated and saved; 0: no average
 # sampling
 sampler = "dpm++"  # "dpm++" (second order), or "ddim" (first order; for flow, this is Euler's method)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
@@ -105,7 +104,7 @@ micro_batch_size = 0  # images per process and forward pass, to save memory; 0: 
 max_steps = 700  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # passes over the data, instead of max_steps; 0: max_steps counts
 # optimizer and learning rate
-optimizer = "muon"  # Muon for block matrices and AdamW for the rest; "adamw" for all (always with init_from)
+optimizer = "muon"  # Muon for block matrices, AdamW for the rest; "adamw": AdamW only, as with init_from
 learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
 adamw_lr = 0.005  # peak for what AdamW trains, with optimizer = "muon"
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
@@ -122,7 +121,7 @@ eval_batches = 4  # batches per evaluation, spread evenly over the validation sp
 log_interval = 10  # steps between reports; 0: only at the end
 save_interval = 350  # steps between checkpoints; 0: only at the end
 patience = 0  # stop early after this many evaluations without a better loss; 0: never
-tracker = ""  # "wandb" or "tensorboard" get the same numbers as metrics.jsonl
+tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
 mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
 compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
@@ -152,14 +151,16 @@ def log(message):
         return
     encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal cannot encode
     try:
-        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        printable = message.encode(encoding, "backslashreplace").decode(encoding)
+        print(printable, flush=True)
     except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
         STOP.append(signal.SIGTERM)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that later prints succeed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # so that later prints succeed
 
 
 def catch_signals():
-    """Let Ctrl-C, SIGTERM, a closed terminal and (on Linux) the launcher's death ask for a checkpoint."""
+    """Save and exit on Ctrl-C, SIGTERM, a closed terminal and, on Linux, if the launcher dies."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: STOP.append(received))
@@ -216,7 +217,7 @@ def check_settings():
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
     if init_from == "scratch" and (adapter or caption):
-        fail(f"{adapter=} and {caption=} need a pretrained pipeline: name it by --init_from=")
+        fail("adapter and caption need a pretrained pipeline: name it by --init_from=")
     if frozen_fp8 and not (adapter and gradient_checkpointing):
         fail(f"{frozen_fp8=} saves memory only with --adapter=lora and --gradient_checkpointing=True")
     if init_from != "scratch" and vae:
@@ -243,8 +244,9 @@ def norm(x):
 
 
 def sinusoidal_embedding(x, lowest, n):
-    """Embed numbers x (...) as cosines and sines (..., 2 n) of x times n frequencies (arXiv:1706.03762)."""
-    frequencies = lowest ** (torch.arange(n, device=x.device) / n)  # from 1 down to nearly `lowest`
+    """Return cosines and sines of x (...) at n frequencies (..., 2 n), as in arXiv:1706.03762."""
+    exponents = torch.arange(n, device=x.device) / n  # from 0 up to nearly 1
+    frequencies = lowest**exponents  # from 1 down to nearly `lowest`
     angles = x[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -324,16 +326,15 @@ class DiT(nn.Module):
         channels, size, _ = shape
         n_side = size // patch_size  # patches in a row, and in a column
         self.shape = shape
-        self.class_names = class_names
-        self.none = len(class_names)  # index of the embedding for "no class"
-        self.prediction = prediction  # a Pipeline has a prediction of its own
+        self.class_names = class_names  # for draw()
+        self.no_class = len(class_names)  # index of one more embedding, used if the class is hidden
+        self.prediction = prediction  # here, because a Pipeline has one of its own
 
         self.patch_in = nn.Linear(channels * patch_size**2, n_embd)
         # Position embeddings: sinusoids of rows and columns at first, then learned.
         grid = torch.cartesian_prod(torch.arange(n_side), torch.arange(n_side))  # (T, 2)
-        sinusoids = sinusoidal_embedding(
-            2 * grid, 0.05, n_embd // 4
-        )  # frequencies: 2 to 0.1 radians per patch
+        # The frequencies are 2 down to 0.1 radians per patch.
+        sinusoids = sinusoidal_embedding(2 * grid, lowest=0.05, n=n_embd // 4)
         self.position = nn.Parameter(sinusoids.flatten(1))  # (T, C)
         self.time_mlp = nn.Sequential(nn.Linear(256, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
         self.class_embedding = nn.Embedding(len(class_names) + 1, n_embd)
@@ -361,7 +362,7 @@ class DiT(nn.Module):
         """
         patches = F.pixel_unshuffle(x, patch_size)  # (B, channels p p, size / p, size / p)
         x = self.patch_in(patches.flatten(2).mT) + self.position  # (B, T, C)
-        t_embedding = sinusoidal_embedding(1000 * t, 1e-4, 128)  # times as in DDPM, from 0 to 1000
+        t_embedding = sinusoidal_embedding(1000 * t, lowest=1e-4, n=128)  # times as in DDPM, 0 to 1000
         c = F.silu(self.time_mlp(t_embedding) + self.class_embedding(cond))  # (B, C)
         for block in self.blocks:
             if gradient_checkpointing and self.training:
@@ -370,11 +371,12 @@ class DiT(nn.Module):
                 x = block(x, c)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
-        return F.pixel_shuffle(x.mT.reshape(patches.shape), patch_size)
+        x = x.mT.reshape(patches.shape)  # as pixel_unshuffle() has it
+        return F.pixel_shuffle(x, patch_size)
 
     def alpha_sigma(self, t):
         """Return alpha and sigma at times t, by the table below."""
-        return alpha_sigma(self.prediction, t)
+        return schedule(self.prediction, t)
 
     def sample_times(self, n, rng):
         """Return n random times for training, few of them near 0 or 1 (logit-normal, arXiv:2403.03206)."""
@@ -397,7 +399,7 @@ class DiT(nn.Module):
 # sigma.
 
 
-def alpha_sigma(prediction, t):
+def schedule(prediction, t):
     """Return alpha and sigma at times t (B,)."""
     if prediction == "flow":
         return 1 - t, t
@@ -408,22 +410,26 @@ def alpha_sigma(prediction, t):
 def add_noise(model, x_0, eps, t):
     """Return x_t at times t (B,), by the forward process, and the target: what the model learns from it."""
     alpha, sigma = model.alpha_sigma(t)
-    shape = (len(x_0), *[1] * (x_0.ndim - 1))  # (B, 1, 1, 1); latents of some pipelines are (B, T, C)
-    alpha = alpha.view(shape)
-    sigma = sigma.view(shape)
+    alpha = expand_to(x_0, alpha)
+    sigma = expand_to(x_0, sigma)
     x_t = alpha * x_0 + sigma * eps
     targets = {"flow": eps - x_0, "v": alpha * eps - sigma * x_0, "eps": eps, "x0": x_0}
     return x_t, targets[model.prediction]
 
 
+def expand_to(x, values):
+    """Return values (B,) as (B, 1, 1, 1), or as (B, 1, 1) for the packed latents of some pipelines."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
 def predict_x_0(model, x_t, t, cond, scale):
     """Return the model's estimate of x_0, with classifier-free guidance of this scale (arXiv:2207.12598)."""
-    times = t.expand(len(x_t))
+    times = t.expand(len(x_t))  # one time for the whole batch
     if scale == 1:
         output = model(x_t, times, cond)
     else:  # one call with a batch of twice the size
-        none = torch.full_like(cond, model.none)
-        outputs = model(torch.cat((x_t, x_t)), torch.cat((times, times)), torch.cat((cond, none)))
+        no_class = torch.full_like(cond, model.no_class)
+        outputs = model(torch.cat((x_t, x_t)), torch.cat((times, times)), torch.cat((cond, no_class)))
         output, unconditional = outputs.chunk(2)
         output = unconditional + scale * (output - unconditional)
     alpha, sigma = model.alpha_sigma(t)
@@ -441,25 +447,26 @@ def sample(model, cond, seeds, steps, scale):
     """Return images (B, *model.shape), going from noise at time 1 to time 0: the reverse process.
 
     "ddim" takes the estimates of x_0 and eps as constant through a step (Song et al. 2020, arXiv:2010.02502).
-    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of
-    x_0, linearly in log(alpha / sigma), to the middle of the step. Both call the model once a step.
+    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): from this estimate of x_0 and the one
+    before, it extrapolates to the middle of the step, on the axis log(alpha / sigma). Both call the model
+    once a step.
     """
     times = torch.linspace(1, 0, steps + 1, device=cond.device)
     x = noise_of(seeds, model.shape).to(cond.device)
     before = None  # x_0 and h of the step before
     for i in range(steps):
-        alpha_t, sigma_t = model.alpha_sigma(times[i])
-        alpha_s, sigma_s = model.alpha_sigma(times[i + 1])
-        h = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)  # length of the step
+        alpha, sigma = model.alpha_sigma(times[i])
+        alpha_next, sigma_next = model.alpha_sigma(times[i + 1])
+        h = torch.log(alpha_next / sigma_next) - torch.log(alpha / sigma)  # the length of the step
         x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # In the last step sigma_s is 0, so h is infinite. The first step of flow has an infinite h, too: then
-        # its estimate has no weight in the second step.
+        # The last step is of first order, because sigma_next = 0 makes h infinite. In the first step of flow,
+        # alpha = 0 does so, and then the correction of the second step is 0.
         if sampler == "dpm++" and 0 < i < steps - 1:
             x_0_before, h_before = before
             estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
-        eps = (x - alpha_t * estimate) / sigma_t
-        x = alpha_s * estimate + sigma_s * eps
+        eps = (x - alpha * estimate) / sigma
+        x = alpha_next * estimate + sigma_next * eps
         before = (x_0, h)
     return x
 
@@ -472,10 +479,10 @@ def noise_of(seeds, shape):
 
 # ---- Data: files or tables -> images, and their classes or captions ----
 
-OPENED = (
-    Image.registered_extensions().items()
-)  # {suffix: format}; Pillow opens some formats, and saves others
-IMAGE_SUFFIXES = {suffix for suffix, kind in OPENED if kind in Image.OPEN} - {".pdf", ".eps", ".ps"}
+# The suffixes of what Pillow can open (some formats it only saves), without documents
+FORMATS = Image.registered_extensions()
+IMAGE_SUFFIXES = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN} - {".pdf", ".eps", ".ps"}
+# Names of folders, files and splits of the Hub, and the split that they mean
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
@@ -486,7 +493,7 @@ def list_files(root):
     files = []
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        # Removing names from this list keeps os.walk out of these folders.
+        # os.walk() does not enter folders that are removed from this list.
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         if os.path.realpath(folder) in seen:  # a link that leads back up
             subfolders.clear()
@@ -504,8 +511,8 @@ def list_files(root):
 def find_files():
     """Return (kind, paths, descriptions) for the files that `dataset` names.
 
-    kind: "image", "parquet", or "hub" if there are no such files. descriptions: captions in .txt files, and
-    the metadata files of datasets' "imagefolder".
+    kind: "image", "parquet", or "hub" if there are no such files. descriptions: files with captions (.txt),
+    and the metadata files of datasets' "imagefolder".
     """
     if Path(dataset).is_dir():
         files = list_files(dataset)
@@ -525,33 +532,32 @@ def find_files():
         descriptions = [path for path in files if path.suffix == ".txt" or path.name in metadata]
     left_out = sorted({*files} - {*used} - {*descriptions})
     if left_out:
-        log(f"left out: {len(left_out)} files of another kind than {kind}, such as {left_out[0]}")
+        log(f"left out: {len(left_out)} files that are not {kind} files, such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds nothing that can be read: images or .parquet files")
     return kind, used, descriptions
 
 
 def split_of(names):
-    """Return (split, index) for the first of the names of folders that names a split, or ("train", -1)."""
-    # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
-    suffix = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
+    """Return (split, i) for the first name that means a split, names[i]; ("train", -1) if none does."""
+    shard = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"  # as in test-00000-of-00001-a09b74b3ef9c3b56
     for i, name in enumerate(names):
-        name = re.sub(suffix, "", name.lower())
+        name = re.sub(shard, "", name.lower())
         if name in SPLITS:
             return SPLITS[name], i
     return "train", -1
 
 
 def load_images():
-    """Return ({split: (sources, values)}, class names).
+    """Return ({split: (images, texts)}, class names).
 
-    sources: rows with an "image", of which either the "bytes" or the "path" is known. values: for each source
-    the name of its class or its caption, or None. class names: those that a column of the type ClassLabel
-    declares.
+    images: a Dataset with a column "image", which has the "bytes" of each image or its "path". texts: for
+    each image its class or caption, or None. class names: those of a column of the type ClassLabel, or [].
     """
     if dataset == "glyphs":
         features = {"image": datasets.Image(), "label": datasets.Value("string")}
-        return read_tables({"train": cached(draw_glyphs, features, image_size)})
+        table = cached(draw_glyphs, features, image_size)
+        return read_tables({"train": table})
     kind, paths, descriptions = find_files()
     if kind == "image":
         return read_folder(paths, descriptions), []
@@ -562,8 +568,7 @@ def load_images():
         return read_tables(tables)
     by_split = defaultdict(list)
     for path in paths:
-        folders = folders_of(path)
-        split, _ = split_of([*folders, path.stem])
+        split, _ = split_of([*folders_of(path), path.stem])
         by_split[split].append(glob.escape(str(path)))  # load_dataset() takes patterns
     with named("dataset", dataset):
         tables = datasets.load_dataset("parquet", data_files=dict(by_split))
@@ -578,54 +583,54 @@ def folders_of(path):
 
 
 def read_tables(tables):
-    """Return ({split: (sources, values)}, class names) for {split: table}; see load_images()."""
+    """Return ({split: (images, texts)}, class names) for {split: table}; see load_images()."""
     column = label_column if init_from == "scratch" else caption_column
     splits = {}
     class_names = []
     for split, table in tables.items():
         if image_column not in table.features:
             fail(f"{dataset=} has no {image_column=}: choose from {', '.join(table.features)}")
-        values = [caption or None] * len(table)
+        texts = [caption or None] * len(table)
         if column in table.features and not caption:
             feature = table.features[column]
             if isinstance(feature, datasets.List):
                 feature = feature.feature  # the type of its elements
             if isinstance(feature, datasets.ClassLabel):
                 class_names = feature.names
-            values = [as_name(value, column, class_names) for value in table[column][:]]
+            texts = [as_text(field, column, class_names) for field in table[column][:]]
         unused = [name for name in table.features if name not in (image_column, column)]
         if unused:
             log(f"{split}: columns that are not used: {', '.join(unused)}")
         with named("image_column", image_column):
-            sources = table.select_columns(image_column).rename_columns({image_column: "image"})
-            sources = sources.cast_column("image", datasets.Image(decode=False))
-        splits[split] = (sources, values)
+            images = table.select_columns(image_column).rename_columns({image_column: "image"})
+            images = images.cast_column("image", datasets.Image(decode=False))
+        splits[split] = (images, texts)
     return splits, class_names
 
 
-def as_name(value, column, class_names=()):
-    """Return a field of a table as the name of a class or as a caption; None if it is empty."""
-    if isinstance(value, list):  # if there are several, take the first
-        value = value[0] if value else None
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def as_text(field, column, class_names=()):
+    """Return a field of a table as text, a class or a caption; None if it is empty."""
+    if isinstance(field, list):  # if there are several, take the first
+        field = field[0] if field else None
+    if field is None or (isinstance(field, float) and math.isnan(field)):
         return None
     if class_names:
-        return class_names[value] if value >= 0 else None  # -1 means unknown
-    if not isinstance(value, str | int | float):
-        fail(f"{dataset=}: column {column!r} holds {repr(value)[:60]}, which is neither text nor a number")
-    return str(value).strip() or None
+        return class_names[field] if field >= 0 else None  # -1 means unknown
+    if not isinstance(field, str | int | float):
+        fail(f"{dataset=}: column {column!r} holds {repr(field)[:60]}, which is neither text nor a number")
+    return str(field).strip() or None
 
 
 def read_folder(paths, descriptions):
-    """Return {split: (sources, values)} for the paths of images; see load_images().
+    """Return {split: (images, texts)} for the paths of images; see load_images().
 
     The class of cats/1.png, train/cats/1.png and train/cats/old/1.png is "cats". The caption of 1.png is in
-    1.txt. If there are metadata files, only the images that they name are used, with their columns.
+    1.txt. With metadata files, only the images that they list are used, and their columns take precedence.
     """
     column = label_column if init_from == "scratch" else caption_column
     metadata = read_metadata([path for path in descriptions if path.suffix != ".txt"])
     captions = {path for path in descriptions if path.suffix == ".txt"}
-    splits = defaultdict(lambda: ([], []))
+    found = defaultdict(list)  # {split: [(path, text)]}
     n_left_out = 0
     for path in paths:
         row = metadata.get(os.path.normpath(path), {})
@@ -634,22 +639,28 @@ def read_folder(paths, descriptions):
             continue
         folders = folders_of(path)
         split, index = split_of(folders)
-        value = None
+        text = None
         if caption:
-            value = caption
+            text = caption
         elif column in row:
-            value = as_name(row[column], column)
+            text = as_text(row[column], column)
         elif init_from == "scratch" and column:
-            # Take the folder below the split, or else (cats/train/1.png) the first one above it.
-            others = [*folders[index + 1 :], *folders[: max(0, index)]]
-            value = others[0] if others else None
+            below = folders[index + 1 :]  # train/cats/1.png
+            above = folders[: max(0, index)]  # cats/train/1.png
+            text = (*below, *above, None)[0]
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
-            value = read_caption(path.with_suffix(".txt"))
-        sources, values = splits[split]
-        sources.append({"image": {"bytes": None, "path": str(path)}})
-        values.append(value)
+            text = read_caption(path.with_suffix(".txt"))
+        found[split].append((path, text))
     if n_left_out:
-        log(f"left out: {n_left_out} images that metadata does not name")
+        log(f"left out: {n_left_out} images that metadata does not list")
+
+    # Names of files can be any bytes, which a string of Arrow cannot.
+    file = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
+    splits = {}
+    for split, pairs in found.items():
+        column_of_images = [{"bytes": None, "path": os.fsencode(path)} for path, _ in pairs]
+        images = datasets.Dataset.from_dict({"image": column_of_images}, datasets.Features({"image": file}))
+        splits[split] = (images, [text for _, text in pairs])
     return splits
 
 
@@ -687,19 +698,17 @@ def read_metadata(files):
     return metadata
 
 
-# ---- Pixels and latents: what the model learns from, in a cache ----
+# ---- Pixels and latents: computed once, and kept in a cache ----
 
-IMAGES_PER_FILE = 10_000  # in the cache
-FEATURES = {
-    "x": datasets.Value("binary"),  # pixels or latents in fp16
-    "source": datasets.Value("int32"),  # index of the image that they come from
+IMAGES_PER_FILE = 10_000
+ROW = {
+    "x": datasets.Value("binary"),  # pixels or latents in fp16; empty if the image cannot be read
+    "index": datasets.Value("int32"),  # of the image
     "size": datasets.List(
         datasets.Value("int32")
     ),  # its original height and width, if the model is told them
-    "is_gray": datasets.Value("bool"),  # are the three channels equal?
-    "crc32": datasets.Value(
-        "int64"
-    ),  # checksum of the pixels, by which a resume knows the data; -1: unreadable
+    "is_gray": datasets.Value("bool"),
+    "crc32": datasets.Value("int64"),  # checksum of the pixels, by which a resumed run recognizes its data
 }
 
 
@@ -712,7 +721,8 @@ def read_image(source):
         image = open_image(source)
         image = ImageOps.exif_transpose(image)  # turn photos upright; this also reads all of the file
     except Exception as error:  # Pillow raises errors of many kinds
-        log(f"left out: {source and source['path']} cannot be read: {error}")
+        where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
+        log(f"left out: the image {where} cannot be read: {error}")
         return None
     if image.mode[0] in "IF":  # I, I;16, I;16B, F: integers of 16 or 32 bits, or floats
         image = scale_to_8_bits(image)
@@ -728,7 +738,7 @@ def open_image(source):
     """Open an image. Pillow reads only its header at first."""
     if source["bytes"]:
         return Image.open(io.BytesIO(source["bytes"]))
-    return Image.open(source["path"])
+    return Image.open(os.fsdecode(source["path"]))
 
 
 def scale_to_8_bits(image):
@@ -736,7 +746,8 @@ def scale_to_8_bits(image):
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     if image.mode.startswith("I;16"):
         values = values / 65535
-    elif image.mode == "I" or values.min() < 0 or values.max() > 1:  # the range is unknown: take all of it
+    elif image.mode == "I" or values.min() < 0 or values.max() > 1:
+        # The range is unknown, so the darkest value becomes black and the brightest white.
         low = values.min()
         high = values.max()
         values = (values - low) / max(1, high - low)
@@ -746,10 +757,10 @@ def scale_to_8_bits(image):
 def to_srgb(image):
     """Return an image in the color space sRGB, converted by its ICC profile if it has one."""
     profile = image.info.get("icc_profile")
-    if image.mode not in ("L", "RGB", "CMYK"):  # the modes that a profile can be for
+    if image.mode not in ("L", "RGB", "CMYK"):  # only these have profiles
         image = image.convert("RGB")
     if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit the image
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit is ignored
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB")
@@ -764,37 +775,35 @@ def original_size(source):
     return height, width
 
 
-def encode_images(sources, indices, to_latents, wants_size):
-    """Yield a row (see FEATURES) for each of sources[indices], and with flip one for its mirror image.
+def encode_images(images, indices, to_latents, wants_size):
+    """Yield a row (see ROW) for each of images[indices] and, with flip, one for its mirror image.
 
-    The row of an image that cannot be read has an empty x. to_latents: a function from images (B, 3, S, S) in
-    [-1, 1] to what the model is trained on. wants_size: is the model told the original size?
+    to_latents: a function from images (B, 3, S, S) in [-1, 1] to what the model is trained on. wants_size: is
+    the model told the original size?
     """
-    n_together = max(1, 2**20 // image_size**2)  # images that the autoencoder encodes at once: a megapixel
+    pixels_at_once = 2**20
+    n_at_once = max(1, pixels_at_once // image_size**2)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(indices), n_together):
-            batch = indices[start : start + n_together]
-            images = pool.map(read_image, [sources[i]["image"] for i in batch])
+        for start in range(0, len(indices), n_at_once):
+            batch = indices[start : start + n_at_once]
+            sources = [images[i]["image"] for i in batch]
             views = []
-            for i, pixels in zip(batch, images):
+            for i, source, pixels in zip(batch, sources, pool.map(read_image, sources)):
                 if pixels is None:
-                    yield {"x": b"", "source": i, "size": [], "is_gray": True, "crc32": -1}
+                    yield {"x": b"", "index": i, "size": [], "is_gray": True, "crc32": 0}
                     continue
-                views.append((i, pixels))
+                size = original_size(source) if wants_size else []
+                views.append((i, size, pixels))
                 if flip:
-                    views.append((i, pixels[:, :, ::-1]))
+                    views.append((i, size, pixels[:, :, ::-1]))
             if not views:
                 continue
-            x = torch.from_numpy(np.stack([pixels for _, pixels in views])) / 127.5 - 1
-            latents = to_latents(x).half().cpu()
-            for (i, pixels), z in zip(views, latents):
-                yield {
-                    "x": z.numpy().tobytes(),
-                    "source": i,
-                    "size": original_size(sources[i]["image"]) if wants_size else [],
-                    "is_gray": bool((pixels == pixels[:1]).all()),
-                    "crc32": zlib.crc32(pixels.tobytes()),
-                }
+            x = np.stack([pixels for _, _, pixels in views])
+            latents = to_latents(torch.from_numpy(x) / 127.5 - 1).half().cpu()
+            for (i, size, pixels), z in zip(views, latents):
+                is_gray = bool((pixels == pixels[:1]).all())  # are all channels equal?
+                crc32 = zlib.crc32(pixels.tobytes())
+                yield {"x": z.numpy().tobytes(), "index": i, "size": size, "is_gray": is_gray, "crc32": crc32}
 
 
 @torch.no_grad()
@@ -860,7 +869,7 @@ def draw_glyphs(size):
 def cached(generator, features, *args, key=None):
     """Return a Dataset of the rows that generator(*args) yields, or load it from the cache.
 
-    It is made anew if the key has changed (without one: the arguments), or the code of this section.
+    The cache is for this key (by default, the arguments) and for the code of this section of the file.
     """
     source = Path(__file__).read_text(encoding="utf-8")
     section = re.search(r"^# ---- Pixels.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
@@ -870,8 +879,15 @@ def cached(generator, features, *args, key=None):
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
-def state_of_files(paths):
-    """Return what changes with a file: path, size, time of change, readability, for each of the files."""
+def state_of_files(table):
+    """Return (path, size, time of change, readability) for each file in the column "image" of a table.
+
+    If none of them changes, the files are the same. Rows that have the bytes of their image name no file.
+    """
+    paths = []
+    for chunk in table.data.column("image").chunks:  # by Arrow's columns, to leave the bytes unread
+        has_path = chunk.field("bytes").is_null()
+        paths += chunk.field("path").filter(has_path).drop_null().to_pylist()
     state = []
     for path in filter(os.path.exists, paths):
         stat = os.stat(path)
@@ -879,42 +895,32 @@ def state_of_files(paths):
     return state
 
 
-def named_files(table):
-    """Return the paths in the column "image" of a table. Other rows have the bytes of their image."""
-    paths = []
-    for chunk in table.data.column("image").chunks:
-        has_path = chunk.field("bytes").is_null()
-        paths += chunk.field("path").filter(has_path).drop_null().to_pylist()
-    return paths
-
-
-def encode_split(accelerator, split, sources, to_latents, wants_size, key):
-    """Return the rows (see FEATURES) of all images of a split that can be read.
+def encode_split(accelerator, split, images, to_latents, wants_size, key):
+    """Return the rows (see ROW) of all images of a split that can be read.
 
     The processes share the work: each encodes some of the parts, then all load all parts from the cache.
     """
-    is_table = not isinstance(sources, list)
-    if is_table:
-        key = [*key, sources._fingerprint, state_of_files(named_files(sources))]
-    indices = range(len(sources))
-    parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(sources), IMAGES_PER_FILE)]
+    state = repr(
+        [key, images._fingerprint, state_of_files(images)]
+    )  # _fingerprint: datasets' hash of a table
+    state = hashlib.md5(state.encode()).hexdigest()
+    indices = range(len(images))
+    parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(images), IMAGES_PER_FILE)]
 
     def encode_part(part):
-        paths = [] if is_table else [sources[i]["image"]["path"] for i in part]
-        part_key = [key, part, state_of_files(paths)]
-        return cached(encode_images, FEATURES, sources, part, to_latents, wants_size, key=part_key)
+        return cached(encode_images, ROW, images, part, to_latents, wants_size, key=[state, part])
 
     for part in parts[RANK::WORLD]:
         encode_part(part)
     accelerator.wait_for_everyone()
     rows = datasets.concatenate_datasets([encode_part(part) for part in parts])
-    is_read = np.array(rows["crc32"][:]) >= 0
-    n_unread = np.count_nonzero(~is_read)
-    if n_unread == len(sources):
+    is_readable = pyarrow.compute.binary_length(rows.data["x"]).to_numpy() > 0
+    n_left_out = np.count_nonzero(~is_readable)
+    if n_left_out == len(images):
         fail(f"{dataset=}: no image of its {split} split can be read")
-    if n_unread:
-        log(f"{split}: {n_unread} of {len(sources)} images are left out because they cannot be read")
-        rows = rows.select(np.flatnonzero(is_read))
+    if n_left_out:
+        log(f"{split}: {n_left_out} of {len(images)} images are left out because they cannot be read")
+        rows = rows.select(np.flatnonzero(is_readable))
     return rows
 
 
@@ -927,16 +933,17 @@ def checksums(module):
 
 
 def cut_off(rows, fraction):
-    """Split off the last part of the rows, and no image from its mirror image. Return (rest, part)."""
+    """Return (rest, last part) of the rows. An image and its mirror image stay together."""
     n_views = 2 if flip else 1
-    n = math.ceil(fraction * len(rows) / n_views) * n_views
+    n_images = math.ceil(fraction * len(rows) / n_views)
+    n = n_images * n_views
     with named("dataset", dataset):
         parts = rows.train_test_split(n, shuffle=False)
     return parts["train"], parts["test"]
 
 
 def choose_splits(found):
-    """Return {split: images} with the splits that are wanted, under their usual names."""
+    """Return the splits that are wanted, under their usual names."""
     if "train" not in found:
         fail(f"{dataset=} has no split train, but {', '.join(found)}")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
@@ -952,11 +959,13 @@ def choose_splits(found):
 
 def choose_names(splits, class_names):
     """Return all class names or, with init_from, all captions. The model gets indices into this list."""
-    values = [value for _, values in splits.values() for value in values]
-    if init_from != "scratch" and None in values:
-        n = values.count(None)
+    texts = []
+    for _, texts_of_split in splits.values():
+        texts += texts_of_split
+    if init_from != "scratch" and None in texts:
+        n = texts.count(None)
         fail(f"{dataset=} lacks captions for {n} images: add .txt files, --caption= or --caption_column=")
-    names = class_names or sorted({*values} - {None})
+    names = class_names or sorted({*texts} - {None})
     if init_from == "scratch" and len(names) < 2:
         log("training without classes: fewer than two were found")
         return []
@@ -964,9 +973,10 @@ def choose_names(splits, class_names):
 
 
 def prepare_data(accelerator, pipeline=None):
-    """Return (splits, data, captions): {split: rows}, a description for run.json, and a list of texts.
+    """Return ({split: rows}, data, captions).
 
-    Splits that the data lacks are cut off from the end of the training rows.
+    data: the shape of what the model is trained on, the names of its classes, and the number of rows. Splits
+    that are missing are cut off from the end of the training rows.
     """
     datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # one process per machine downloads, for all of them
@@ -992,16 +1002,16 @@ def prepare_data(accelerator, pipeline=None):
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
 
-    for split, (sources, values) in splits.items():
-        if (
-            split == "train"
-        ):  # shuffle, because validation and test are cut off from the end; the same for all seeds
-            order = np.random.default_rng(0).permutation(len(values)).tolist()
-            sources = [sources[i] for i in order] if isinstance(sources, list) else sources.select(order)
-            values = [values[i] for i in order]
-        rows = encode_split(accelerator, split, sources, to_latents, wants_size, key)
-        row_values = [values[i] for i in rows["source"][:]]
-        cond = [index_of.get(value, len(names)) for value in row_values]
+    for split, (images, texts) in splits.items():
+        if split == "train":
+            # Shuffle, because validation and test are cut off from the end. The order is the same for every
+            # seed.
+            order = np.random.default_rng(0).permutation(len(texts)).tolist()
+            images = images.select(order)
+            texts = [texts[i] for i in order]
+        rows = encode_split(accelerator, split, images, to_latents, wants_size, key)
+        no_class = len(names)
+        cond = [index_of.get(texts[i], no_class) for i in rows["index"][:]]
         splits[split] = rows.add_column("cond", cond)
     is_gray = all(all(rows["is_gray"][:]) for rows in splits.values())
     if is_gray and autoencoder is None:
@@ -1025,7 +1035,8 @@ def collate(rows, shape):
     """
     data = b"".join(row["x"] for row in rows)
     x = torch.frombuffer(bytearray(data), dtype=torch.float16).float()
-    x = x.view(len(rows), -1)[:, : math.prod(shape)]  # if images are gray, the first channel only
+    x = x.view(len(rows), -1)
+    x = x[:, : math.prod(shape)]  # gray images are stored with three channels: take the first
     cond = torch.tensor([[row["cond"], *row["size"]] for row in rows])
     return x.reshape(-1, *shape), cond
 
@@ -1090,13 +1101,14 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- momentum average + (1 - momentum) grad, and Nesterov's direction from it
+                # average <- momentum average + (1 - momentum) grad; with Nesterov, the same once more
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
-                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices (torch: "original")
+                updates = updates.to(params[0].dtype).unbind()
+                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices, "original" in torch
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
@@ -1144,7 +1156,7 @@ def lr_at(step, total_steps):
 
 
 class EMA:
-    """The exponential moving average of the trained weights, which draws much better than the weights."""
+    """The exponential moving average of the trained weights. It draws much better images than they do."""
 
     def __init__(self, model):
         self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -1152,9 +1164,8 @@ class EMA:
 
     def update(self, step):
         """Move the averages towards the weights."""
-        decay = min(
-            ema_decay, (1 + step) / (10 + step)
-        )  # small at first, to forget the random initial weights
+        # The decay is small at first, to forget the random initial weights.
+        decay = min(ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     def swap(self):
@@ -1202,7 +1213,7 @@ def open_run_dir():
     folder = Path(out_dir).resolve()
     for path in (os.getcwd(), init_from, vae, dataset):  # the last three may be Hub names
         if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
+            fail(f"{out_dir=} is or holds {path}, which a run might delete: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1232,9 +1243,10 @@ def check_fixed(run, values):
 
 
 def start_run(model, splits, data, captions, old_run):
-    """Write run.json and this script to out_dir. Return the content of run.json."""
+    """Write run.json and a copy of this script to out_dir; a new run first deletes an old one."""
     rows = splits["train"]
-    chosen = rows.select(np.linspace(0, len(rows) - 1, 100).astype(int))  # a resume compares these rows
+    # A resume compares 100 rows, evenly spread, to notice other data.
+    chosen = rows.select(np.linspace(0, len(rows) - 1, 100).astype(int))
     content = [chosen["crc32"][:], chosen["cond"][:], data, captions]
     fixed = {name: globals()[name] for name in FIXED.split()}
     fixed["data"] = f"{len(rows)} images with the hash {hashlib.md5(repr(content).encode()).hexdigest()}"
@@ -1260,10 +1272,15 @@ def start_run(model, splits, data, captions, old_run):
         if init_from != "scratch" and not adapter:
             model.save_pipeline()
     write_file("run.json", run)
-    with contextlib.suppress(shutil.SameFileError):
+    with contextlib.suppress(shutil.SameFileError):  # if it runs from there
         shutil.copy(__file__, out_dir)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
     return run
+
+
+def from_main(value):
+    """Return the value that the main process has, in all processes."""
+    return broadcast_object_list([value])[0]
 
 
 def unwrap(model):
@@ -1276,10 +1293,11 @@ def gather(model, optimizers=(), with_frozen=False):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights.
-    names = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
-    others = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)} - names
-    return {name: weight for name, weight in weights.items() if name not in others}, state
+    # Leave out what is frozen, and the second names of tied weights. Buffers stay.
+    kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
+    all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    left_out = all_names - kept
+    return {name: weight for name, weight in weights.items() if name not in left_out}, state
 
 
 def save_checkpoint(model, optimizers, ema, progress, name):
@@ -1300,7 +1318,7 @@ def save_checkpoint(model, optimizers, ema, progress, name):
 def load_checkpoint(model, optimizers, ema, name):
     """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
     state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # a collective operation under FSDP2: every process takes part
+    weights, _ = gather(model)  # every process must call this, though only the main one compares shapes
     if MAIN:
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
@@ -1310,13 +1328,13 @@ def load_checkpoint(model, optimizers, ema, name):
     # Not strict, because the checkpoint has no frozen weights.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
-    if ema:
+    if ema:  # its averages go into the model, and from there into ema
         dcp.set_model_state_dict(model, state["ema"], options=options)
-        ema.swap()  # moves them from the model into ema
+        ema.swap()
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    return broadcast_object_list([state["progress"]])[0]
+    return from_main(state["progress"])
 
 
 # ---- Evaluation ----
@@ -1324,11 +1342,11 @@ def load_checkpoint(model, optimizers, ema, name):
 
 @torch.no_grad()
 def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
-    """Return the mean loss of a split over times from 0 to 1, in all and for each quarter of them.
+    """Return the mean loss of a split, over all times and for each quarter of them.
 
-    These times are spread evenly, but the training loss is a mean over the times of sample_times(), so the
-    two differ. Each image has the same noise and times in every evaluation. n_batches: how many batches of
-    batch_size images to take, spread evenly over the split; 0: all images.
+    The times are spread evenly from 0 to 1, but the training loss is a mean over the times of sample_times(),
+    so the two differ. Each image has the same noise and times in every evaluation. n_batches: how many
+    batches of batch_size images to take, spread evenly over the split; 0: all images.
     """
     n_rows = len(rows)
     if n_batches > 0:
@@ -1340,12 +1358,12 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
     n_mine = math.ceil(n_rows / WORLD)  # the same in all processes: under FSDP2, they run the model together
     for i in range(0, n_mine, micro_size):
         batch = mine[i : i + micro_size]
-        indices = batch or [0]  # this process has no rows left, so the loss below counts 0 times
+        indices = batch or [0]  # a process without rows left takes row 0 with weight 0
         x_0, cond = collate([rows[j] for j in indices], unwrap(model).shape)
         x_0, cond = to_model(x_0, cond, accelerator.device)
         eps = noise_of(indices, x_0.shape[1:]).to(x_0.device)
         golden_ratio = 0.618034  # its multiples modulo 1 are spread evenly
-        offset = torch.tensor(indices, device=x_0.device) * golden_ratio % 1
+        offset = (torch.tensor(indices, device=x_0.device) * golden_ratio) % 1
         for quarter in range(4):
             t = (quarter + offset) / 4
             x_t, target = add_noise(unwrap(model), x_0, eps, t)
@@ -1362,7 +1380,7 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
 
 def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report):
     """Evaluate, save the weights if they are the best so far, and draw samples."""
-    is_best = True  # always, without a validation split
+    is_best = "validation" not in splits  # without a validation split, the last weights count as the best
     ema.swap()
     if "validation" in splits:
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
@@ -1437,7 +1455,7 @@ def start_accelerator():
         ],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"{WORLD} processes would each train alone: to join them on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(f"the {WORLD} processes are not connected: to train on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
@@ -1468,7 +1486,8 @@ def choose_precision():
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        return "no" if init_from == "scratch" else "fp16"  # T4, V100: Muon has no loss scaling for fp16
+        # Older GPUs (T4, V100) have fp16 only, which needs loss scaling, which our Muon lacks.
+        return "no" if init_from == "scratch" else "fp16"
     cpu = torch.cpu.get_capabilities()
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
@@ -1482,19 +1501,21 @@ def set_up_fsdp2(accelerator):
     plugin = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
     plugin.reshard_after_forward = True  # else gathered weights would outlive a swap of EMA
-    torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
+    torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
 
 
 def finish(accelerator, step, is_stopped):
     """End this process when all processes have come here."""
-    log(f"stopped at step {step}; the same command with --resume=True goes on" if is_stopped else "done")
     code = 0
     if is_stopped:
+        log(f"stopped at step {step}; the same command with --resume=True goes on")
         signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
         code = 128 + signum  # as shells report it
+    else:
+        log("done")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if WORLD > 1:  # gloo's threads may crash the usual end of a process
+    if WORLD > 1:  # skip Python's cleanup, during which gloo's threads may crash
         os._exit(code)
     sys.exit(code)
 
@@ -1510,7 +1531,7 @@ def make_noisy_batches(model, micro_batches, step, device):
     Every process draws noise, times and dropped conditions for the whole global batch from (seed, step) and
     takes its own part, so that a run does not depend on the number of processes.
     """
-    step_seed = hash((seed, step)) % 2**63
+    step_seed = hash((seed, step)) % 2**63  # manual_seed() takes 63 bits
     rng = torch.Generator(device).manual_seed(step_seed)
     eps = torch.randn(batch_size, *model.shape, generator=rng, device=device)
     times = model.sample_times(batch_size, rng)
@@ -1523,7 +1544,8 @@ def make_noisy_batches(model, micro_batches, step, device):
     is_dropped = is_dropped.unflatten(0, parts)[:, RANK]
     noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
-        cond[is_dropped[i], 0] = model.none
+        # Guidance needs a model that has also learned images without their class or caption.
+        cond[is_dropped[i], 0] = model.no_class
         x_0, cond = to_model(x_0, cond, device)
         x_t, target = add_noise(model, x_0, eps[i], times[i])
         noisy_batches.append((x_t, times[i], cond, target))
@@ -1583,12 +1605,12 @@ def main():
         model.compile()
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        model._get_fsdp_state()._lazy_init()  # before a part of it draws, and takes itself for the root
+        model._get_fsdp_state()._lazy_init()  # makes it FSDP2's root, before drawing calls a part of it
     ema = EMA(unwrap(model))
 
     # ---- resume the run, if there is one ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
-    is_resumed = broadcast_object_list([old_run is not None])[0]  # only the main process knows
+    is_resumed = from_main(old_run is not None)
     if is_resumed:
         progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
@@ -1611,7 +1633,8 @@ def main():
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
         accelerator.log(values, step=step)
-        log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        numbers = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+        log(f"step {step}/{total_steps} {numbers}")
 
     # ---- the loop ----
     catch_signals()
@@ -1685,9 +1708,7 @@ def main():
         stop = n_stop > 0
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            if (
-                is_finite or accelerator.scaler
-            ):  # in fp16, the scaler itself skips the step and lowers its scale
+            if is_finite or accelerator.scaler:  # in fp16, the scaler skips the step and lowers its scale
                 o.step()
             o.zero_grad()
         if is_finite and ema_decay:
@@ -1722,9 +1743,10 @@ def main():
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
-            ema.swap()
             if has_best:
                 load_checkpoint(model, [], None, "best.pt")
+            else:
+                ema.swap()
             values = evaluate(accelerator, model, "test", splits["test"], micro_size)
             report(values)
             summary |= values
@@ -1748,8 +1770,7 @@ def load(folder, run, base=""):
         return load_trained_pipeline(folder, run, base, device)
     model = DiT(run["data"]["shape"], run["data"]["classes"])
     with named("out_dir", str(folder)):
-        weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
-    model.load_state_dict(weights, strict=False)  # not strict, because tied weights are stored once
+        safetensors.torch.load_model(model, Path(folder, "model.safetensors"))
     return model.to(device).eval()
 
 
@@ -1762,8 +1783,12 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
     steps = steps or sample_steps
     if scale < 0:
         scale = guidance
+    device = next(model.parameters()).device
+    dtype = DTYPES[choose_precision()]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if init_from != "scratch":
-        return model.draw(conditions, seeds, steps, scale, negative_prompt, lora_scale)
+        with autocast:
+            return model.draw(conditions, seeds, steps, scale, negative_prompt, lora_scale)
     names = [*model.class_names, ""]
     for name in conditions:
         if name not in names:
@@ -1772,10 +1797,8 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
         scale = 1.0  # guidance needs a model that has learned both, with a class and without
     elif scale < 0:
         scale = 2.0
-    device = next(model.parameters()).device
     cond = torch.tensor([names.index(name) for name in conditions], device=device)
-    dtype = DTYPES[choose_precision()]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast:
         x = sample(model, cond, seeds, steps or 25, scale)
     if vae:
         autoencoder = load_vae(vae, device)
@@ -1821,9 +1844,7 @@ class OneStepScheduler:
 
     def __init__(self, config):
         self.config = config
-        self.times = (
-            None  # (B,) in the unit of the pipeline; None: end the call as soon as the prompt is encoded
-        )
+        self.times = None  # (B,) in the unit of the pipeline; None: end the call before the denoiser
         self.mu = None  # the shift of times for this resolution, which some pipelines pass in
 
     def set_timesteps(
@@ -1846,7 +1867,7 @@ class OneStepScheduler:
 
 
 class TimeIds:
-    """The time ids of SDXL (B, 6): original size, crop and size of each image."""
+    """Stands in for SDXL's time ids (B, 6): original size, crop and size, for each image its own."""
 
     def __init__(self, sizes, dtype):
         rows = []
@@ -1867,7 +1888,7 @@ class TimeIds:
 
 
 def join(outputs):
-    """Concatenate the outputs of encode_prompt() for single captions into that for a batch."""
+    """Concatenate outputs of encode_prompt() for single captions into one output for the batch."""
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(join(parts) for parts in zip(*outputs))
@@ -1894,13 +1915,11 @@ def unconditional_part(output, guided):
     if not isinstance(output, tuple):
         return output
     is_empty = [part is None or part == [] for part in output]
-    unconditional = [part for part, empty in zip(guided, is_empty) if empty]
-    if len(unconditional) != is_empty.count(False):  # this family has none: Flux
+    added = [part for part, empty in zip(guided, is_empty) if empty]
+    if len(added) != is_empty.count(False):  # this family has no unconditional embeddings: Flux
         return output
-    parts = []
-    for part, empty in zip(output, is_empty):
-        parts.append(part if empty else unconditional.pop(0))
-    return tuple(parts)
+    remaining = iter(added)
+    return tuple(part if empty else next(remaining) for part, empty in zip(output, is_empty))
 
 
 class Pipeline(nn.Module):
@@ -1933,8 +1952,10 @@ class Pipeline(nn.Module):
         self.keywords = inspect.signature(self.call).parameters
         self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
         self.takes_batches = False  # see probe()
-        self.prompt_outputs = {}  # {prompt: outputs of encode_prompt()}, after the text encoders have left
-        # Find out which scale switches guidance off. It is 1, but Z-Image still has guidance then: 0.
+        # What encode_prompt() returned for each caption and each prompt of a sample; see prepare()
+        self.outputs = []
+        self.prompt_outputs = {}
+        # Guidance is off at a scale of 1, but for Z-Image at 0. The pipeline tells whether 1 leaves it on.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
@@ -1944,13 +1965,14 @@ class Pipeline(nn.Module):
 
         def decode_in_fp32(z, *args, **kwargs):
             """Decode latents. Some pipelines pass them in the precision of the denoiser."""
-            return decode(z.to(pipe.vae.dtype), *args, **kwargs)
+            with torch.autocast(device.type, enabled=False):
+                return decode(z.to(pipe.vae.dtype), *args, **kwargs)
 
         pipe.vae.decode = decode_in_fp32
 
     def run(self, scheduler, **kwargs):
         """Call the pipeline. Return its result, or the output of the denoiser if OneStepScheduler ends it."""
-        self.pipe.__dict__["scheduler"] = scheduler  # setattr() would also change what model_index.json says
+        vars(self.pipe)["scheduler"] = scheduler  # setattr() would also write it to model_index.json
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
         kwargs |= {
             "use_resolution_binning": False,
@@ -1971,8 +1993,10 @@ class Pipeline(nn.Module):
         its caption and, for SDXL, its original height and width.
         """
         if len(x) > 1 and not self.takes_batches:
-            images = zip(x.split(1), t.split(1), cond)
-            return torch.cat([self(x_1, t_1, [cond_1]) for x_1, t_1, cond_1 in images])
+            outputs = []
+            for x_1, t_1, cond_1 in zip(x.split(1), t.split(1), cond):
+                outputs.append(self(x_1, t_1, [cond_1]))
+            return torch.cat(outputs)
         # A pipeline with several kinds of text encoders calls encode_prompt() several times.
         outputs_by_image = [self.outputs[row[0]] for row in cond]
         outputs_by_call = [join(outputs) for outputs in zip(*outputs_by_image)]
@@ -2007,7 +2031,7 @@ class Pipeline(nn.Module):
     def alpha_sigma(self, t):
         """Return alpha and sigma at times t: those of flow, or the scheduler's own."""
         if self.prediction == "flow":
-            return alpha_sigma("flow", t)
+            return schedule("flow", t)
         alpha_squared = self.alphas_cumprod[self.timestep(t)]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
@@ -2016,7 +2040,7 @@ class Pipeline(nn.Module):
         if self.prediction == "flow":
             t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
             t = self.shift(t)
-            # Round t as the pipelines do that cast times to the precision of the denoiser.
+            # Some pipelines cast times to the precision of the denoiser. Round them in the same way.
             return (self.n_times * t).to(self.dtype).float() / self.n_times
         steps = torch.randint(self.n_times, (n,), generator=rng, device=rng.device)
         return (steps + 0.5) / self.n_times  # timestep() rounds down
@@ -2025,7 +2049,8 @@ class Pipeline(nn.Module):
         """Shift times as the pipeline does when it draws: larger images need more noise."""
         config = self.one_step.config
         if config.get("use_dynamic_shifting"):
-            return self.scheduler.time_shift(self.one_step.mu, 1.0, t)
+            mu = self.one_step.mu  # set by the pipeline in its first call
+            return self.scheduler.time_shift(mu, 1.0, t)
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         return shift * t / (1 + (shift - 1) * t)
 
@@ -2044,7 +2069,7 @@ class Pipeline(nn.Module):
             return pipe._pack_latents(z, *z.shape)
         return z
 
-    def encode_prompt(self, prompt, **kwargs):
+    def record_prompt(self, prompt, **kwargs):
         """Run the pipeline up to its denoiser, and return what each call of its encode_prompt() returned."""
         outputs = []
 
@@ -2061,24 +2086,35 @@ class Pipeline(nn.Module):
         return outputs
 
     def encode_unconditional(self):
-        """Return outputs of encode_prompt() with what the pipeline itself uses as unconditional."""
-        outputs = self.encode_prompt("", **self.unguided)
-        guided = self.encode_prompt("", **self.drawing_options(1, 2.0))
-        if len(guided) == 2 * len(outputs):  # the calls for the negative prompt follow
+        """Return outputs of encode_prompt() for a dropped caption: the pipeline's unconditional ones."""
+        outputs = self.record_prompt("", **self.unguided)
+        guided = self.record_prompt("", **self.drawing_options(1, 2.0))
+        if len(guided) == 2 * len(outputs):  # further calls have encoded the negative prompt
             return guided[len(outputs) :]
         return [unconditional_part(output, other) for output, other in zip(outputs, guided)]
 
     @torch.no_grad()
     def prepare(self, captions, shape):
-        """Encode all captions and sample prompts, or load them from the cache, and free the text encoders."""
+        """Encode captions and prompts, free the text encoders, and move to the device."""
         self.shape = shape
         self.captions = [*captions, ""]
-        self.none = len(captions)  # the index of a dropped caption
+        self.no_class = len(captions)  # the index of a dropped caption
         prompts = [text.strip() for text in sample_prompts.split("|") if text.strip()] or captions[:4]
         self.prompts = (prompts * 4)[: max(4, len(prompts))]  # repeated, if there are fewer than four
         log_cut_captions(self.pipe, self.keywords, captions)
         parts = self.pipe.components.items()
         self.encoders = {name: part for name, part in parts if part and name.startswith("text_encoder")}
+        self.encode_captions(captions, prompts)
+        for name, encoder in self.encoders.items():
+            setattr(self.pipe, name, None)
+            encoder.cpu()
+        if adapter or not MAIN:  # only save_pipeline() needs them again
+            self.encoders.clear()
+        self.to(self.device)
+        self.probe()
+
+    def encode_captions(self, captions, prompts):
+        """Set self.outputs and self.prompt_outputs, from a cache if nothing has changed."""
         options = self.drawing_options(sample_steps, guidance)
         key = [image_size, captions, prompts, options, self.dtype]
         key += [checksums(encoder) for encoder in self.encoders.values()]
@@ -2088,22 +2124,15 @@ class Pipeline(nn.Module):
             for encoder in self.encoders.values():
                 encoder.to(self.device)
             with named("image_size", image_size):  # in this first call, the pipeline checks the size
-                self.encode_prompt("", **self.unguided)
-            outputs = [self.encode_prompt(text, **self.unguided) for text in captions]
+                self.record_prompt("", **self.unguided)
+            outputs = [self.record_prompt(text, **self.unguided) for text in captions]
             outputs.append(self.encode_unconditional())
-            prompt_outputs = {text: self.encode_prompt(text, **options) for text in prompts}
+            prompt_outputs = {text: self.record_prompt(text, **options) for text in prompts}
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save((outputs, prompt_outputs), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
         # Captions of Flux take 4 MB each, so they stay in the file, mapped into memory.
         self.outputs, self.prompt_outputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        for name, encoder in self.encoders.items():
-            setattr(self.pipe, name, None)
-            encoder.cpu()
-        if adapter or not MAIN:  # else save_pipeline() needs them
-            self.encoders.clear()
-        self.to(self.device)
-        self.probe()
 
     def probe(self):
         """Find out if the pipeline takes a batch. Refuse one that calls its denoiser twice a step."""
@@ -2112,7 +2141,7 @@ class Pipeline(nn.Module):
         t = torch.tensor([0.3, 0.6], device=self.device)
         longest = self.captions.index(max(self.captions, key=len))
         size = [image_size, image_size] if self.wants_size else []
-        cond = [[longest, *size], [self.none, *size]]
+        cond = [[longest, *size], [self.no_class, *size]]
         calls = []
         hook = self.denoiser.register_forward_hook(lambda *args: calls.append(1))
         alone = self(x, t, cond)  # one by one
@@ -2122,9 +2151,8 @@ class Pipeline(nn.Module):
         shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
-            # In a batch, each image must come out as it does alone. A family that mixes up the images of a
-            # batch shows it when the captions are swapped. One that takes a single time or caption raises an
-            # error.
+            # A batch must give what its images give one by one, far closer than with the captions swapped. If
+            # the pipeline takes only one time or caption, the call fails.
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
                 difference = (self(x, t, cond[::-1]) - alone).norm()
@@ -2159,10 +2187,10 @@ class Pipeline(nn.Module):
         vars(self.pipe).pop("_get_add_time_ids", None)  # undo what forward() does for SDXL
         options = self.drawing_options(steps, scale, negative_prompt)
         images = []
-        for prompt, number in zip(prompts, seeds):
+        for prompt, image_seed in zip(prompts, seeds):
             if self.prompt_outputs:
                 self.replay(self.prompt_outputs[prompt])
-            rng = torch.Generator().manual_seed(number)  # the same noise on every device
+            rng = torch.Generator().manual_seed(image_seed)  # the same noise on every device
             images += self.run(self.scheduler, prompt=prompt, generator=rng, **options)
         return images
 
@@ -2170,7 +2198,7 @@ class Pipeline(nn.Module):
         """Write the whole pipeline to out_dir, with the text encoders that prepare() has taken out."""
         for name, encoder in self.encoders.items():
             setattr(self.pipe, name, encoder)
-        self.pipe.__dict__["scheduler"] = self.scheduler
+        vars(self.pipe)["scheduler"] = self.scheduler
         self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file for each part
         for name in self.encoders:
             setattr(self.pipe, name, None)
@@ -2202,7 +2230,7 @@ def log_cut_captions(pipe, keywords, captions):
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
         limit = tokenizer.model_max_length
-        # The tokenizers of T5 and later text encoders have no real limit. There, the pipeline cuts.
+        # T5 and later tokenizers have no real limit; there, the pipeline's max_sequence_length is the limit.
         if limit > 1000 and "max_sequence_length" in keywords:
             limit = keywords["max_sequence_length"].default
         n_cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)
@@ -2232,7 +2260,8 @@ def open_pipeline(name, dtype, device, setting):
         kind = getattr(diffusers, config["_class_name"])
     keywords = inspect.signature(kind.__call__).parameters.keys()
     changes_images = "strength" in keywords or "mask_image" in keywords  # image-to-image, inpainting
-    if changes_images or not {"prompt", "latents"} <= keywords:
+    takes_text = "prompt" in keywords and "latents" in keywords
+    if changes_images or not takes_text:
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
@@ -2240,7 +2269,7 @@ def open_pipeline(name, dtype, device, setting):
     if adapter and not hasattr(kind, "save_lora_weights"):
         fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA")
     files = list(Path(name).glob("*/*.safetensors"))
-    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # a folder of the variant fp16
+    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # it has the variant fp16 only
     with named(setting, name):
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             name,
@@ -2301,11 +2330,15 @@ def find_targets(model):
 
 def load_trained_pipeline(folder, run, base, device):
     """Load the pipeline of a run for drawing. base: where that under an adapter is, if it has moved."""
-    source = base or init_from
-    setting = "base" if base else "init_from"
     if not adapter:
-        source = str(folder)
         setting = "out_dir"
+        source = str(folder)
+    elif base:
+        setting = "base"
+        source = base
+    else:
+        setting = "init_from"
+        source = init_from
     model = open_pipeline(source, DTYPES[choose_precision()], device, setting)
     if type(model.pipe).__name__ != run["pipeline"]:
         fail(f"{setting}={source!r} is a {type(model.pipe).__name__}, but the run needs a {run['pipeline']}")
