@@ -458,24 +458,24 @@ def split_of(path):
     return "train"
 
 
-def list_files(root):
-    """Return the files below a folder that are not hidden. Follow links, but return each file once."""
-    files = []
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        skipped = NOT_LIBRARY if dataset == "python" else ()
-        # os.walk enters those that remain in the list.
-        subfolders[:] = [name for name in subfolders if name[0] != "." and name not in skipped]
-        if os.path.realpath(folder) in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            path = Path(folder, name)
-            if name[0] != "." and path.is_file() and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
-                files.append(path)
-    return sorted(files)
+def list_files(path, seen):
+    """Yield the file, or the files below the folder, that are not hidden. seen: the real paths of those before.
+
+    Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
+    """
+    real_path = os.path.realpath(path)
+    if real_path in seen:
+        return
+    seen.add(real_path)
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        with named("dataset", dataset):
+            children = sorted(path.iterdir())
+        for child in children:
+            is_skipped = dataset == "python" and child.name in NOT_LIBRARY
+            if child.name[0] != "." and not is_skipped:
+                yield from list_files(child, seen)
 
 
 def open_text(path, newline=None):
@@ -497,38 +497,40 @@ def is_text(path):
 def find_files():
     """Return (kind, {split: paths}) for the files that `dataset` names, or ("hub", {}) if there are none."""
     if "://" in dataset:
-        with named("dataset", dataset):
-            path = datasets.DownloadManager().download_and_extract(dataset)
         kind = kind_of(dataset.split("?")[0])
         if kind == "":
             fail(f"{dataset=} names a kind of file that cannot be read")
+        with named("dataset", dataset):
+            path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
     root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
-    if root.is_dir():
-        files = list_files(root)
-    else:
-        names = [dataset] if root.exists() else glob.glob(dataset, recursive=True)
-        files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
-        if not files:
-            return "hub", {}
+    if root.exists():
+        files = list(list_files(root, set()))
+    else:  # a pattern, or the name of a dataset of the Hub
+        files = [Path(name) for name in sorted(glob.glob(dataset, recursive=True)) if os.path.isfile(name)]
+    if not files and not root.is_dir():
+        return "hub", {}
     if dataset == "python":
         files = [path for path in files if path.suffix == ".py"]
 
     # Tables win over texts (a README.md is often beside them). Of several kinds, the largest table decides.
-    tables = [path for path in files if kind_of(path.name) not in ("", "text")]
-    kind = kind_of(max(tables, key=os.path.getsize).name) if tables else "text"
-    used = [path for path in files if kind_of(path.name) == kind and (tables or is_text(path))]
+    kind = "text"
+    tables = [path for path in files if kind_of(path.name) in TABLES.values()]
+    if tables:
+        kind = kind_of(max(tables, key=os.path.getsize).name)
+    used = [path for path in files if kind_of(path.name) == kind]
+    if kind == "text":
+        used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
         log(f"left out: {len(left_out)} files that are not {kind}, or not UTF-8, such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
 
-    if dataset == "python" or not root.is_dir():
-        return kind, {"train": used}
     paths = defaultdict(list)
     for path in used:
-        paths[split_of(path.relative_to(root))].append(path)
+        split = split_of(path.relative_to(root)) if root.is_dir() else "train"
+        paths[split].append(path)
     return kind, paths
 
 
@@ -541,13 +543,12 @@ def parse_table(path, kind):
         csv.field_size_limit(2**31 - 1)  # the default is too small for texts
         delimiter = "," if kind == "csv" else "\t"
         yield from csv.DictReader(open_text(path, newline=""), delimiter=delimiter, strict=True)
+    elif open_text(path).read(PIECE).lstrip().startswith("["):  # the file is one array
+        yield from json.load(open_text(path))
     else:
-        lines = (line for line in open_text(path) if line.strip())
-        first = next(lines, "")
-        if first.lstrip().startswith("["):  # the file is one array
-            yield from json.load(open_text(path))
-        elif first:
-            yield from map(json.loads, itertools.chain([first], lines))
+        for line in open_text(path):
+            if line.strip():
+                yield json.loads(line)
 
 
 def read_table(path, kind):
@@ -568,78 +569,83 @@ def read_table(path, kind):
 
 
 def choose_columns(names):
-    """Return those of a table's columns that are learned from, and log the others."""
-    if text_column == "text" and {"messages", "conversations"} & set(names):
-        chat = "messages" if "messages" in names else "conversations"
-        columns = [chat, "system", "tools"]  # only some rows may have the last two
+    """Return {our name: their name} of the columns of a table that are learned from, and log the others."""
+    chats = [name for name in ("messages", "conversations") if name in names]
+    if text_column == "text" and chats:
+        columns = {"messages": chats[0], "system": "system", "tools": "tools"}  # some rows lack the last two
     elif text_column == "text" and prompt_column in names and completion_column in names:
-        columns = [prompt_column, completion_column]
+        columns = {"prompt": prompt_column, "completion": completion_column}
     elif text_column in names:
-        columns = [text_column]
+        columns = {"text": text_column}
     else:
         fail(f"{dataset=} has no column {text_column!r}: --text_column= takes one of {', '.join(names)}")
-    unused = [name for name in names if name not in columns]
-    used = ", ".join(name for name in columns if name in names)
-    log(f"columns: {used}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+    used = [name for name in columns.values() if name in names]
+    unused = [name for name in names if name not in used]
+    log(f"columns: {', '.join(used)}" + (f"; not used: {', '.join(unused)}" if unused else ""))
     return columns
 
 
 def load_documents():
-    """Return ({split: documents}, columns): paths of texts and no columns, or Datasets and their columns."""
-    kind, paths = find_files()
-    documents = {}
-    if kind == "text":
-        for split, files in paths.items():
-            # Shuffle, because validation and test are cut off from the end; in the same way for every seed.
-            order = np.random.default_rng(0).permutation(len(files))
-            documents[split] = [files[i] for i in order]
-        return documents, []
+    """Return {split: documents}, in a random order that is the same for every seed.
+
+    A document is a dictionary with "path" (of a file of text), with "text", with "prompt" and "completion",
+    or with "messages" and "tools" (as JSON; the messages begin with the system message, if there is one).
+    """
+    kind, sources = find_files()
+    columns = {}
+    features = {"path": datasets.Value("binary")}  # the name of a file may not be UTF-8
     if kind == "hub":
         name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
         with named("dataset", dataset):
-            documents = dict(datasets.load_dataset(name, config or None, revision=revision or None))
-        columns = choose_columns(next(iter(documents.values())).column_names)
-    else:
+            sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
+        columns = choose_columns(next(iter(sources.values())).column_names)
+    elif kind != "text":
         names = {}  # a dictionary, because it keeps the order
-        for path in itertools.chain(*paths.values()):
+        for path in itertools.chain(*sources.values()):
             for row in itertools.islice(read_table(path, kind), 100):
                 names |= dict.fromkeys(row)
         columns = choose_columns(list(names))
-        for split, files in paths.items():
-            documents[split] = cached(rows_as_json, {"_json": datasets.Value("string")}, files, kind, columns)
-    return {split: rows.shuffle(seed=0) for split, rows in documents.items()}, columns
+    if columns:
+        features = dict.fromkeys(columns, datasets.Value("string"))
 
-
-def rows_as_json(files, kind, columns):
-    """Yield the rows of tables as JSON: Arrow does not allow a field to have another type in another row."""
-    for path in files:
-        for row in read_table(path, kind):
-            yield {"_json": json.dumps({name: row.get(name) for name in columns}, default=str)}
-
-
-def read_rows(documents):
-    """Yield the rows of a table that load_documents() returned, as dictionaries."""
-    for row in documents:
-        yield json.loads(row["_json"]) if "_json" in row else row
-
-
-def cached(generator, features, *args):
-    """Return what generator(*args) yields as a Dataset, from a cache if arguments and code are the same."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    key = re.findall(r"^# ---- (?:Data|Answers).*?(?=^# ----)", source, re.MULTILINE | re.DOTALL)
-    key += [generator.__name__, block_size]
-    for arg in args:
-        if isinstance(arg, datasets.Dataset):
-            key.append(arg._fingerprint)
-        elif isinstance(arg, transformers.PreTrainedTokenizerBase):
-            key += [arg.backend_tokenizer.to_str() if arg.is_fast else arg.name_or_path]
-            key += [arg.special_tokens_map, arg.chat_template]
-        elif isinstance(arg, list) and arg and isinstance(arg[0], Path):
-            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in arg]
+    documents = {}
+    for split, source in sources.items():
+        if kind == "hub":
+            version = source._fingerprint
         else:
-            key.append(arg)
+            version = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+        rows = cached([kind, columns, version], features, read_documents, source, kind, columns)
+        documents[split] = rows.shuffle(seed=0)  # because validation and test are cut off from the end
+    return documents
+
+
+def read_documents(source, kind, columns):
+    """Yield the documents of a split. source: paths of files, or a Dataset of the Hub."""
+    if kind == "text":
+        for path in source:
+            yield {"path": os.fsencode(path)}
+        return
+    if kind == "hub":
+        rows = source.select_columns([name for name in columns.values() if name in source.column_names])
+    else:
+        rows = itertools.chain.from_iterable(read_table(path, kind) for path in source)
+    for row in rows:
+        if "messages" in columns:
+            messages = read_messages(row, columns["messages"])
+            tools = row.get("tools") or None
+            if not isinstance(tools, str):
+                tools = json.dumps(tools, default=str)
+            yield {"messages": json.dumps(messages), "tools": tools}
+        else:
+            yield {name: as_text(row.get(column), column) for name, column in columns.items()}
+
+
+def cached(key, features, generator, *args):
+    """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same."""
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
+    code = [section for section in sections if section.startswith(("Data", "Answers"))]
+    fingerprint = hashlib.md5(repr([key, generator.__name__, block_size, code]).encode()).hexdigest()
     make_rows = functools.partial(generator, *args)
-    fingerprint = hashlib.md5(repr(key).encode()).hexdigest()
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
@@ -665,17 +671,17 @@ def check_unicode(text, where):
     return text
 
 
-def read_pieces(documents, columns):
+def read_pieces(documents):
     """Yield (piece, is_last) of the texts of documents; is_last marks the last piece of each document."""
-    if not columns:
-        files = (open_text(path) for path in documents)
-    elif columns == [text_column]:
-        files = (io.StringIO(as_text(row[text_column], text_column)) for row in read_rows(documents))
-    else:  # chats, or prompts and answers, from which a tokenizer learns
-        rows = read_rows(documents)
-        files = (io.StringIO(text) for row in rows for text, _ in answers_of(row, columns, None))
-    for file in files:
-        where = getattr(file, "name", columns)
+    for document in documents:
+        if "path" in document:
+            file = open_text(Path(os.fsdecode(document["path"])))
+        elif "messages" in document:  # a tokenizer learns from what PLAIN_CHAT_TEMPLATE would write
+            messages = json.loads(document["messages"])
+            file = io.StringIO("".join(f"{m['role']}: {m['content']}\n" for m in messages))
+        else:
+            file = io.StringIO("".join(document.values()))
+        where = getattr(file, "name", "a document")
         piece = file.read(PIECE)
         while more := file.read(PIECE):  # read ahead, so that the last piece is known
             cut = max(piece.rfind("\n"), piece.rfind(" "))  # tokens begin with the white space before a word
@@ -684,7 +690,6 @@ def read_pieces(documents, columns):
             yield check_unicode(piece[:cut], where), False
             piece = piece[cut:] + more
         yield check_unicode(piece, where), True
-        file.close()
 
 
 def begin_of_text(tok):
@@ -695,18 +700,17 @@ def begin_of_text(tok):
     return first if first == [tok.bos_token_id] else []
 
 
-def encode_texts(documents, columns, tok):
+def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
     Each token but the first is the target of one row. A row begins with <bos> where the tokenizer writes one,
-    else with the last token of the row before. The last row holds two counts instead of ids, documents
-    dropped and rows cut, because only rows are cached.
+    else with the last token of the row before. The last row has no ids, but a note for the log.
     """
     begin = begin_of_text(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
     n_dropped = 0
     ids = []
-    pieces = read_pieces(documents, columns)
+    pieces = read_pieces(documents)
     while batch := list(itertools.islice(pieces, 16)):
         texts = [text for text, _ in batch]
         # An "<eos>" that is spelled out in a document is text (split_special_tokens).
@@ -723,45 +727,47 @@ def encode_texts(documents, columns, tok):
         ids = ids[n_full * block_size :]
     if len(ids) > overlap:
         yield {"ids": begin + ids}
-    yield {"ids": [n_dropped, 0]}
+    yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
 
 
-def learn_bpe(documents, columns, n_tokens):
-    """Yield a row: a tokenizer of bytes and frequent pairs, learned from at most 100 MB of text, as JSON."""
-    core = ByteLevelBPETokenizer()
-    pieces = itertools.islice(read_pieces(documents, columns), 100_000_000 // PIECE)
-    texts = (text for text, _ in pieces)
-    core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
-    yield {"json": core.to_str()}
-
-
-def load_tokenizer(documents, columns):
-    """Return a tokenizer of transformers; "bpe:N" is learned from the training split, "char" from all."""
-    name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    bpe = re.fullmatch(r"bytes|bpe:(\d+)", name)  # "bytes" is a BPE without pairs
+def learn_tokenizer(name, splits):
+    """Yield a row with a tokenizer as JSON: "char" learns from all splits, "bpe:N" from 100 MB of training."""
     if name == "char":
+        pieces = itertools.chain.from_iterable(map(read_pieces, splits.values()))
         letters = set()
-        for split in documents.values():
-            for text, _ in read_pieces(split, columns):
-                letters.update(text)
+        for text, _ in pieces:
+            letters.update(text)
         core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(sorted(letters))}))
         core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         core.decoder = decoders.Fuse()
-    elif bpe:
-        n_tokens = int(bpe[1] or 257)  # 256 bytes and the end of text
-        train = documents["train"] if bpe[1] else []
-        row = cached(learn_bpe, {"json": datasets.Value("string")}, train, columns, n_tokens)[0]
-        core = Tokenizer.from_str(row["json"])
     else:
-        with named("tokenizer", name):
-            tok = transformers.AutoTokenizer.from_pretrained(name)
-        if not tok("a")["input_ids"]:  # transformers makes an empty tokenizer where files are missing
-            fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
-        if tok.eos_token_id is None:
-            fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
-        return tok
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+        n_tokens = 257 if name == "bytes" else int(name.removeprefix("bpe:"))
+        documents = splits["train"] if n_tokens > 257 else []  # END and the 256 bytes need no text
+        pieces = itertools.islice(read_pieces(documents), 100_000_000 // PIECE)
+        texts = (text for text, _ in pieces)
+        core = ByteLevelBPETokenizer()
+        core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
+    yield {"json": core.to_str()}
+
+
+def load_tokenizer(splits):
+    """Return a tokenizer of transformers, which is learned from the documents unless it is loaded."""
+    name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
+    if re.fullmatch(r"bytes|char|bpe:\d+", name):
+        key = [name, *(documents._fingerprint for documents in splits.values())]
+        row = cached(key, {"json": datasets.Value("string")}, learn_tokenizer, name, splits)[0]
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+        core = Tokenizer.from_str(row["json"])
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    with named("tokenizer", name):
+        tok = transformers.AutoTokenizer.from_pretrained(name)
+    if not tok("a")["input_ids"]:  # transformers makes an empty tokenizer where files are missing
+        fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
+    if tok.eos_token_id is None:
+        fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
+    if not tok.is_fast:
+        fail(f"the tokenizer of {name} is not a fast one, which tells where in the text each token stands")
+    return tok
 
 
 def cut_off(rows, fraction):
@@ -774,7 +780,7 @@ def cut_off(rows, fraction):
 def prepare_data():
     """Return (tokenizer, {split: rows}). Missing splits are cut off from the end of the training rows."""
     datasets.disable_progress_bars()
-    documents, columns = load_documents()
+    documents = load_documents()
     if train_split not in documents:
         fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(documents)}")
     splits = {"train": documents.pop(train_split)}
@@ -786,27 +792,26 @@ def prepare_data():
         else:
             log(f"not used: the split {name}")
 
-    tok = load_tokenizer(splits, columns)
-    features = {"ids": datasets.List(datasets.Value("int32"))}
+    tok = load_tokenizer(splits)
     encode = encode_texts
-    has_answers = columns not in ([], [text_column])
-    if has_answers:
-        features["labels"] = features["ids"]
+    features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
+    columns = splits["train"].column_names
+    if "prompt" in columns or "messages" in columns:
         encode = encode_answers
-        if not tok.chat_template:
-            # See PLAIN_CHAT_TEMPLATE in the section on answers.
-            tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
-        if not tok.is_fast:
-            fail(f"answers are found by a fast tokenizer only, which {tok.name_or_path or tokenizer} is not")
+        features["labels"] = features["ids"]
+    if "messages" in columns and not tok.chat_template:
+        # See PLAIN_CHAT_TEMPLATE in the section on answers.
+        tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
+    version = [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
     for split, found in splits.items():
-        rows = cached(encode, features, found, columns, tok)
+        rows = cached([found._fingerprint, version], features, encode, found, tok)
         n_rows = len(rows) - 1
-        n_dropped, n_cut = rows[n_rows]["ids"]  # see encode_texts()
-        if n_dropped or n_cut:
-            log(f"{split}: {n_dropped} dropped (empty, or without an answer), {n_cut} cut at {block_size=}")
+        note = rows[n_rows]["note"]
+        if note:
+            log(f"{split}: {note}")
         if n_rows == 0:
             fail(f"{dataset=} has nothing to learn from in its {split} split")
-        splits[split] = rows.select(range(n_rows)).with_format("torch")
+        splits[split] = rows.select(range(n_rows)).remove_columns("note").with_format("torch")
 
     if test_fraction and "test" not in splits:
         splits["train"], splits["test"] = cut_off(splits["train"], test_fraction)
@@ -828,11 +833,10 @@ def collate(rows):
     x: token ids (B, T), padded on the right. y: the token after each (B, T), -100 where there is no loss.
     learned: the positions in y.flatten() that have a loss, or None for rows of text, where almost all have.
     """
-    x = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
-    labels = [row.get("labels", row["ids"]) for row in rows]
-    y = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-    x = x[:, :-1].contiguous()
-    y = y[:, 1:].contiguous()
+    inputs = [row["ids"][:-1] for row in rows]
+    targets = [row.get("labels", row["ids"])[1:] for row in rows]
+    x = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+    y = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
     learned = None
     if "labels" in rows[0]:
         learned = (y.flatten() != -100).nonzero()[:, 0]
@@ -1012,37 +1016,34 @@ def open_run_dir():
     if not (resume and is_run and "checkpoint.pt" in files):
         return None
     run = read_json("out_dir", out_dir, "run.json")
-    check_fixed(run, {name: globals()[name] for name in FIXED.split()})
+    for name in FIXED.split():
+        check_fixed(name, run["settings"].get(name), globals()[name])
     return run
 
 
-def check_fixed(run, values):
-    """End the program if the run in out_dir was made with other values of what a resume may not change."""
-    for name, value in values.items():
-        before = run["fixed"].get(name)
-        if before != value:
-            fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {value!r}")
+def check_fixed(name, before, now):
+    """End the program if the run in out_dir was made with another value of what a resume may not change."""
+    if before != now:
+        fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
 def start_run(model, tok, rows, old_run):
     """Write run.json, the tokenizer and this script to out_dir. Return the content of run.json."""
     chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)  # a resume compares these rows
     ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
-    fixed = {name: globals()[name] for name in FIXED.split()}
-    fixed["data"] = f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}"
     run = {
         "kind": "lm",
         "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames GPT to FSDPGPT
         "command": sys.argv,
         "settings": settings(globals()),
-        "fixed": fixed,
+        "data": f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}",
         "rows": {split: len(rows[split]) for split in rows},
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
     }
     if old_run:
-        check_fixed(old_run, fixed)
+        check_fixed("data", old_run["data"], run["data"])
     else:
         for pattern in RUN_FILES.split():
             for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
@@ -1527,14 +1528,16 @@ def set_generation_config(model, tok, rows):
     """Set which tokens end a text and which ids are padding, for generate() and for transformers."""
     ends = {tok.eos_token_id, *end_tokens(model)}
     special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
-    if "labels" in rows.column_names and tok.chat_template:
+    has_answers = "labels" in rows.column_names
+    if has_answers and tok.chat_template:
+        # A chat template may end answers with a token of its own. Look what it writes behind one.
         with contextlib.suppress(Exception):  # a template may demand more than these two messages
             messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
             _, _, tail = tok.apply_chat_template(messages, tokenize=False).rpartition("!")
             found = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in special]
-            ends.update(found[:1])  # a chat template may end answers with a token of its own
+            ends.update(found[:1])
     untrained = special.intersection(rows[0]["ids"].tolist())
-    if "labels" in rows.column_names and adapter and untrained:
+    if has_answers and adapter and untrained:
         names = " ".join(tok.convert_ids_to_tokens(sorted(untrained)))
         log(f"note: the adapter leaves the embeddings of these special tokens as they are: {names}")
     model.generation_config.eos_token_id = sorted(ends)
@@ -1574,7 +1577,7 @@ def read_messages(row, column):
     messages = []
     if row.get("system"):
         messages.append({"role": "system", "content": as_text(row["system"], "system")})
-    for fields in row[column] or []:
+    for fields in row.get(column) or []:
         if not isinstance(fields, dict):
             fail(f"{dataset=}: column {column!r} must hold lists of messages, not {row[column]!r:.60}")
         message = {name: value for name, value in fields.items() if value is not None}
@@ -1586,30 +1589,24 @@ def read_messages(row, column):
     return messages
 
 
-def answers_of(row, columns, tok):
-    """Yield (text, spans) for a row of a table; spans are the (start, end) of its answers, in characters.
+def answers_of(document, tok):
+    """Yield (text, spans) for a document; spans are the (start, end) of its answers, in characters.
 
     A chat template may write earlier turns in another way than the last one (Qwen3 leaves out their
-    thoughts). In that case, each such answer gets its own text, which ends with it. tok: None if the
-    tokenizer is yet to be learned.
+    thoughts). In that case, each such answer gets its own text, which ends with it.
     """
-    if columns[0] == prompt_column:
-        prompt = as_text(row[prompt_column], prompt_column)
-        answer = as_text(row[completion_column], completion_column)
-        yield prompt + answer, [(len(prompt), len(prompt + answer))]
+    if "prompt" in document:
+        text = document["prompt"] + document["completion"]
+        yield text, [(len(document["prompt"]), len(text))]
         return
-    messages = read_messages(row, columns[0])
-    if tok is None:
-        yield "\n".join(message["content"] for message in messages), []
-        return
-    tools = row.get("tools") or None
+    messages = json.loads(document["messages"])
     text = ""
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i > 0:  # an answer to nothing is not learned
             with named("dataset", dataset):
-                parsed = json.loads(tools) if isinstance(tools, str) else tools
-                render = functools.partial(tok.apply_chat_template, tools=parsed, tokenize=False)
+                tools = json.loads(document["tools"])
+                render = functools.partial(tok.apply_chat_template, tools=tools, tokenize=False)
                 prompt = render(messages[:i], add_generation_prompt=True)
                 answered = render(messages[: i + 1])
             if not prompt.startswith(text):  # earlier turns are rewritten: finish the text, begin a new one
@@ -1622,22 +1619,22 @@ def answers_of(row, columns, tok):
     yield text, spans
 
 
-def encode_answers(documents, columns, tok):
+def encode_answers(documents, tok):
     """Yield rows of ids and labels: the ids of what is learned, and -100 elsewhere.
 
-    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row holds
-    two counts instead of ids: documents dropped, rows cut.
+    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row has no
+    ids, but a note for the log.
     """
-    is_chat = columns[0] != prompt_column
+    is_chat = "messages" in documents.column_names
     begin = [] if is_chat else begin_of_text(tok)  # a chat template writes <bos> itself
     ends = [tok.eos_token]
     if is_chat:
         ends += [token.content for token in tok.added_tokens_decoder.values() if token.special]
     n_dropped = 0
     n_cut = 0
-    for row in read_rows(documents):
+    for document in documents:
         n_rows = 0
-        for text, spans in answers_of(row, columns, tok):
+        for text, spans in answers_of(document, tok):
             encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = begin + encoding["input_ids"]
             labels = [-100] * len(begin)
@@ -1661,7 +1658,9 @@ def encode_answers(documents, columns, tok):
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
-    yield {"ids": [n_dropped, n_cut], "labels": []}
+    is_clean = n_dropped == 0 and n_cut == 0
+    note = f"{n_dropped} dropped without an answer, {n_cut} cut at {block_size=}"
+    yield {"note": "" if is_clean else note}
 
 
 # ---- Fine-tuning: only with init_from ----
@@ -1792,21 +1791,24 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         gpt.generation_config = generation_config
         gpt.load_state_dict(weights, strict=False)  # a tied head is stored once
         return gpt
-    if Path(name, "adapter_config.json").exists():
-        import peft
+    if not Path(name, "adapter_config.json").exists():
+        return Pretrained(load_causal_lm(name, dtype, setting))
 
-        base = base or read_json(setting, name, "adapter_config.json")["base_model_name_or_path"]
-        lm = load_causal_lm(base, dtype, setting)
-        with named(setting, name):
-            if Path(name, "generation_config.json").exists():  # of an earlier run
-                lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
-            lm = peft.PeftModel.from_pretrained(lm, name, is_trainable=(adapter == "lora"))
-            stored = safetensors.torch.load_file(Path(name, "adapter_model.safetensors")).keys()
-        expected = peft.get_peft_model_state_dict(lm).keys()
-        if any("lora_" in key for key in expected ^ stored):  # keys that only one of them has
-            fail(f"{setting}={name!r} is an adapter of another model than {base}")
-        return Pretrained(lm)
-    return Pretrained(load_causal_lm(name, dtype, setting))
+    import peft
+
+    with named(setting, name):
+        config = peft.PeftConfig.from_pretrained(name)
+    config.inference_mode = adapter != "lora"
+    base = base or config.base_model_name_or_path
+    lm = load_causal_lm(base, dtype, setting)
+    with named(setting, name):
+        if Path(name, "generation_config.json").exists():  # of an earlier run
+            lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
+        lm = peft.get_peft_model(lm, config)
+        keys = lm.load_adapter(name, "default")
+    if any("lora_" in key for key in keys.missing_keys + keys.unexpected_keys):
+        fail(f"{setting}={name!r} is an adapter of another model than {base}")
+    return Pretrained(lm)
 
 
 def load_causal_lm(name, dtype, setting):
@@ -1826,12 +1828,8 @@ def load_pretrained(precision):
     Under an adapter, the frozen weights are in the precision of training. LoRA: Hu et al. 2021
     (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021 (arXiv:2103.10385).
     """
-    dtype = torch.float32
-    if adapter and precision == "bf16":
-        dtype = torch.bfloat16
-    if adapter and precision == "fp16":
-        dtype = torch.float16
-    model = load_model(init_from, dtype)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    model = load_model(init_from, dtypes[precision] if adapter else torch.float32)
     is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
     if is_adapter and adapter != "lora":
         fail(f"{init_from=} is an adapter: add --adapter=lora, or merge it first by sample.py --merge=FOLDER")
@@ -1861,12 +1859,9 @@ def find_targets(lm):
     if lora_targets == "all-linear":
         return lora_targets
     targets = [name.strip() for name in lora_targets.split(",")]
-    layers = [f".{name}" for name, _ in lm.named_modules()]
     for target in targets:
-        if not any(layer.endswith(f".{target}") for layer in layers):
-            fail(
-                f"{lora_targets=}: {init_from} has no layer {target!r}; all-linear cannot be mixed with names"
-            )
+        if not any(f".{name}".endswith(f".{target}") for name, _ in lm.named_modules()):
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}; names do not mix with all-linear")
     return targets
 
 
