@@ -234,7 +234,8 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Return x (..., T, D) with rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
-    x1, x2 = x.chunk(2, dim=-1)  # rotated by minus the angle, as in nanochat
+    x1, x2 = x.chunk(2, dim=-1)
+    # As in nanochat, each pair is rotated by minus the angle. For attention only differences count.
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
@@ -246,14 +247,16 @@ def attention(q, k, v, p):
     T = q.size(2)
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, p)  # makes the default run 1.2 times as fast
-    is_causal = T > 1  # a single new token attends to all tokens before it, which are in the cache
+    # A single new token attends to all tokens before it, which are in the cache.
+    is_causal = T > 1
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal, enable_gqa=True)
 
 
 def cpu_attention(q, k, v, p):
     """Compute attention() step by step, which on a CPU is faster than torch's kernel for short texts."""
     B, n_head, T, D = q.shape
-    n_shared = n_head // k.size(1)  # heads that share keys and values; stack their queries into one matrix
+    # Stack the queries of the heads that share keys and values into one matrix.
+    n_shared = n_head // k.size(1)
     q = q.reshape(B, -1, n_shared * T, D)  # (B, n_kv_head, n_shared * T, D)
     mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)
     scores = (q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, n_shared * T, T)
@@ -317,7 +320,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    _no_split_modules = ("Block",)  # read by accelerate: FSDP2 gathers the weights of one Block at a time
+    # Read by accelerate: FSDP2 gathers the weights of one Block at a time.
+    _no_split_modules = ("Block",)
 
     def __init__(self, config):
         super().__init__()
@@ -366,7 +370,8 @@ class GPT(nn.Module):
 
         x = self.model.embed_tokens(idx)  # (B, T, C)
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):  # the residual stream in bf16 as well: half the memory
+        if torch.is_autocast_enabled(device_type):
+            # Keep the residual stream in bf16 as well, which takes half the memory.
             x = x.to(torch.get_autocast_dtype(device_type))
         x = F.dropout(norm(x), dropout, self.training)
         cos = self.cos[start : start + idx.size(1)].to(x.dtype)  # (T, D / 2)
@@ -401,7 +406,8 @@ def count_ids(tok):
 def make_gpt(tok):
     """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
     vocab_size = count_ids(tok)
-    if tokenizer not in ("bytes", "char"):  # round up: GPUs multiply such shapes faster
+    if tokenizer not in ("bytes", "char"):
+        # GPUs multiply matrices faster if their sizes are multiples of 64. The padding is never sampled.
         vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
@@ -424,18 +430,22 @@ def make_gpt(tok):
 
 # ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
 
+# The kinds of tables by the suffixes of their files. All other files are text, or cannot be read.
 TABLES = {".json": "json", ".jsonl": "json", ".jsonlines": "json", ".ndjson": "json"}
 TABLES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NOT_TEXT = "7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle"
 NOT_TEXT += " pkl png ppt pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx"
 NOT_TEXT += " zip zst"
+# Folders of Python's source code that are tests or tables.
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
+# The names that folders, files and splits of the Hub have for the three splits.
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 END = "<|endoftext|>"  # of the tokenizers that are learned here
-PIECE = 200_000  # characters that are tokenized at a time, which takes about 100 bytes of memory for each
+# Characters that are tokenized at a time. Each takes about 100 bytes of memory.
+PIECE = 200_000
 
 
 def kind_of(name):
@@ -506,8 +516,10 @@ def find_files():
     root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
     if root.exists():
         files = list(list_files(root, set()))
-    else:  # a pattern, or the name of a dataset of the Hub
-        files = [Path(name) for name in sorted(glob.glob(dataset, recursive=True)) if os.path.isfile(name)]
+    else:
+        # A pattern, or the name of a dataset of the Hub, which matches no files.
+        names = sorted(glob.glob(dataset, recursive=True))
+        files = [Path(name) for name in names if os.path.isfile(name)]
     if not files and not root.is_dir():
         return "hub", {}
     if dataset == "python":
@@ -563,7 +575,8 @@ def read_table(path, kind):
             fail(f"{dataset=}: {path}, row {n} cannot be read ({error}): mend it or take it out")
         if not isinstance(row, dict):
             fail(f"{dataset=}: {path}, row {n} must have named fields, not be {row!r:.50}")
-        if None in row:  # the csv module's name for fields without a name
+        # The csv module gives fields beyond those of the header the name None.
+        if None in row:
             fail(f"{dataset=}: {path}, row {n} has more fields than the first line: quote fields with commas")
         yield row
 
@@ -572,7 +585,8 @@ def choose_columns(names):
     """Return {our name: their name} of the columns of a table that are learned from, and log the others."""
     chats = [name for name in ("messages", "conversations") if name in names]
     if text_column == "text" and chats:
-        columns = {"messages": chats[0], "system": "system", "tools": "tools"}  # some rows lack the last two
+        # Only some rows may have the last two.
+        columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     elif text_column == "text" and prompt_column in names and completion_column in names:
         columns = {"prompt": prompt_column, "completion": completion_column}
     elif text_column in names:
@@ -600,7 +614,8 @@ def load_documents():
             sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
         columns = choose_columns(next(iter(sources.values())).column_names)
     elif kind != "text":
-        names = {}  # a dictionary, because it keeps the order
+        # Rows may lack columns, so look at many. A dictionary keeps the order of the names.
+        names = {}
         for path in itertools.chain(*sources.values()):
             for row in itertools.islice(read_table(path, kind), 100):
                 names |= dict.fromkeys(row)
@@ -615,7 +630,8 @@ def load_documents():
         else:
             version = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
         rows = cached([kind, columns, version], features, read_documents, source, kind, columns)
-        documents[split] = rows.shuffle(seed=0)  # because validation and test are cut off from the end
+        # Validation and test are cut off from the end, so shuffle.
+        documents[split] = rows.shuffle(seed=0)
     return documents
 
 
@@ -634,8 +650,8 @@ def read_documents(source, kind, columns):
             messages = read_messages(row, columns["messages"])
             tools = row.get("tools") or None
             if not isinstance(tools, str):
-                tools = json.dumps(tools, default=str)
-            yield {"messages": json.dumps(messages), "tools": tools}
+                tools = json.dumps(tools, default=str)  # str for dates, which JSON does not have
+            yield {"messages": json.dumps(messages, default=str), "tools": tools}
         else:
             yield {name: as_text(row.get(column), column) for name, column in columns.items()}
 
@@ -644,7 +660,9 @@ def cached(key, features, generator, *args):
     """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same."""
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith(("Data", "Answers"))]
-    fingerprint = hashlib.md5(repr([key, generator.__name__, block_size, code]).encode()).hexdigest()
+    state = repr([key, generator.__name__, block_size, code])
+    fingerprint = hashlib.md5(state.encode()).hexdigest()
+    # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
@@ -653,10 +671,10 @@ def as_text(value, column):
     """Return a field of a table as text: "" for None, and the joined text of OpenAI's list of parts."""
     if value is None:
         return ""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in value
-    ):
-        return "".join(part["text"] for part in value)
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        if parts == value:
+            return "".join(part["text"] for part in parts)
     if not isinstance(value, str):
         fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
     return check_unicode(value, f"column {column!r}")
@@ -676,15 +694,18 @@ def read_pieces(documents):
     for document in documents:
         if "path" in document:
             file = open_text(Path(os.fsdecode(document["path"])))
-        elif "messages" in document:  # a tokenizer learns from what PLAIN_CHAT_TEMPLATE would write
+        elif "messages" in document:
+            # A tokenizer learns from what PLAIN_CHAT_TEMPLATE would write.
             messages = json.loads(document["messages"])
             file = io.StringIO("".join(f"{m['role']}: {m['content']}\n" for m in messages))
         else:
             file = io.StringIO("".join(document.values()))
         where = getattr(file, "name", "a document")
+        # Read one piece ahead, so that the last one is known.
         piece = file.read(PIECE)
-        while more := file.read(PIECE):  # read ahead, so that the last piece is known
-            cut = max(piece.rfind("\n"), piece.rfind(" "))  # tokens begin with the white space before a word
+        while more := file.read(PIECE):
+            # Cut before white space, which is the beginning of the token of the word behind it.
+            cut = max(piece.rfind("\n"), piece.rfind(" "))
             if cut < 1:
                 cut = len(piece)
             yield check_unicode(piece[:cut], where), False
@@ -694,7 +715,8 @@ def read_pieces(documents):
 
 def begin_of_text(tok):
     """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
-    if not tok("")["input_ids"]:  # GPT-2 and Qwen write nothing
+    # GPT-2 and Qwen write nothing. Neither does a tokenizer of characters, which may not know an "a".
+    if not tok("")["input_ids"]:
         return []
     first = tok("a")["input_ids"][:1]
     return first if first == [tok.bos_token_id] else []
@@ -727,7 +749,7 @@ def encode_texts(documents, tok):
         ids = ids[n_full * block_size :]
     if len(ids) > overlap:
         yield {"ids": begin + ids}
-    yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
+    yield {"note": f"{n_dropped} dropped (empty)" if n_dropped else ""}
 
 
 def learn_tokenizer(name, splits):
@@ -737,7 +759,8 @@ def learn_tokenizer(name, splits):
         letters = set()
         for text, _ in pieces:
             letters.update(text)
-        core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(sorted(letters))}))
+        vocabulary = {letter: i for i, letter in enumerate(sorted(letters))}
+        core = Tokenizer(models.WordLevel(vocabulary))
         core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         core.decoder = decoders.Fuse()
     else:
@@ -761,7 +784,8 @@ def load_tokenizer(splits):
         return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
     with named("tokenizer", name):
         tok = transformers.AutoTokenizer.from_pretrained(name)
-    if not tok("a")["input_ids"]:  # transformers makes an empty tokenizer where files are missing
+    # transformers makes an empty tokenizer where files are missing.
+    if not tok("a")["input_ids"]:
         fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
@@ -856,7 +880,8 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
             epoch = step // n_batches
             rng = np.random.default_rng([seed, epoch])
             rows = rng.permutation(len(lengths))
-            rows = np.resize(rows, n_batches * batch_size)  # drop an incomplete batch, or repeat too few rows
+            # Drop an incomplete last batch, or repeat rows if there are too few for one batch.
+            rows = np.resize(rows, n_batches * batch_size)
             # Let rows of similar length meet, but not the same ones in every epoch.
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
             rows = rows[np.argsort(noisy_lengths)]
@@ -1154,7 +1179,8 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     for i in range(0, math.ceil(n_rows / WORLD), micro_size):
         batch = mine[i : i + micro_size]
         x, y, learned = collate([rows[j] for j in batch or [0]])
-        if not batch:  # no rows are left for this process, but FSDP2 needs it in every forward pass
+        if not batch:
+            # No rows are left for this process, but FSDP2 needs it in every forward pass.
             y = torch.full_like(y, -100)
         with accelerator.autocast():
             loss = model(*send_to_device((x, y, learned), accelerator.device))
@@ -1194,7 +1220,8 @@ def write_sample(model, tok, row, step):
         n = (row["labels"] != -100).nonzero()[0].item()
     prompt = row["ids"][:n].tolist()
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # each new length would be compiled, for a minute
+    # Each new length would be compiled, for a minute.
+    with torch.compiler.set_stance("force_eager"):
         continued = generate(unwrap(model), prompt, 1, 200, count_ids(tok), temperature=0.8, seed=seed)
         tokens = [token.item() for token in continued]
     model.train()
@@ -1603,13 +1630,15 @@ def answers_of(document, tok):
     text = ""
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0:  # an answer to nothing is not learned
+        # An answer to nothing is not learned.
+        if message["role"] == "assistant" and i > 0:
             with named("dataset", dataset):
                 tools = json.loads(document["tools"])
                 render = functools.partial(tok.apply_chat_template, tools=tools, tokenize=False)
                 prompt = render(messages[:i], add_generation_prompt=True)
                 answered = render(messages[: i + 1])
-            if not prompt.startswith(text):  # earlier turns are rewritten: finish the text, begin a new one
+            # Where the template has rewritten earlier turns, finish the text and begin a new one.
+            if not prompt.startswith(text):
                 yield text, spans
                 spans = []
             # DeepSeek-R1's prompt ends with "<think>", which the message lacks: look where the two part.
@@ -1643,10 +1672,12 @@ def encode_answers(documents, tok):
                 labels.append(token if is_learned else -100)
             if max(labels, default=-100) < 0:
                 continue
-            if not text.rstrip().endswith(tuple(ends)):  # else the model would never stop
+            # Without an end behind the last answer, the model would never stop.
+            if not text.rstrip().endswith(tuple(ends)):
                 ids.append(tok.eos_token_id)
                 labels.append(tok.eos_token_id)
-            if labels[0] >= 0:  # the first token of a row is never a target, so put an <eos> before it
+            # The first token of a row is never a target, so put an <eos> before one that is learned.
+            if labels[0] >= 0:
                 ids.insert(0, tok.eos_token_id)
                 labels.insert(0, -100)
             if len(ids) > block_size + 1:
@@ -1658,9 +1689,8 @@ def encode_answers(documents, tok):
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
-    is_clean = n_dropped == 0 and n_cut == 0
-    note = f"{n_dropped} dropped without an answer, {n_cut} cut at {block_size=}"
-    yield {"note": "" if is_clean else note}
+    note = f"{n_dropped} dropped (without an answer), {n_cut} cut at {block_size=}"
+    yield {"note": note if n_dropped or n_cut else ""}
 
 
 # ---- Fine-tuning: only with init_from ----
@@ -1681,7 +1711,8 @@ class Pretrained(nn.Module):
         self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
         positions = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.context = positions - self.n_virtual
-        self.has_plain_head = False  # True if logits(hidden_states(idx)) is right; set by check_model()
+        # True if logits(hidden_states(idx)) are the logits of the model; check_model() finds out.
+        self.has_plain_head = False
 
     def forward(self, idx, targets=None, learned=None, cache=None):
         """Do as GPT.forward() does. The cache stays empty if the model has none."""
@@ -1689,7 +1720,8 @@ class Pretrained(nn.Module):
         # No mask is needed: padding is on the right, where causal attention does not look.
         if cache is not None:
             lm = self.lm
-            if cache and self.n_virtual:  # the cache has the virtual tokens: peft must not add them again
+            # Once the cache has the virtual tokens, peft must not add them again.
+            if cache and self.n_virtual:
                 lm = self.lm.base_model
             out = lm(input_ids=idx, use_cache=True, **cache)
             if out.get("past_key_values") is not None:
@@ -1706,12 +1738,14 @@ class Pretrained(nn.Module):
             hidden = hidden[learned]
             targets = targets[learned]
         trained = [p for p in self.lm.get_output_embeddings().parameters() if p.requires_grad]
-        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))  # positions whose fp32 logits take 128 MB
+        # The number of positions whose logits take 128 MB in fp32.
+        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
         return SumOfLosses.apply(hidden, targets, self.logits, size, *trained)
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        no_logits = idx.new_empty(0)  # logits are wanted for no position: skip the output layer
+        # Ask for the logits of no position, which skips the output layer.
+        no_logits = idx.new_empty(0)
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_logits)
         return out.hidden_states[-1][:, -idx.size(1) :]
 
@@ -1768,7 +1802,8 @@ def check_model(model):
     tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()  # far above rounding errors
     if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
         fail(f"{init_from=} is not a causal language model: its tokens see later ones")
-    with contextlib.suppress(TypeError, AttributeError):  # the model lacks an argument or an output layer
+    # Some models have no output layer, or do not take the arguments of hidden_states().
+    with contextlib.suppress(TypeError, AttributeError):
         difference = (model.logits(model.hidden_states(idx)) - logits).abs().max()
         model.has_plain_head = (difference < 0.01 * tolerance).item()
     model.train()
@@ -1785,11 +1820,10 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     if is_run and not adapter and read_json(setting, name, "run.json")["model"] == "GPT":
         with named(setting, name):
             config = transformers.NanoChatConfig.from_json_file(Path(name, "config.json"))
-            generation_config = transformers.GenerationConfig.from_pretrained(name)
-            weights = safetensors.torch.load_file(Path(name, "model.safetensors"))
         gpt = GPT(config)
-        gpt.generation_config = generation_config
-        gpt.load_state_dict(weights, strict=False)  # a tied head is stored once
+        with named(setting, name):
+            gpt.generation_config = transformers.GenerationConfig.from_pretrained(name)
+            safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))
         return gpt
     if not Path(name, "adapter_config.json").exists():
         return Pretrained(load_causal_lm(name, dtype, setting))
@@ -1799,15 +1833,16 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     with named(setting, name):
         config = peft.PeftConfig.from_pretrained(name)
     config.inference_mode = adapter != "lora"
-    base = base or config.base_model_name_or_path
-    lm = load_causal_lm(base, dtype, setting)
+    if base:
+        config.base_model_name_or_path = base
+    lm = load_causal_lm(config.base_model_name_or_path, dtype, setting)
     with named(setting, name):
         if Path(name, "generation_config.json").exists():  # of an earlier run
             lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
         lm = peft.get_peft_model(lm, config)
         keys = lm.load_adapter(name, "default")
     if any("lora_" in key for key in keys.missing_keys + keys.unexpected_keys):
-        fail(f"{setting}={name!r} is an adapter of another model than {base}")
+        fail(f"{setting}={name!r} is an adapter of another model than {lm.name_or_path}")
     return Pretrained(lm)
 
 
@@ -1867,8 +1902,9 @@ def find_targets(lm):
 
 def check_ids(model, splits):
     """End the program if the data has ids beyond the vocabulary of the model."""
+    # From scratch, the model was made for the tokenizer, so there is no need to read all ids at each start.
     if init_from == "scratch":
-        return  # the model was made for the tokenizer, so there is no need to read all ids at each start
+        return
     for rows in splits.values():
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()
