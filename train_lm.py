@@ -625,11 +625,12 @@ def load_documents():
 
     documents = {}
     for split, source in sources.items():
+        key = [kind, columns]
         if kind == "hub":
-            version = source._fingerprint
+            key.append(source._fingerprint)
         else:
-            version = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
-        rows = cached([kind, columns, version], features, read_documents, source, kind, columns)
+            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+        rows = cached(key, features, read_documents, source, kind, columns)
         # Validation and test are cut off from the end, so shuffle.
         documents[split] = rows.shuffle(seed=0)
     return documents
@@ -657,10 +658,13 @@ def read_documents(source, kind, columns):
 
 
 def cached(key, features, generator, *args):
-    """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same."""
+    """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same.
+
+    A Dataset among the args is represented in the key by its _fingerprint, which stands for its content.
+    """
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith(("Data", "Answers"))]
-    state = repr([key, generator.__name__, block_size, code])
+    state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
     # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
     make_rows = functools.partial(generator, *args)
@@ -692,15 +696,16 @@ def check_unicode(text, where):
 def read_pieces(documents):
     """Yield (piece, is_last) of the texts of documents; is_last marks the last piece of each document."""
     for document in documents:
+        where = "a document"
         if "path" in document:
-            file = open_text(Path(os.fsdecode(document["path"])))
+            where = os.fsdecode(document["path"])
+            file = open_text(Path(where))
         elif "messages" in document:
             # A tokenizer learns from what PLAIN_CHAT_TEMPLATE would write.
             messages = json.loads(document["messages"])
             file = io.StringIO("".join(f"{m['role']}: {m['content']}\n" for m in messages))
         else:
             file = io.StringIO("".join(document.values()))
-        where = getattr(file, "name", "a document")
         # Read one piece ahead, so that the last one is known.
         piece = file.read(PIECE)
         while more := file.read(PIECE):
@@ -804,15 +809,15 @@ def cut_off(rows, fraction):
 def prepare_data():
     """Return (tokenizer, {split: rows}). Missing splits are cut off from the end of the training rows."""
     datasets.disable_progress_bars()
-    documents = load_documents()
-    if train_split not in documents:
-        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(documents)}")
-    splits = {"train": documents.pop(train_split)}
+    found = load_documents()
+    if train_split not in found:
+        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(found)}")
+    splits = {"train": found.pop(train_split)}
     wanted = {"validation": val_fraction and not fold, "test": test_fraction}
-    for name, found in documents.items():
+    for name, documents in found.items():
         split = SPLITS.get(name)
         if wanted.get(split) and split not in splits:
-            splits[split] = found
+            splits[split] = documents
         else:
             log(f"not used: the split {name}")
 
@@ -826,9 +831,9 @@ def prepare_data():
     if "messages" in columns and not tok.chat_template:
         # See PLAIN_CHAT_TEMPLATE in the section on answers.
         tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
-    version = [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
-    for split, found in splits.items():
-        rows = cached([found._fingerprint, version], features, encode, found, tok)
+    key = [block_size, tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
+    for split, documents in splits.items():
+        rows = cached([documents._fingerprint, *key], features, encode, documents, tok)
         n_rows = len(rows) - 1
         note = rows[n_rows]["note"]
         if note:
@@ -1872,9 +1877,8 @@ def load_pretrained(precision):
         import peft
 
         if adapter == "lora":
-            config = peft.LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, target_modules=find_targets(model.lm)
-            )
+            targets = find_targets(model.lm)
+            config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
         else:
             size = model.config.hidden_size
             config = peft.PromptEncoderConfig(num_virtual_tokens=virtual_tokens, encoder_hidden_size=size)
