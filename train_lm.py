@@ -234,7 +234,8 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Return x (..., T, D) with rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
-    x1, x2 = x.chunk(2, dim=-1)  # rotated by minus the angle, as in nanochat
+    x1, x2 = x.chunk(2, dim=-1)
+    # As in nanochat, each pair is rotated by minus the angle. For attention only differences count.
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
@@ -246,14 +247,16 @@ def attention(q, k, v, p):
     T = q.size(2)
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, p)  # makes the default run 1.2 times as fast
-    is_causal = T > 1  # a single new token attends to all tokens before it, which are in the cache
+    # A single new token attends to all tokens before it, which are in the cache.
+    is_causal = T > 1
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal, enable_gqa=True)
 
 
 def cpu_attention(q, k, v, p):
     """Compute attention() step by step, which on a CPU is faster than torch's kernel for short texts."""
     B, n_head, T, D = q.shape
-    n_shared = n_head // k.size(1)  # heads that share keys and values; stack their queries into one matrix
+    # Stack the queries of the heads that share keys and values into one matrix.
+    n_shared = n_head // k.size(1)
     q = q.reshape(B, -1, n_shared * T, D)  # (B, n_kv_head, n_shared * T, D)
     mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)
     scores = (q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, n_shared * T, T)
@@ -317,7 +320,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    _no_split_modules = ("Block",)  # read by accelerate: FSDP2 gathers the weights of one Block at a time
+    # Read by accelerate: FSDP2 gathers the weights of one Block at a time.
+    _no_split_modules = ("Block",)
 
     def __init__(self, config):
         super().__init__()
@@ -366,7 +370,8 @@ class GPT(nn.Module):
 
         x = self.model.embed_tokens(idx)  # (B, T, C)
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):  # the residual stream in bf16 as well: half the memory
+        if torch.is_autocast_enabled(device_type):
+            # Keep the residual stream in bf16 as well, which takes half the memory.
             x = x.to(torch.get_autocast_dtype(device_type))
         x = F.dropout(norm(x), dropout, self.training)
         cos = self.cos[start : start + idx.size(1)].to(x.dtype)  # (T, D / 2)
@@ -401,7 +406,8 @@ def count_ids(tok):
 def make_gpt(tok):
     """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
     vocab_size = count_ids(tok)
-    if tokenizer not in ("bytes", "char"):  # round up: GPUs multiply such shapes faster
+    if tokenizer not in ("bytes", "char"):
+        # GPUs multiply matrices faster if their sizes are multiples of 64. The padding is never sampled.
         vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
@@ -424,18 +430,22 @@ def make_gpt(tok):
 
 # ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
 
+# The kinds of tables by the suffixes of their files. All other files are text, or cannot be read.
 TABLES = {".json": "json", ".jsonl": "json", ".jsonlines": "json", ".ndjson": "json"}
 TABLES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NOT_TEXT = "7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle"
 NOT_TEXT += " pkl png ppt pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx"
 NOT_TEXT += " zip zst"
+# Folders of Python's source code that are tests or tables.
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
+# The names that folders, files and splits of the Hub have for the three splits.
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 END = "<|endoftext|>"  # of the tokenizers that are learned here
-PIECE = 200_000  # characters that are tokenized at a time, which takes about 100 bytes of memory for each
+# Characters that are tokenized at a time. Each takes about 100 bytes of memory.
+PIECE = 200_000
 
 
 def kind_of(name):
@@ -458,24 +468,24 @@ def split_of(path):
     return "train"
 
 
-def list_files(root):
-    """Return the files below a folder that are not hidden. Follow links, but return each file once."""
-    files = []
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        skipped = NOT_LIBRARY if dataset == "python" else ()
-        # os.walk enters those that remain in the list.
-        subfolders[:] = [name for name in subfolders if name[0] != "." and name not in skipped]
-        if os.path.realpath(folder) in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            path = Path(folder, name)
-            if name[0] != "." and path.is_file() and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
-                files.append(path)
-    return sorted(files)
+def list_files(path, seen):
+    """Yield the file, or the files below the folder, that are not hidden. seen: the real paths of those before.
+
+    Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
+    """
+    real_path = os.path.realpath(path)
+    if real_path in seen:
+        return
+    seen.add(real_path)
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        with named("dataset", dataset):
+            children = sorted(path.iterdir())
+        for child in children:
+            is_skipped = dataset == "python" and child.name in NOT_LIBRARY
+            if child.name[0] != "." and not is_skipped:
+                yield from list_files(child, seen)
 
 
 def open_text(path, newline=None):
@@ -497,38 +507,42 @@ def is_text(path):
 def find_files():
     """Return (kind, {split: paths}) for the files that `dataset` names, or ("hub", {}) if there are none."""
     if "://" in dataset:
-        with named("dataset", dataset):
-            path = datasets.DownloadManager().download_and_extract(dataset)
         kind = kind_of(dataset.split("?")[0])
         if kind == "":
             fail(f"{dataset=} names a kind of file that cannot be read")
+        with named("dataset", dataset):
+            path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
     root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
-    if root.is_dir():
-        files = list_files(root)
+    if root.exists():
+        files = list(list_files(root, set()))
     else:
-        names = [dataset] if root.exists() else glob.glob(dataset, recursive=True)
-        files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
-        if not files:
-            return "hub", {}
+        # A pattern, or the name of a dataset of the Hub, which matches no files.
+        names = sorted(glob.glob(dataset, recursive=True))
+        files = [Path(name) for name in names if os.path.isfile(name)]
+    if not files and not root.is_dir():
+        return "hub", {}
     if dataset == "python":
         files = [path for path in files if path.suffix == ".py"]
 
     # Tables win over texts (a README.md is often beside them). Of several kinds, the largest table decides.
-    tables = [path for path in files if kind_of(path.name) not in ("", "text")]
-    kind = kind_of(max(tables, key=os.path.getsize).name) if tables else "text"
-    used = [path for path in files if kind_of(path.name) == kind and (tables or is_text(path))]
+    kind = "text"
+    tables = [path for path in files if kind_of(path.name) in TABLES.values()]
+    if tables:
+        kind = kind_of(max(tables, key=os.path.getsize).name)
+    used = [path for path in files if kind_of(path.name) == kind]
+    if kind == "text":
+        used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
         log(f"left out: {len(left_out)} files that are not {kind}, or not UTF-8, such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
 
-    if dataset == "python" or not root.is_dir():
-        return kind, {"train": used}
     paths = defaultdict(list)
     for path in used:
-        paths[split_of(path.relative_to(root))].append(path)
+        split = split_of(path.relative_to(root)) if root.is_dir() else "train"
+        paths[split].append(path)
     return kind, paths
 
 
@@ -541,13 +555,12 @@ def parse_table(path, kind):
         csv.field_size_limit(2**31 - 1)  # the default is too small for texts
         delimiter = "," if kind == "csv" else "\t"
         yield from csv.DictReader(open_text(path, newline=""), delimiter=delimiter, strict=True)
+    elif open_text(path).read(PIECE).lstrip().startswith("["):  # the file is one array
+        yield from json.load(open_text(path))
     else:
-        lines = (line for line in open_text(path) if line.strip())
-        first = next(lines, "")
-        if first.lstrip().startswith("["):  # the file is one array
-            yield from json.load(open_text(path))
-        elif first:
-            yield from map(json.loads, itertools.chain([first], lines))
+        for line in open_text(path):
+            if line.strip():
+                yield json.loads(line)
 
 
 def read_table(path, kind):
@@ -562,84 +575,99 @@ def read_table(path, kind):
             fail(f"{dataset=}: {path}, row {n} cannot be read ({error}): mend it or take it out")
         if not isinstance(row, dict):
             fail(f"{dataset=}: {path}, row {n} must have named fields, not be {row!r:.50}")
-        if None in row:  # the csv module's name for fields without a name
+        # The csv module gives fields beyond those of the header the name None.
+        if None in row:
             fail(f"{dataset=}: {path}, row {n} has more fields than the first line: quote fields with commas")
         yield row
 
 
 def choose_columns(names):
-    """Return those of a table's columns that are learned from, and log the others."""
-    if text_column == "text" and {"messages", "conversations"} & set(names):
-        chat = "messages" if "messages" in names else "conversations"
-        columns = [chat, "system", "tools"]  # only some rows may have the last two
+    """Return {our name: their name} of the columns of a table that are learned from, and log the others."""
+    chats = [name for name in ("messages", "conversations") if name in names]
+    if text_column == "text" and chats:
+        # Only some rows may have the last two.
+        columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     elif text_column == "text" and prompt_column in names and completion_column in names:
-        columns = [prompt_column, completion_column]
+        columns = {"prompt": prompt_column, "completion": completion_column}
     elif text_column in names:
-        columns = [text_column]
+        columns = {"text": text_column}
     else:
         fail(f"{dataset=} has no column {text_column!r}: --text_column= takes one of {', '.join(names)}")
-    unused = [name for name in names if name not in columns]
-    used = ", ".join(name for name in columns if name in names)
-    log(f"columns: {used}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+    used = [name for name in columns.values() if name in names]
+    unused = [name for name in names if name not in used]
+    log(f"columns: {', '.join(used)}" + (f"; not used: {', '.join(unused)}" if unused else ""))
     return columns
 
 
 def load_documents():
-    """Return ({split: documents}, columns): paths of texts and no columns, or Datasets and their columns."""
-    kind, paths = find_files()
-    documents = {}
-    if kind == "text":
-        for split, files in paths.items():
-            # Shuffle, because validation and test are cut off from the end; in the same way for every seed.
-            order = np.random.default_rng(0).permutation(len(files))
-            documents[split] = [files[i] for i in order]
-        return documents, []
+    """Return {split: documents}, in a random order that is the same for every seed.
+
+    A document is a dictionary with "path" (of a file of text), with "text", with "prompt" and "completion",
+    or with "messages" and "tools" (as JSON; the messages begin with the system message, if there is one).
+    """
+    kind, sources = find_files()
+    columns = {}
+    features = {"path": datasets.Value("binary")}  # the name of a file may not be UTF-8
     if kind == "hub":
         name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
         with named("dataset", dataset):
-            documents = dict(datasets.load_dataset(name, config or None, revision=revision or None))
-        columns = choose_columns(next(iter(documents.values())).column_names)
-    else:
-        names = {}  # a dictionary, because it keeps the order
-        for path in itertools.chain(*paths.values()):
+            sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
+        columns = choose_columns(next(iter(sources.values())).column_names)
+    elif kind != "text":
+        # Rows may lack columns, so look at many. A dictionary keeps the order of the names.
+        names = {}
+        for path in itertools.chain(*sources.values()):
             for row in itertools.islice(read_table(path, kind), 100):
                 names |= dict.fromkeys(row)
         columns = choose_columns(list(names))
-        for split, files in paths.items():
-            documents[split] = cached(rows_as_json, {"_json": datasets.Value("string")}, files, kind, columns)
-    return {split: rows.shuffle(seed=0) for split, rows in documents.items()}, columns
+    if columns:
+        features = dict.fromkeys(columns, datasets.Value("string"))
 
-
-def rows_as_json(files, kind, columns):
-    """Yield the rows of tables as JSON: Arrow does not allow a field to have another type in another row."""
-    for path in files:
-        for row in read_table(path, kind):
-            yield {"_json": json.dumps({name: row.get(name) for name in columns}, default=str)}
-
-
-def read_rows(documents):
-    """Yield the rows of a table that load_documents() returned, as dictionaries."""
-    for row in documents:
-        yield json.loads(row["_json"]) if "_json" in row else row
-
-
-def cached(generator, features, *args):
-    """Return what generator(*args) yields as a Dataset, from a cache if arguments and code are the same."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    key = re.findall(r"^# ---- (?:Data|Answers).*?(?=^# ----)", source, re.MULTILINE | re.DOTALL)
-    key += [generator.__name__, block_size]
-    for arg in args:
-        if isinstance(arg, datasets.Dataset):
-            key.append(arg._fingerprint)
-        elif isinstance(arg, transformers.PreTrainedTokenizerBase):
-            key += [arg.backend_tokenizer.to_str() if arg.is_fast else arg.name_or_path]
-            key += [arg.special_tokens_map, arg.chat_template]
-        elif isinstance(arg, list) and arg and isinstance(arg[0], Path):
-            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in arg]
+    documents = {}
+    for split, source in sources.items():
+        key = [kind, columns]
+        if kind == "hub":
+            key.append(source._fingerprint)
         else:
-            key.append(arg)
+            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+        rows = cached(key, features, read_documents, source, kind, columns)
+        # Validation and test are cut off from the end, so shuffle.
+        documents[split] = rows.shuffle(seed=0)
+    return documents
+
+
+def read_documents(source, kind, columns):
+    """Yield the documents of a split. source: paths of files, or a Dataset of the Hub."""
+    if kind == "text":
+        for path in source:
+            yield {"path": os.fsencode(path)}
+        return
+    if kind == "hub":
+        rows = source.select_columns([name for name in columns.values() if name in source.column_names])
+    else:
+        rows = itertools.chain.from_iterable(read_table(path, kind) for path in source)
+    for row in rows:
+        if "messages" in columns:
+            messages = read_messages(row, columns["messages"])
+            tools = row.get("tools") or None
+            if not isinstance(tools, str):
+                tools = json.dumps(tools, default=str)  # str for dates, which JSON does not have
+            yield {"messages": json.dumps(messages, default=str), "tools": tools}
+        else:
+            yield {name: as_text(row.get(column), column) for name, column in columns.items()}
+
+
+def cached(key, features, generator, *args):
+    """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same.
+
+    A Dataset among the args is represented in the key by its _fingerprint, which stands for its content.
+    """
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
+    code = [section for section in sections if section.startswith(("Data", "Answers"))]
+    state = repr([key, generator.__name__, code])
+    fingerprint = hashlib.md5(state.encode()).hexdigest()
+    # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
     make_rows = functools.partial(generator, *args)
-    fingerprint = hashlib.md5(repr(key).encode()).hexdigest()
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
@@ -647,10 +675,10 @@ def as_text(value, column):
     """Return a field of a table as text: "" for None, and the joined text of OpenAI's list of parts."""
     if value is None:
         return ""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in value
-    ):
-        return "".join(part["text"] for part in value)
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        if parts == value:
+            return "".join(part["text"] for part in parts)
     if not isinstance(value, str):
         fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
     return check_unicode(value, f"column {column!r}")
@@ -665,48 +693,51 @@ def check_unicode(text, where):
     return text
 
 
-def read_pieces(documents, columns):
+def read_pieces(documents):
     """Yield (piece, is_last) of the texts of documents; is_last marks the last piece of each document."""
-    if not columns:
-        files = (open_text(path) for path in documents)
-    elif columns == [text_column]:
-        files = (io.StringIO(as_text(row[text_column], text_column)) for row in read_rows(documents))
-    else:  # chats, or prompts and answers, from which a tokenizer learns
-        rows = read_rows(documents)
-        files = (io.StringIO(text) for row in rows for text, _ in answers_of(row, columns, None))
-    for file in files:
-        where = getattr(file, "name", columns)
+    for document in documents:
+        where = "a document"
+        if "path" in document:
+            where = os.fsdecode(document["path"])
+            file = open_text(Path(where))
+        elif "messages" in document:
+            # A tokenizer learns from what PLAIN_CHAT_TEMPLATE would write.
+            messages = json.loads(document["messages"])
+            file = io.StringIO("".join(f"{m['role']}: {m['content']}\n" for m in messages))
+        else:
+            file = io.StringIO("".join(document.values()))
+        # Read one piece ahead, so that the last one is known.
         piece = file.read(PIECE)
-        while more := file.read(PIECE):  # read ahead, so that the last piece is known
-            cut = max(piece.rfind("\n"), piece.rfind(" "))  # tokens begin with the white space before a word
+        while more := file.read(PIECE):
+            # Cut before white space, which is the beginning of the token of the word behind it.
+            cut = max(piece.rfind("\n"), piece.rfind(" "))
             if cut < 1:
                 cut = len(piece)
             yield check_unicode(piece[:cut], where), False
             piece = piece[cut:] + more
         yield check_unicode(piece, where), True
-        file.close()
 
 
 def begin_of_text(tok):
     """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
-    if not tok("")["input_ids"]:  # GPT-2 and Qwen write nothing
+    # GPT-2 and Qwen write nothing. Neither does a tokenizer of characters, which may not know an "a".
+    if not tok("")["input_ids"]:
         return []
     first = tok("a")["input_ids"][:1]
     return first if first == [tok.bos_token_id] else []
 
 
-def encode_texts(documents, columns, tok):
+def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
     Each token but the first is the target of one row. A row begins with <bos> where the tokenizer writes one,
-    else with the last token of the row before. The last row holds two counts instead of ids, documents
-    dropped and rows cut, because only rows are cached.
+    else with the last token of the row before. The last row has no ids, but a note for the log.
     """
     begin = begin_of_text(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
     n_dropped = 0
     ids = []
-    pieces = read_pieces(documents, columns)
+    pieces = read_pieces(documents)
     while batch := list(itertools.islice(pieces, 16)):
         texts = [text for text, _ in batch]
         # An "<eos>" that is spelled out in a document is text (split_special_tokens).
@@ -723,45 +754,49 @@ def encode_texts(documents, columns, tok):
         ids = ids[n_full * block_size :]
     if len(ids) > overlap:
         yield {"ids": begin + ids}
-    yield {"ids": [n_dropped, 0]}
+    yield {"note": f"{n_dropped} dropped (empty)" if n_dropped else ""}
 
 
-def learn_bpe(documents, columns, n_tokens):
-    """Yield a row: a tokenizer of bytes and frequent pairs, learned from at most 100 MB of text, as JSON."""
-    core = ByteLevelBPETokenizer()
-    pieces = itertools.islice(read_pieces(documents, columns), 100_000_000 // PIECE)
-    texts = (text for text, _ in pieces)
-    core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
+def learn_tokenizer(name, splits):
+    """Yield a row with a tokenizer as JSON: "char" learns from all splits, "bpe:N" from 100 MB of training."""
+    if name == "char":
+        pieces = itertools.chain.from_iterable(map(read_pieces, splits.values()))
+        letters = set()
+        for text, _ in pieces:
+            letters.update(text)
+        vocabulary = {letter: i for i, letter in enumerate(sorted(letters))}
+        core = Tokenizer(models.WordLevel(vocabulary))
+        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        core.decoder = decoders.Fuse()
+    else:
+        n_tokens = 257 if name == "bytes" else int(name.removeprefix("bpe:"))
+        documents = splits["train"] if n_tokens > 257 else []  # END and the 256 bytes need no text
+        pieces = itertools.islice(read_pieces(documents), 100_000_000 // PIECE)
+        texts = (text for text, _ in pieces)
+        core = ByteLevelBPETokenizer()
+        core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
     yield {"json": core.to_str()}
 
 
-def load_tokenizer(documents, columns):
-    """Return a tokenizer of transformers; "bpe:N" is learned from the training split, "char" from all."""
+def load_tokenizer(splits):
+    """Return a tokenizer of transformers, which is learned from the documents unless it is loaded."""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    bpe = re.fullmatch(r"bytes|bpe:(\d+)", name)  # "bytes" is a BPE without pairs
-    if name == "char":
-        letters = set()
-        for split in documents.values():
-            for text, _ in read_pieces(split, columns):
-                letters.update(text)
-        core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(sorted(letters))}))
-        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        core.decoder = decoders.Fuse()
-    elif bpe:
-        n_tokens = int(bpe[1] or 257)  # 256 bytes and the end of text
-        train = documents["train"] if bpe[1] else []
-        row = cached(learn_bpe, {"json": datasets.Value("string")}, train, columns, n_tokens)[0]
+    if re.fullmatch(r"bytes|char|bpe:\d+", name):
+        key = [name, *(documents._fingerprint for documents in splits.values())]
+        row = cached(key, {"json": datasets.Value("string")}, learn_tokenizer, name, splits)[0]
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
         core = Tokenizer.from_str(row["json"])
-    else:
-        with named("tokenizer", name):
-            tok = transformers.AutoTokenizer.from_pretrained(name)
-        if not tok("a")["input_ids"]:  # transformers makes an empty tokenizer where files are missing
-            fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
-        if tok.eos_token_id is None:
-            fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
-        return tok
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    with named("tokenizer", name):
+        tok = transformers.AutoTokenizer.from_pretrained(name)
+    # transformers makes an empty tokenizer where files are missing.
+    if not tok("a")["input_ids"]:
+        fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
+    if tok.eos_token_id is None:
+        fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
+    if not tok.is_fast:
+        fail(f"the tokenizer of {name} is not a fast one, which tells where in the text each token stands")
+    return tok
 
 
 def cut_off(rows, fraction):
@@ -774,39 +809,38 @@ def cut_off(rows, fraction):
 def prepare_data():
     """Return (tokenizer, {split: rows}). Missing splits are cut off from the end of the training rows."""
     datasets.disable_progress_bars()
-    documents, columns = load_documents()
-    if train_split not in documents:
-        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(documents)}")
-    splits = {"train": documents.pop(train_split)}
+    found = load_documents()
+    if train_split not in found:
+        fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(found)}")
+    splits = {"train": found.pop(train_split)}
     wanted = {"validation": val_fraction and not fold, "test": test_fraction}
-    for name, found in documents.items():
+    for name, documents in found.items():
         split = SPLITS.get(name)
         if wanted.get(split) and split not in splits:
-            splits[split] = found
+            splits[split] = documents
         else:
             log(f"not used: the split {name}")
 
-    tok = load_tokenizer(splits, columns)
-    features = {"ids": datasets.List(datasets.Value("int32"))}
+    tok = load_tokenizer(splits)
     encode = encode_texts
-    has_answers = columns not in ([], [text_column])
-    if has_answers:
-        features["labels"] = features["ids"]
+    features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
+    columns = splits["train"].column_names
+    if "prompt" in columns or "messages" in columns:
         encode = encode_answers
-        if not tok.chat_template:
-            # See PLAIN_CHAT_TEMPLATE in the section on answers.
-            tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
-        if not tok.is_fast:
-            fail(f"answers are found by a fast tokenizer only, which {tok.name_or_path or tokenizer} is not")
-    for split, found in splits.items():
-        rows = cached(encode, features, found, columns, tok)
+        features["labels"] = features["ids"]
+    if "messages" in columns and not tok.chat_template:
+        # See PLAIN_CHAT_TEMPLATE in the section on answers.
+        tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
+    key = [block_size, tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
+    for split, documents in splits.items():
+        rows = cached([documents._fingerprint, *key], features, encode, documents, tok)
         n_rows = len(rows) - 1
-        n_dropped, n_cut = rows[n_rows]["ids"]  # see encode_texts()
-        if n_dropped or n_cut:
-            log(f"{split}: {n_dropped} dropped (empty, or without an answer), {n_cut} cut at {block_size=}")
+        note = rows[n_rows]["note"]
+        if note:
+            log(f"{split}: {note}")
         if n_rows == 0:
             fail(f"{dataset=} has nothing to learn from in its {split} split")
-        splits[split] = rows.select(range(n_rows)).with_format("torch")
+        splits[split] = rows.select(range(n_rows)).remove_columns("note").with_format("torch")
 
     if test_fraction and "test" not in splits:
         splits["train"], splits["test"] = cut_off(splits["train"], test_fraction)
@@ -828,11 +862,10 @@ def collate(rows):
     x: token ids (B, T), padded on the right. y: the token after each (B, T), -100 where there is no loss.
     learned: the positions in y.flatten() that have a loss, or None for rows of text, where almost all have.
     """
-    x = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
-    labels = [row.get("labels", row["ids"]) for row in rows]
-    y = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-    x = x[:, :-1].contiguous()
-    y = y[:, 1:].contiguous()
+    inputs = [row["ids"][:-1] for row in rows]
+    targets = [row.get("labels", row["ids"])[1:] for row in rows]
+    x = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+    y = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
     learned = None
     if "labels" in rows[0]:
         learned = (y.flatten() != -100).nonzero()[:, 0]
@@ -852,7 +885,8 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
             epoch = step // n_batches
             rng = np.random.default_rng([seed, epoch])
             rows = rng.permutation(len(lengths))
-            rows = np.resize(rows, n_batches * batch_size)  # drop an incomplete batch, or repeat too few rows
+            # Drop an incomplete last batch, or repeat rows if there are too few for one batch.
+            rows = np.resize(rows, n_batches * batch_size)
             # Let rows of similar length meet, but not the same ones in every epoch.
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
             rows = rows[np.argsort(noisy_lengths)]
@@ -1012,37 +1046,34 @@ def open_run_dir():
     if not (resume and is_run and "checkpoint.pt" in files):
         return None
     run = read_json("out_dir", out_dir, "run.json")
-    check_fixed(run, {name: globals()[name] for name in FIXED.split()})
+    for name in FIXED.split():
+        check_fixed(name, run["settings"].get(name), globals()[name])
     return run
 
 
-def check_fixed(run, values):
-    """End the program if the run in out_dir was made with other values of what a resume may not change."""
-    for name, value in values.items():
-        before = run["fixed"].get(name)
-        if before != value:
-            fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {value!r}")
+def check_fixed(name, before, now):
+    """End the program if the run in out_dir was made with another value of what a resume may not change."""
+    if before != now:
+        fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
 def start_run(model, tok, rows, old_run):
     """Write run.json, the tokenizer and this script to out_dir. Return the content of run.json."""
     chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)  # a resume compares these rows
     ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
-    fixed = {name: globals()[name] for name in FIXED.split()}
-    fixed["data"] = f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}"
     run = {
         "kind": "lm",
         "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames GPT to FSDPGPT
         "command": sys.argv,
         "settings": settings(globals()),
-        "fixed": fixed,
+        "data": f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}",
         "rows": {split: len(rows[split]) for split in rows},
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
     }
     if old_run:
-        check_fixed(old_run, fixed)
+        check_fixed("data", old_run["data"], run["data"])
     else:
         for pattern in RUN_FILES.split():
             for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
@@ -1153,7 +1184,8 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     for i in range(0, math.ceil(n_rows / WORLD), micro_size):
         batch = mine[i : i + micro_size]
         x, y, learned = collate([rows[j] for j in batch or [0]])
-        if not batch:  # no rows are left for this process, but FSDP2 needs it in every forward pass
+        if not batch:
+            # No rows are left for this process, but FSDP2 needs it in every forward pass.
             y = torch.full_like(y, -100)
         with accelerator.autocast():
             loss = model(*send_to_device((x, y, learned), accelerator.device))
@@ -1193,7 +1225,8 @@ def write_sample(model, tok, row, step):
         n = (row["labels"] != -100).nonzero()[0].item()
     prompt = row["ids"][:n].tolist()
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # each new length would be compiled, for a minute
+    # Each new length would be compiled, for a minute.
+    with torch.compiler.set_stance("force_eager"):
         continued = generate(unwrap(model), prompt, 1, 200, count_ids(tok), temperature=0.8, seed=seed)
         tokens = [token.item() for token in continued]
     model.train()
@@ -1527,14 +1560,16 @@ def set_generation_config(model, tok, rows):
     """Set which tokens end a text and which ids are padding, for generate() and for transformers."""
     ends = {tok.eos_token_id, *end_tokens(model)}
     special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
-    if "labels" in rows.column_names and tok.chat_template:
+    has_answers = "labels" in rows.column_names
+    if has_answers and tok.chat_template:
+        # A chat template may end answers with a token of its own. Look what it writes behind one.
         with contextlib.suppress(Exception):  # a template may demand more than these two messages
             messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
             _, _, tail = tok.apply_chat_template(messages, tokenize=False).rpartition("!")
             found = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in special]
-            ends.update(found[:1])  # a chat template may end answers with a token of its own
+            ends.update(found[:1])
     untrained = special.intersection(rows[0]["ids"].tolist())
-    if "labels" in rows.column_names and adapter and untrained:
+    if has_answers and adapter and untrained:
         names = " ".join(tok.convert_ids_to_tokens(sorted(untrained)))
         log(f"note: the adapter leaves the embeddings of these special tokens as they are: {names}")
     model.generation_config.eos_token_id = sorted(ends)
@@ -1574,7 +1609,7 @@ def read_messages(row, column):
     messages = []
     if row.get("system"):
         messages.append({"role": "system", "content": as_text(row["system"], "system")})
-    for fields in row[column] or []:
+    for fields in row.get(column) or []:
         if not isinstance(fields, dict):
             fail(f"{dataset=}: column {column!r} must hold lists of messages, not {row[column]!r:.60}")
         message = {name: value for name, value in fields.items() if value is not None}
@@ -1586,33 +1621,29 @@ def read_messages(row, column):
     return messages
 
 
-def answers_of(row, columns, tok):
-    """Yield (text, spans) for a row of a table; spans are the (start, end) of its answers, in characters.
+def answers_of(document, tok):
+    """Yield (text, spans) for a document; spans are the (start, end) of its answers, in characters.
 
     A chat template may write earlier turns in another way than the last one (Qwen3 leaves out their
-    thoughts). In that case, each such answer gets its own text, which ends with it. tok: None if the
-    tokenizer is yet to be learned.
+    thoughts). In that case, each such answer gets its own text, which ends with it.
     """
-    if columns[0] == prompt_column:
-        prompt = as_text(row[prompt_column], prompt_column)
-        answer = as_text(row[completion_column], completion_column)
-        yield prompt + answer, [(len(prompt), len(prompt + answer))]
+    if "prompt" in document:
+        text = document["prompt"] + document["completion"]
+        yield text, [(len(document["prompt"]), len(text))]
         return
-    messages = read_messages(row, columns[0])
-    if tok is None:
-        yield "\n".join(message["content"] for message in messages), []
-        return
-    tools = row.get("tools") or None
+    messages = json.loads(document["messages"])
     text = ""
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0:  # an answer to nothing is not learned
+        # An answer to nothing is not learned.
+        if message["role"] == "assistant" and i > 0:
             with named("dataset", dataset):
-                parsed = json.loads(tools) if isinstance(tools, str) else tools
-                render = functools.partial(tok.apply_chat_template, tools=parsed, tokenize=False)
+                tools = json.loads(document["tools"])
+                render = functools.partial(tok.apply_chat_template, tools=tools, tokenize=False)
                 prompt = render(messages[:i], add_generation_prompt=True)
                 answered = render(messages[: i + 1])
-            if not prompt.startswith(text):  # earlier turns are rewritten: finish the text, begin a new one
+            # Where the template has rewritten earlier turns, finish the text and begin a new one.
+            if not prompt.startswith(text):
                 yield text, spans
                 spans = []
             # DeepSeek-R1's prompt ends with "<think>", which the message lacks: look where the two part.
@@ -1622,22 +1653,22 @@ def answers_of(row, columns, tok):
     yield text, spans
 
 
-def encode_answers(documents, columns, tok):
+def encode_answers(documents, tok):
     """Yield rows of ids and labels: the ids of what is learned, and -100 elsewhere.
 
-    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row holds
-    two counts instead of ids: documents dropped, rows cut.
+    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row has no
+    ids, but a note for the log.
     """
-    is_chat = columns[0] != prompt_column
+    is_chat = "messages" in documents.column_names
     begin = [] if is_chat else begin_of_text(tok)  # a chat template writes <bos> itself
     ends = [tok.eos_token]
     if is_chat:
         ends += [token.content for token in tok.added_tokens_decoder.values() if token.special]
     n_dropped = 0
     n_cut = 0
-    for row in read_rows(documents):
+    for document in documents:
         n_rows = 0
-        for text, spans in answers_of(row, columns, tok):
+        for text, spans in answers_of(document, tok):
             encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = begin + encoding["input_ids"]
             labels = [-100] * len(begin)
@@ -1646,10 +1677,12 @@ def encode_answers(documents, columns, tok):
                 labels.append(token if is_learned else -100)
             if max(labels, default=-100) < 0:
                 continue
-            if not text.rstrip().endswith(tuple(ends)):  # else the model would never stop
+            # Without an end behind the last answer, the model would never stop.
+            if not text.rstrip().endswith(tuple(ends)):
                 ids.append(tok.eos_token_id)
                 labels.append(tok.eos_token_id)
-            if labels[0] >= 0:  # the first token of a row is never a target, so put an <eos> before it
+            # The first token of a row is never a target, so put an <eos> before one that is learned.
+            if labels[0] >= 0:
                 ids.insert(0, tok.eos_token_id)
                 labels.insert(0, -100)
             if len(ids) > block_size + 1:
@@ -1661,7 +1694,8 @@ def encode_answers(documents, columns, tok):
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
-    yield {"ids": [n_dropped, n_cut], "labels": []}
+    note = f"{n_dropped} dropped (without an answer), {n_cut} cut at {block_size=}"
+    yield {"note": note if n_dropped or n_cut else ""}
 
 
 # ---- Fine-tuning: only with init_from ----
@@ -1682,7 +1716,8 @@ class Pretrained(nn.Module):
         self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
         positions = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.context = positions - self.n_virtual
-        self.has_plain_head = False  # True if logits(hidden_states(idx)) is right; set by check_model()
+        # True if logits(hidden_states(idx)) are the logits of the model; check_model() finds out.
+        self.has_plain_head = False
 
     def forward(self, idx, targets=None, learned=None, cache=None):
         """Do as GPT.forward() does. The cache stays empty if the model has none."""
@@ -1690,7 +1725,8 @@ class Pretrained(nn.Module):
         # No mask is needed: padding is on the right, where causal attention does not look.
         if cache is not None:
             lm = self.lm
-            if cache and self.n_virtual:  # the cache has the virtual tokens: peft must not add them again
+            # Once the cache has the virtual tokens, peft must not add them again.
+            if cache and self.n_virtual:
                 lm = self.lm.base_model
             out = lm(input_ids=idx, use_cache=True, **cache)
             if out.get("past_key_values") is not None:
@@ -1707,12 +1743,14 @@ class Pretrained(nn.Module):
             hidden = hidden[learned]
             targets = targets[learned]
         trained = [p for p in self.lm.get_output_embeddings().parameters() if p.requires_grad]
-        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))  # positions whose fp32 logits take 128 MB
+        # The number of positions whose logits take 128 MB in fp32.
+        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
         return SumOfLosses.apply(hidden, targets, self.logits, size, *trained)
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        no_logits = idx.new_empty(0)  # logits are wanted for no position: skip the output layer
+        # Ask for the logits of no position, which skips the output layer.
+        no_logits = idx.new_empty(0)
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_logits)
         return out.hidden_states[-1][:, -idx.size(1) :]
 
@@ -1769,7 +1807,8 @@ def check_model(model):
     tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()  # far above rounding errors
     if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
         fail(f"{init_from=} is not a causal language model: its tokens see later ones")
-    with contextlib.suppress(TypeError, AttributeError):  # the model lacks an argument or an output layer
+    # Some models have no output layer, or do not take the arguments of hidden_states().
+    with contextlib.suppress(TypeError, AttributeError):
         difference = (model.logits(model.hidden_states(idx)) - logits).abs().max()
         model.has_plain_head = (difference < 0.01 * tolerance).item()
     model.train()
@@ -1786,27 +1825,30 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     if is_run and not adapter and read_json(setting, name, "run.json")["model"] == "GPT":
         with named(setting, name):
             config = transformers.NanoChatConfig.from_json_file(Path(name, "config.json"))
-            generation_config = transformers.GenerationConfig.from_pretrained(name)
-            weights = safetensors.torch.load_file(Path(name, "model.safetensors"))
         gpt = GPT(config)
-        gpt.generation_config = generation_config
-        gpt.load_state_dict(weights, strict=False)  # a tied head is stored once
-        return gpt
-    if Path(name, "adapter_config.json").exists():
-        import peft
-
-        base = base or read_json(setting, name, "adapter_config.json")["base_model_name_or_path"]
-        lm = load_causal_lm(base, dtype, setting)
         with named(setting, name):
-            if Path(name, "generation_config.json").exists():  # of an earlier run
-                lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
-            lm = peft.PeftModel.from_pretrained(lm, name, is_trainable=(adapter == "lora"))
-            stored = safetensors.torch.load_file(Path(name, "adapter_model.safetensors")).keys()
-        expected = peft.get_peft_model_state_dict(lm).keys()
-        if any("lora_" in key for key in expected ^ stored):  # keys that only one of them has
-            fail(f"{setting}={name!r} is an adapter of another model than {base}")
-        return Pretrained(lm)
-    return Pretrained(load_causal_lm(name, dtype, setting))
+            gpt.generation_config = transformers.GenerationConfig.from_pretrained(name)
+            safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))
+        return gpt
+    if not Path(name, "adapter_config.json").exists():
+        return Pretrained(load_causal_lm(name, dtype, setting))
+
+    import peft
+
+    with named(setting, name):
+        config = peft.PeftConfig.from_pretrained(name)
+    config.inference_mode = adapter != "lora"
+    if base:
+        config.base_model_name_or_path = base
+    lm = load_causal_lm(config.base_model_name_or_path, dtype, setting)
+    with named(setting, name):
+        if Path(name, "generation_config.json").exists():  # of an earlier run
+            lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
+        lm = peft.get_peft_model(lm, config)
+        keys = lm.load_adapter(name, "default")
+    if any("lora_" in key for key in keys.missing_keys + keys.unexpected_keys):
+        fail(f"{setting}={name!r} is an adapter of another model than {lm.name_or_path}")
+    return Pretrained(lm)
 
 
 def load_causal_lm(name, dtype, setting):
@@ -1826,12 +1868,8 @@ def load_pretrained(precision):
     Under an adapter, the frozen weights are in the precision of training. LoRA: Hu et al. 2021
     (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021 (arXiv:2103.10385).
     """
-    dtype = torch.float32
-    if adapter and precision == "bf16":
-        dtype = torch.bfloat16
-    if adapter and precision == "fp16":
-        dtype = torch.float16
-    model = load_model(init_from, dtype)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    model = load_model(init_from, dtypes[precision] if adapter else torch.float32)
     is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
     if is_adapter and adapter != "lora":
         fail(f"{init_from=} is an adapter: add --adapter=lora, or merge it first by sample.py --merge=FOLDER")
@@ -1839,9 +1877,8 @@ def load_pretrained(precision):
         import peft
 
         if adapter == "lora":
-            config = peft.LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, target_modules=find_targets(model.lm)
-            )
+            targets = find_targets(model.lm)
+            config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
         else:
             size = model.config.hidden_size
             config = peft.PromptEncoderConfig(num_virtual_tokens=virtual_tokens, encoder_hidden_size=size)
@@ -1861,19 +1898,17 @@ def find_targets(lm):
     if lora_targets == "all-linear":
         return lora_targets
     targets = [name.strip() for name in lora_targets.split(",")]
-    layers = [f".{name}" for name, _ in lm.named_modules()]
     for target in targets:
-        if not any(layer.endswith(f".{target}") for layer in layers):
-            fail(
-                f"{lora_targets=}: {init_from} has no layer {target!r}; all-linear cannot be mixed with names"
-            )
+        if not any(f".{name}".endswith(f".{target}") for name, _ in lm.named_modules()):
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}; names do not mix with all-linear")
     return targets
 
 
 def check_ids(model, splits):
     """End the program if the data has ids beyond the vocabulary of the model."""
+    # From scratch, the model was made for the tokenizer, so there is no need to read all ids at each start.
     if init_from == "scratch":
-        return  # the model was made for the tokenizer, so there is no need to read all ids at each start
+        return
     for rows in splits.values():
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()

@@ -181,7 +181,7 @@ def test_overwrite_takes_nothing_but_an_old_run_and_that_late(tmp_path, tiny, da
 
 @pytest.mark.parametrize("function, name", [("encode_texts", "good.txt"), ("encode_answers", "chats.jsonl")])
 def test_a_mistake_in_an_edit_keeps_its_traceback(tmp_path, tiny, data, function, name):
-    head = f"def {function}(documents, columns, tok):\n"
+    head = f"def {function}(documents, tok):\n"
     script = check_out(tmp_path / "checkout", (head, f"{head}    [].no_such_method()\n"))
     with pytest.raises(Exception) as raised:
         within(script, tiny, f"--dataset={data}/{name}")
