@@ -488,24 +488,23 @@ SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 
 
-def list_files(root):
-    """Return the files below a folder that are not hidden. Follow links, but return each file once."""
-    files = []
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        # os.walk() does not enter folders that are removed from this list.
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        if os.path.realpath(folder) in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            path = Path(folder, name)
-            real_path = os.path.realpath(path)
-            if name[0] != "." and path.is_file() and real_path not in seen:
-                seen.add(real_path)
-                files.append(path)
-    return sorted(files)
+def list_files(path, seen):
+    """Yield the file, or the files below the folder, that are not hidden. seen: real paths of those before.
+
+    Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
+    """
+    real_path = os.path.realpath(path)
+    if real_path in seen:
+        return
+    seen.add(real_path)
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        with named("dataset", dataset):
+            children = sorted(path.iterdir())
+        for child in children:
+            if child.name[0] != ".":
+                yield from list_files(child, seen)
 
 
 def find_files():
@@ -514,13 +513,15 @@ def find_files():
     kind: "image", "parquet", or "hub" if there are no such files. descriptions: files with captions (.txt),
     and the metadata files of datasets' "imagefolder".
     """
-    if Path(dataset).is_dir():
-        files = list_files(dataset)
-    else:  # one file, or a pattern such as photos/*.png
-        names = [dataset] if os.path.exists(dataset) else glob.glob(dataset, recursive=True)
-        files = [Path(name) for name in sorted(names) if os.path.isfile(name)]
-        if not files:
-            return "hub", [], []
+    root = Path(dataset)
+    if root.exists():
+        files = list(list_files(root, set()))
+    else:
+        # A pattern, or the name of a dataset of the Hub, which matches no files.
+        names = sorted(glob.glob(dataset, recursive=True))
+        files = [Path(name) for name in names if os.path.isfile(name)]
+    if not files and not root.is_dir():
+        return "hub", [], []
     # Images beside .parquet files are left out: often, they are the screenshots of a README.md.
     kind = "parquet"
     used = [path for path in files if path.suffix.lower() == ".parquet" and path.stem != "metadata"]
@@ -556,7 +557,7 @@ def load_images():
     """
     if dataset == "glyphs":
         features = {"image": datasets.Image(), "label": datasets.Value("string")}
-        table = cached(draw_glyphs, features, image_size)
+        table = cached(image_size, features, draw_glyphs, image_size)
         return read_tables({"train": table})
     kind, paths, descriptions = find_files()
     if kind == "image":
@@ -866,16 +867,14 @@ def draw_glyphs(size):
         yield {"image": {"bytes": file.getvalue(), "path": None}, "label": character}
 
 
-def cached(generator, features, *args, key=None):
-    """Return a Dataset of the rows that generator(*args) yields, or load it from the cache.
-
-    The cache is for this key (by default, the arguments) and for the code of this section of the file.
-    """
-    source = Path(__file__).read_text(encoding="utf-8")
-    section = re.search(r"^# ---- Pixels.*?(?=^# ---- )", source, re.MULTILINE | re.DOTALL)[0]
+def cached(key, features, generator, *args):
+    """Return the rows of generator(*args) as a Dataset, from a cache if key and code are the same."""
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
+    code = [section for section in sections if section.startswith("Pixels")]
+    state = repr([key, generator.__name__, code])
+    fingerprint = hashlib.md5(state.encode()).hexdigest()
+    # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
     make_rows = functools.partial(generator, *args)
-    identity = repr([section, generator.__name__, key or args])
-    fingerprint = hashlib.md5(identity.encode()).hexdigest()
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
@@ -908,7 +907,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
     parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(images), IMAGES_PER_FILE)]
 
     def encode_part(part):
-        return cached(encode_images, ROW, images, part, to_latents, wants_size, key=[state, part])
+        return cached([state, part], ROW, encode_images, images, part, to_latents, wants_size)
 
     for part in parts[RANK::WORLD]:
         encode_part(part)
@@ -1230,16 +1229,15 @@ def open_run_dir():
     if not (resume and is_run and "checkpoint.pt" in files):
         return None
     run = read_json("out_dir", out_dir, "run.json")
-    check_fixed(run, {name: globals()[name] for name in FIXED.split()})
+    for name in FIXED.split():
+        check_fixed(name, run["settings"].get(name), globals()[name])
     return run
 
 
-def check_fixed(run, values):
+def check_fixed(name, before, now):
     """Refuse to resume a run if what must stay fixed has changed since it began."""
-    for name, value in values.items():
-        before = run["fixed"].get(name)
-        if before != value:
-            fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {value!r}")
+    if before != now:
+        fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
 def start_run(model, splits, data, captions, old_run):
@@ -1247,15 +1245,13 @@ def start_run(model, splits, data, captions, old_run):
     rows = splits["train"]
     # A resume compares 100 rows, evenly spread, to notice other data.
     chosen = rows.select(np.linspace(0, len(rows) - 1, 100).astype(int))
-    content = [chosen["crc32"][:], chosen["cond"][:], data, captions]
-    fixed = {name: globals()[name] for name in FIXED.split()}
-    fixed["data"] = f"{len(rows)} images with the hash {hashlib.md5(repr(content).encode()).hexdigest()}"
+    content = repr([chosen["crc32"][:], chosen["cond"][:], data["classes"], captions])
+    data["content"] = f"{len(rows)} images with the hash {hashlib.md5(content.encode()).hexdigest()}"
     run = {
         "kind": "diffusion",
         "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames DiT to FSDPDiT
         "command": sys.argv,
         "settings": settings(globals()),
-        "fixed": fixed,
         "data": data,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -1264,7 +1260,7 @@ def start_run(model, splits, data, captions, old_run):
     if init_from != "scratch":
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
-        check_fixed(old_run, fixed)
+        check_fixed("data", old_run["data"]["content"], data["content"])
     else:
         for pattern in RUN_FILES.split():
             for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
@@ -1306,9 +1302,8 @@ def save_checkpoint(model, optimizers, ema, progress, name):
     if ema:
         ema.swap()
         averages, _ = gather(model)
-        averages = {
-            key: average.clone() for key, average in averages.items()
-        }  # on a CPU they are the weights
+        # On a CPU, gather() returns the weights themselves, which the next line overwrites.
+        averages = {key: average.clone() for key, average in averages.items()}
         ema.swap()
     weights, state = gather(model, optimizers)
     if MAIN:

@@ -12,7 +12,7 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-PARENT = os.getppid()  # the launcher, before the slow imports: catch_signals() looks whether it still lives
+PARENT = os.getppid()  # the launcher, which may die during the slow imports; see catch_signals()
 
 import bz2
 import contextlib
@@ -93,12 +93,12 @@ lora_targets = "all-linear"  # or names of layers, such as q_proj,v_proj
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows per process and forward pass: lower it if memory is short; 0: all at once
+micro_batch_size = 0  # rows per process and forward pass, to save memory; 0: the whole batch at once
 max_steps = 2000  # number of optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data; if not 0, used instead of max_steps
+epochs = 0.0  # passes over the data, instead of max_steps; 0: max_steps counts
 # optimizer and learning rate
-optimizer = "muon"  # block matrices by Muon, the rest by AdamW; or "adamw" for all, as always with init_from
-learning_rate = 0.0  # at its peak; 0: see DEFAULT_LR below
+optimizer = "muon"  # Muon for block matrices, AdamW for the rest; "adamw": AdamW only, as with init_from
+learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
 embed_lr = 0.3  # peak for embeddings, used with muon
 head_lr = 0.004  # peak for the output layer (and for 1-D parameters that you add), used with muon
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
@@ -115,7 +115,7 @@ eval_batches = 20  # batches per evaluation, spread evenly over the validation s
 log_interval = 10  # steps between reports; 0: only at the end
 save_interval = 200  # steps between checkpoints; 0: only at the end
 patience = 0  # stop early after this many evaluations without a better loss; 0: never
-tracker = ""  # "wandb" or "tensorboard" get the same numbers as metrics.jsonl
+tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
 mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
 compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
@@ -143,21 +143,23 @@ def log(message):
     """Print a message, in the main process only."""
     if not MAIN:
         return
-    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal does not have
+    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal cannot encode
     try:
-        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        printable = message.encode(encoding, "backslashreplace").decode(encoding)
+        print(printable, flush=True)
     except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
         STOP.append(signal.SIGTERM)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that later prints succeed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # so that later prints succeed
 
 
 def catch_signals():
-    """Let Ctrl-C, SIGTERM, a closed terminal and (on Linux) the launcher's death ask for a checkpoint."""
+    """Save and exit on Ctrl-C, SIGTERM, a closed terminal and, on Linux, if the launcher dies."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: STOP.append(received))
-    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. It sets one of
-    # these variables for a single process, and the other for several.
+    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. Accelerate
+    # sets the first variable for one process and the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
@@ -174,8 +176,8 @@ def ignore_signals(worker_id):
 
 # ---- Check the settings ----
 
-NOT_ZERO = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens"
-BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction"
+MUST_BE_POSITIVE = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens"
+MUST_BE_BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction"
 CHOICES = {
     "adapter": ("", "lora", "p_tuning"),
     "optimizer": ("muon", "adamw"),
@@ -187,18 +189,18 @@ CHOICES = {
 
 def check_settings():
     """End the program for settings that cannot work, before any data is touched."""
-    for name, value in settings(globals()).items():
+    for name, value in settings(globals()).items():  # the variables at the top of this file
         if name in CHOICES and value not in CHOICES[name]:
             fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
         if isinstance(value, str):
             continue  # the rest is about numbers
         if value < 0:
             fail(f"{name}={value} must not be negative")
-        if value == 0 and name in NOT_ZERO.split():
+        if value == 0 and name in MUST_BE_POSITIVE.split():
             fail(f"{name}={value} must be greater than 0")
-        if value >= 1 and name in BELOW_ONE.split():
+        if value >= 1 and name in MUST_BE_BELOW_ONE.split():
             fail(f"{name}={value} must be below 1")
-    if seed >= 2**63:  # torch takes no more
+    if seed >= 2**63:  # torch.manual_seed() takes no more
         fail(f"{seed=} must be below 2**63")
     if n_embd % (2 * n_head) != 0:
         fail(f"{n_embd=} must be a multiple of 2 x n_head = {2 * n_head}")
@@ -469,7 +471,7 @@ def split_of(path):
 
 
 def list_files(path, seen):
-    """Yield the file, or the files below the folder, that are not hidden. seen: the real paths of those before.
+    """Yield the file, or the files below the folder, that are not hidden. seen: real paths of those before.
 
     Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
     """
@@ -658,7 +660,7 @@ def read_documents(source, kind, columns):
 
 
 def cached(key, features, generator, *args):
-    """Return the rows that generator(*args) yields as a Dataset, from a cache if key and code are the same.
+    """Return the rows of generator(*args) as a Dataset, from a cache if key and code are the same.
 
     A Dataset among the args is represented in the key by its _fingerprint, which stands for its content.
     """
@@ -758,7 +760,7 @@ def encode_texts(documents, tok):
 
 
 def learn_tokenizer(name, splits):
-    """Yield a row with a tokenizer as JSON: "char" learns from all splits, "bpe:N" from 100 MB of training."""
+    """Yield a row with a tokenizer as JSON: "char" learns from all splits, "bpe:N" from 100 MB of train."""
     if name == "char":
         pieces = itertools.chain.from_iterable(map(read_pieces, splits.values()))
         letters = set()
@@ -916,7 +918,7 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (momentum with orthogonalized updates), but for all matrices of a shape at once."""
+    """torch.optim.Muon (momentum with orthogonalized updates), with all matrices of a shape in a batch."""
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, **kwargs)
@@ -936,22 +938,24 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- momentum average + (1 - momentum) grad, and Nesterov's direction from it
+                # average <- momentum average + (1 - momentum) grad; with Nesterov, the same once more
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
-                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices (torch: "original")
+                updates = updates.to(params[0].dtype).unbind()
+                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices, "original" in torch
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     if optimizer == "adamw" or init_from != "scratch":
-        kind = adapter or "fine-tuning"
         if init_from == "scratch":
             kind = "adamw"
+        else:
+            kind = adapter or "fine-tuning"
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
@@ -976,7 +980,7 @@ def make_optimizers(model, accelerator):
         "weight_decay": weight_decay,
         "adjust_lr_fn": "original",
     }
-    if accelerator.is_fsdp2:  # each matrix is in shards, which the Muon of torch gathers, and ours does not
+    if accelerator.is_fsdp2:  # it shards each matrix; torch.optim.Muon gathers the shards, ours does not
         return [torch.optim.Muon(matrices, **muon), adamw(groups)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(groups)]
@@ -1000,11 +1004,11 @@ def lr_at(step, total_steps):
 RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json *.safetensors"
 RUN_FILES += " adapter_config.json chat_template.jinja tokenizer* samples/step_*.txt train_lm/events*"
 RUN_FILES += " *.trace.json *.index.json *.tmp"
-LOCKS = []  # held until this process ends
+LOCKS = []  # the lock of out_dir is here, and so held until this process ends
 
 
 def write_file(name, content):
-    """Write a .json or .pt file in out_dir so that a crash leaves the old file or the new one, complete."""
+    """Write a .json or .pt file in out_dir atomically: a crash leaves the old file or the new one."""
     temporary = Path(out_dir, f"{name}.tmp")
     with open(temporary, "wb") as f:
         if name.endswith(".json"):
@@ -1027,9 +1031,9 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(out_dir).resolve()
-    for path in (os.getcwd(), init_from, dataset):  # the last two may be names of the Hub
+    for path in (os.getcwd(), init_from, dataset):  # the last two may be Hub names
         if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, which a run must not change: choose another --out_dir")
+            fail(f"{out_dir=} is or holds {path}, which a run might delete: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1052,14 +1056,15 @@ def open_run_dir():
 
 
 def check_fixed(name, before, now):
-    """End the program if the run in out_dir was made with another value of what a resume may not change."""
+    """Refuse to resume a run if what must stay fixed has changed since it began."""
     if before != now:
         fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
 def start_run(model, tok, rows, old_run):
-    """Write run.json, the tokenizer and this script to out_dir. Return the content of run.json."""
-    chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)  # a resume compares these rows
+    """Write run.json, tokenizer and a copy of this script to out_dir; a new run first deletes an old one."""
+    # A resume compares 100 rows, evenly spread, to notice other data.
+    chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)
     ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
     run = {
         "kind": "lm",
@@ -1079,11 +1084,16 @@ def start_run(model, tok, rows, old_run):
             for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
                 path.unlink()
     write_file("run.json", run)
-    with contextlib.suppress(shutil.SameFileError):
+    with contextlib.suppress(shutil.SameFileError):  # if it runs from there
         shutil.copy(__file__, out_dir)
     tok.save_pretrained(out_dir)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
     return run
+
+
+def from_main(value):
+    """Return the value that the main process has, in all processes."""
+    return broadcast_object_list([value])[0]
 
 
 def unwrap(model):
@@ -1092,18 +1102,19 @@ def unwrap(model):
 
 
 def gather(model, optimizers=(), with_frozen=False):
-    """Return ({name: weight}, the optimizers' state), of the trained weights only or with the frozen ones."""
+    """Gather ({name: weight}, state of the optimizers) from all processes; frozen weights are optional."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights.
-    names = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
-    others = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)} - names
-    return {name: weight for name, weight in weights.items() if name not in others}, state
+    # Leave out what is frozen, and the second names of tied weights. Buffers stay.
+    kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
+    all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    left_out = all_names - kept
+    return {name: weight for name, weight in weights.items() if name not in left_out}, state
 
 
 def save_checkpoint(model, optimizers, progress, name):
-    """Write all that a resume needs. With optimizers=[], the trained weights and the progress."""
+    """Write a checkpoint. optimizers=[] leaves out what only a resume needs."""
     weights, state = gather(model, optimizers)
     if MAIN:
         write_file(name, {"model": weights, "optimizers": state, "progress": progress})
@@ -1112,20 +1123,20 @@ def save_checkpoint(model, optimizers, progress, name):
 def load_checkpoint(model, optimizers, name):
     """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
     state = {"model": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # in every process, as FSDP2 needs it
+    weights, _ = gather(model)  # every process must call this, though only the main one compares shapes
     if MAIN:
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} has the weights of another model: undo the edit, or start anew elsewhere")
+            fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
     # Not strict, because the checkpoint has no frozen weights.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    return broadcast_object_list([state["progress"]])[0]
+    return from_main(state["progress"])
 
 
 def save_weights(model, weights):
@@ -1264,7 +1275,7 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
-    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # of accelerate, which uses the old name
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -1278,15 +1289,13 @@ def start_accelerator():
         ],
     )
     if accelerator.num_processes != WORLD:
-        fail(
-            f"{WORLD} processes were started, but do not train together: on CPUs, set ACCELERATE_USE_CPU=true"
-        )
+        fail(f"the {WORLD} processes are not connected: to train on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        if init_from == "scratch":  # a pretrained model is large, and memory counts more
+        if init_from == "scratch":  # pretrained models are large and need the memory
             keep_freed_memory()
         log("warning: no GPU was found; a CPU is fast enough for small models only")
     log(f"device: {accelerator.device.type} x {WORLD}, precision: {accelerator.mixed_precision}")
@@ -1308,33 +1317,36 @@ def choose_precision():
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        return "no" if init_from == "scratch" else "fp16"  # T4, V100: Muon has no loss scaling for fp16
+        # Older GPUs (T4, V100) have fp16 only, which needs loss scaling, which our Muon lacks.
+        return "no" if init_from == "scratch" else "fp16"
     cpu = torch.cpu.get_capabilities()
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
 
 
 def set_up_fsdp2(accelerator):
-    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
+    """Configure FSDP2: weights in fp32, all-gather in bf16 (half the traffic), gradient reduction in fp32."""
     policy = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
         policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     plugin = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
     plugin.reshard_after_forward = True  # or else gathered weights would stay and be stale
-    torch.set_autocast_cache_enabled(False)  # the cache would keep all weights in bf16
+    torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
 
 
 def finish(accelerator, step, is_stopped):
     """End this process when all processes have come here."""
-    log(f"stopped at step {step}; the same command with --resume=True goes on" if is_stopped else "done")
     code = 0
     if is_stopped:
+        log(f"stopped at step {step}; the same command with --resume=True goes on")
         signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
         code = 128 + signum  # as shells report it
+    else:
+        log("done")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if WORLD > 1:  # gloo's threads may abort a process that ends in the usual way
+    if WORLD > 1:  # skip Python's cleanup, during which gloo's threads may crash
         os._exit(code)
     sys.exit(code)
 
@@ -1373,12 +1385,12 @@ def main():
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     if MAIN:
         run = start_run(unwrap(model), tok, splits, old_run)
-    is_resumed = broadcast_object_list([old_run is not None])[0]  # only the main process knows
+    is_resumed = from_main(old_run is not None)
     if is_resumed:
         progress = load_checkpoint(model, optimizers, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # loading a checkpoint replaces them
+    groups = [group for o in optimizers for group in o.param_groups]  # new lists after loading a checkpoint
     steps_per_epoch = max(1, len(splits["train"]) // batch_size)
     total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
 
@@ -1386,9 +1398,9 @@ def main():
     start = time.monotonic() - progress["seconds"]
     if MAIN:
         metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.truncate(progress["metrics_bytes"])  # what came after the checkpoint is done again
+        metrics.truncate(progress["metrics_bytes"])  # the steps after the checkpoint will be done again
         metrics.seek(0, os.SEEK_END)
-    with named("tracker", tracker):  # without a login: WANDB_MODE=offline
+    with named("tracker", tracker):  # to use wandb without a login, set WANDB_MODE=offline
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_lm"), settings(globals()))
 
     def report(values):
@@ -1396,7 +1408,8 @@ def main():
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
         accelerator.log(values, step=step)
-        log(f"step {step}/{total_steps} " + " ".join(f"{name} {value:.5g}" for name, value in values.items()))
+        numbers = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+        log(f"step {step}/{total_steps} {numbers}")
 
     # ---- the loop ----
     catch_signals()
@@ -1410,7 +1423,7 @@ def main():
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
-    micro_batches = list(itertools.islice(batches, accumulation_steps))  # of the first step
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # always loaded one step ahead
     first_step = step
     profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     timer = time.monotonic()
@@ -1418,6 +1431,7 @@ def main():
     n_skipped = 0  # steps in a row
     stop = False
     while True:
+        # Each pass does what is due after `step` steps, and then one more step.
         done = step >= total_steps
 
         # Save before evaluating, so that a run resumed from here evaluates again.
@@ -1429,13 +1443,13 @@ def main():
             evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
             tokens_since = 0
-        is_out_of_patience = 0 < patience <= progress["evals_since_best"]
+        is_out_of_patience = patience > 0 and progress["evals_since_best"] >= patience
         if stop or done or is_out_of_patience:
             break
 
         for group, peak_lr in zip(groups, peak_lrs):
             group["lr"] = peak_lr * lr_at(step, total_steps)
-            if "momentum" in group:  # Muon: lower at first, while gradients change quickly (nanochat)
+            if "momentum" in group:  # Muon: warm up the momentum from 0.85 to 0.95, as nanochat does
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
 
         # The loss is the mean over the target tokens of the batch in all processes, so count them first.
@@ -1468,7 +1482,7 @@ def main():
         stop = n_stop > 0
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            if is_finite or accelerator.scaler:  # the scaler of fp16 skips the step and lowers its scale
+            if is_finite or accelerator.scaler:  # in fp16, the scaler skips the step and lowers its scale
                 o.step()
             o.zero_grad()
         step += 1
@@ -1497,7 +1511,7 @@ def main():
     # ---- the end: the test loss of the best weights, and a summary in run.json ----
     if not stop:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # not without a validation split: the last are the best
+        has_best = math.isfinite(progress["best"])  # without a validation split, the last weights are tested
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1582,7 +1596,7 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
     """
-    globals().update(run["settings"])  # the model and load_model() read some
+    globals().update(run["settings"])  # the functions below read the settings of the run as globals
     model = load_model(str(folder), base=base, setting="out_dir").eval()
     with named("out_dir", str(folder)):
         return model, transformers.AutoTokenizer.from_pretrained(folder)
