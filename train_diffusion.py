@@ -730,6 +730,7 @@ def read_image(source):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
+        white.info = image.info  # with its color profile
         image = Image.alpha_composite(white, image).convert("RGB")
     image = ImageOps.fit(to_srgb(image), (image_size, image_size))
     return np.asarray(image).transpose(2, 0, 1)
@@ -1178,9 +1179,14 @@ class EMA:
 # ---- Checkpoints and the run directory ----
 
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
-RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt *.safetensors model_index.json"
-RUN_FILES += " vae/* unet*/* transformer*/* text_encoder*/* tokenizer*/* scheduler/* feature_extractor/*"
-RUN_FILES += " samples/step_*.png samples/step_*.safetensors train_diffusion/events* *.trace.json *.tmp"
+RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors"
+RUN_FILES += " kohya_lora.safetensors model_index.json samples/step_*.png samples/step_*.safetensors"
+RUN_FILES += " train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp"
+for folder in "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split():
+    RUN_FILES += (
+        f" {folder}/*config.json {folder}/*model*.safetensors* {folder}/*token*.json {folder}/vocab.*"
+    )
+    RUN_FILES += f" {folder}/merges.txt {folder}/*.model {folder}/chat_template.jinja"
 LOCKS = []  # the lock of out_dir is here, and so held until this process ends
 
 
@@ -1289,9 +1295,11 @@ def gather(model, optimizers=(), with_frozen=False):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights. Buffers stay.
+    # Leave out what is frozen, and the second names of tied weights.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    if adapter:  # the buffers of the frozen model stay as they are
+        all_names |= {name for name, _ in unwrap(model).named_buffers()}
     left_out = all_names - kept
     return {name: weight for name, weight in weights.items() if name not in left_out}, state
 
@@ -1329,6 +1337,12 @@ def load_checkpoint(model, optimizers, ema, name):
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
+        # For weights without any effect on the loss, dcp has made a state that was not in the checkpoint.
+        saved = from_main(list(state["optimizers"].get("state", {})))
+        for key, p in unwrap(model).named_parameters():
+            for o in optimizers:
+                if key not in saved:
+                    o.state.pop(p, None)
     return from_main(state["progress"])
 
 
@@ -1493,10 +1507,19 @@ def set_up_fsdp2(accelerator):
     policy = {"cast_forward_inputs": False}  # images and times stay in fp32
     if accelerator.mixed_precision == "bf16":
         policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    plugin = accelerator.state.fsdp_plugin
-    plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
-    plugin.reshard_after_forward = True  # else gathered weights would outlive a swap of EMA
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
+
+
+def prepare(accelerator, model, optimizers):
+    """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.is_fsdp2:
+        # Else weights that were gathered before a swap of EMA or a loaded checkpoint would be used after it.
+        model.set_reshard_after_forward(True)
+        model._get_fsdp_state()._lazy_init()  # makes it FSDP2's root, before drawing calls a part of it
+    return model, optimizers
 
 
 def finish(accelerator, step, is_stopped):
@@ -1598,9 +1621,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
         model.compile()
-    model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
-    if accelerator.is_fsdp2:
-        model._get_fsdp_state()._lazy_init()  # makes it FSDP2's root, before drawing calls a part of it
+    model, wrapped_optimizers = prepare(accelerator, model, optimizers)
     ema = EMA(unwrap(model))
 
     # ---- resume the run, if there is one ----
@@ -1953,7 +1974,8 @@ class Pipeline(nn.Module):
         # Guidance is off at a scale of 1, but for Z-Image at 0. The pipeline tells whether 1 leaves it on.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
-        self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": 1}
+        n_steps = sample_steps or self.keywords["num_inference_steps"].default  # Flux.2 shifts times by it
+        self.unguided = {"guidance_scale": scale, "true_cfg_scale": 1.0, "num_inference_steps": n_steps}
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(device)
         decode = pipe.vae.decode
@@ -2101,7 +2123,7 @@ class Pipeline(nn.Module):
         self.encoders = {name: part for name, part in parts if part and name.startswith("text_encoder")}
         self.encode_captions(captions, prompts)
         for name, encoder in self.encoders.items():
-            setattr(self.pipe, name, None)
+            vars(self.pipe)[name] = None  # setattr() would also change what model_index.json says
             encoder.cpu()
         if adapter or not MAIN:  # only save_pipeline() needs them again
             self.encoders.clear()
@@ -2111,7 +2133,8 @@ class Pipeline(nn.Module):
     def encode_captions(self, captions, prompts):
         """Set self.outputs and self.prompt_outputs, from a cache if nothing has changed."""
         options = self.drawing_options(sample_steps, guidance)
-        key = [image_size, captions, prompts, options, self.dtype]
+        config = {name: value for name, value in self.pipe.config.items() if name[0] != "_"}
+        key = [type(self.pipe).__name__, config, image_size, captions, prompts, options, self.dtype]
         key += [checksums(encoder) for encoder in self.encoders.values()]
         name = f"captions-{hashlib.md5(repr(key).encode()).hexdigest()}.pt"
         file = Path(datasets.config.HF_DATASETS_CACHE, name)
@@ -2148,10 +2171,12 @@ class Pipeline(nn.Module):
             self.takes_batches = True
             # A batch must give what its images give one by one, far closer than with the captions swapped. If
             # the pipeline takes only one time or caption, the call fails.
+            is_same = False
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
                 difference = (self(x, t, cond[::-1]) - alone).norm()
-                self.takes_batches = (error < 0.1 * difference).item()
+                is_same = (error < 0.1 * difference).item()
+            self.takes_batches = is_same
         log("images go through the denoiser " + ("together" if self.takes_batches else "one by one"))
 
     # ---- sampling and saving ----
@@ -2161,15 +2186,16 @@ class Pipeline(nn.Module):
         options = {}
         if steps > 0:
             options["num_inference_steps"] = steps
+        true_cfg_scale = self.keywords.get("true_cfg_scale")
+        has_true_cfg = true_cfg_scale is not None and true_cfg_scale.default > 1  # Qwen-Image
         if negative_prompt:
             options["negative_prompt"] = negative_prompt
+        elif has_true_cfg:
+            options["negative_prompt"] = " "  # without one, it would draw without guidance
         if scale >= 0:
             options["guidance_scale"] = scale
-            true_cfg_scale = self.keywords.get("true_cfg_scale")
-            if true_cfg_scale is not None and true_cfg_scale.default > 1:  # Qwen-Image
+            if has_true_cfg:
                 options["true_cfg_scale"] = scale
-        if "true_cfg_scale" in options:
-            options.setdefault("negative_prompt", " ")
         return options
 
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
@@ -2192,11 +2218,11 @@ class Pipeline(nn.Module):
     def save_pipeline(self):
         """Write the whole pipeline to out_dir, with the text encoders that prepare() has taken out."""
         for name, encoder in self.encoders.items():
-            setattr(self.pipe, name, encoder)
+            vars(self.pipe)[name] = encoder
         vars(self.pipe)["scheduler"] = self.scheduler
         self.pipe.save_pretrained(out_dir, max_shard_size="1TB")  # one file for each part
         for name in self.encoders:
-            setattr(self.pipe, name, None)
+            vars(self.pipe)[name] = None
         self.encoders.clear()
 
     def save_weights(self, weights):
@@ -2256,7 +2282,8 @@ def open_pipeline(name, dtype, device, setting):
     keywords = inspect.signature(kind.__call__).parameters.keys()
     changes_images = "strength" in keywords or "mask_image" in keywords  # image-to-image, inpainting
     takes_text = "prompt" in keywords and "latents" in keywords
-    if changes_images or not takes_text:
+    makes_images = "num_frames" not in keywords and bool((config.get("vae") or [None])[0])
+    if changes_images or not takes_text or not makes_images:
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
@@ -2264,7 +2291,7 @@ def open_pipeline(name, dtype, device, setting):
     if adapter and not hasattr(kind, "save_lora_weights"):
         fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA")
     files = list(Path(name).glob("*/*.safetensors"))
-    is_half = len(files) > 0 and all(".fp16." in file.name for file in files)  # it has the variant fp16 only
+    is_half = len(files) > 0 and all(".fp16" in file.name for file in files)  # it has the variant fp16 only
     with named(setting, name):
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             name,
@@ -2301,10 +2328,13 @@ def load_pipeline(device):
         diffusers.training_utils.cast_training_params(denoiser, torch.float32)
     if frozen_fp8:  # after add_adapter(), which would put the adapter in 8 bits, too
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype)
+        # peft does not cast the inputs of these layers. Autocast does, also for samples and in probe().
+        is_half = frozen_dtype != torch.float32
+        denoiser.forward = torch.autocast(device.type, frozen_dtype, enabled=is_half)(denoiser.forward)
     if gradient_checkpointing:
         # With frozen_fp8, weights change their dtype between two uses, which the default check would reject.
         denoiser.enable_gradient_checkpointing(
-            functools.partial(recompute, use_reentrant=False, determinism_check="none")
+            functools.partial(recompute, use_reentrant=False, determinism_check="none", early_stop=False)
         )
     return model.train()
 

@@ -1001,9 +1001,12 @@ def lr_at(step, total_steps):
 # ---- Checkpoints and the run directory ----
 
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
-RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json *.safetensors"
-RUN_FILES += " adapter_config.json chat_template.jinja tokenizer* samples/step_*.txt train_lm/events*"
-RUN_FILES += " *.trace.json *.index.json *.tmp"
+RUN_FILES = (
+    "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model*.safetensors"
+)
+RUN_FILES += " model.safetensors.index.json adapter_model.safetensors adapter_config.json chat_template.jinja"
+RUN_FILES += " tokenizer.json tokenizer_config.json special_tokens_map.json vocab.* merges.txt *.model"
+RUN_FILES += " samples/step_*.txt train_lm/events* *.pt.trace.json *.json.tmp *.pt.tmp"
 LOCKS = []  # the lock of out_dir is here, and so held until this process ends
 
 
@@ -1106,9 +1109,11 @@ def gather(model, optimizers=(), with_frozen=False):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights. Buffers stay.
+    # Leave out what is frozen, and the second names of tied weights.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    if adapter:  # the buffers of the frozen model stay as they are
+        all_names |= {name for name, _ in unwrap(model).named_buffers()}
     left_out = all_names - kept
     return {name: weight for name, weight in weights.items() if name not in left_out}, state
 
@@ -1329,10 +1334,18 @@ def set_up_fsdp2(accelerator):
     policy = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
         policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    plugin = accelerator.state.fsdp_plugin
-    plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
-    plugin.reshard_after_forward = True  # or else gathered weights would stay and be stale
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
+
+
+def prepare(accelerator, model, optimizers):
+    """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    if accelerator.is_fsdp2:
+        # Else weights that were gathered before a checkpoint was loaded would be used after it.
+        model.set_reshard_after_forward(True)
+    return model, optimizers
 
 
 def finish(accelerator, step, is_stopped):
@@ -1379,7 +1392,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
         model.compile()
-    model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
+    model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}

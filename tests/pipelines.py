@@ -89,7 +89,11 @@ def make_unet_pipeline(kind):
         encoders = [(768, 12, 12)]
         vae = make_vae(4, widths=(128, 256, 512, 512), scaling_factor=0.18215)
     if kind == "sdxl10":
-        shape = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20)}
+        shape = {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+        }
         shape |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
         shape |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
         shape |= {"cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10)}
@@ -103,7 +107,10 @@ def make_unet_pipeline(kind):
     if len(encoders) == 2:
         parts["tokenizer_2"], parts["text_encoder_2"] = make_clip(*encoders[1])
         return diffusers.StableDiffusionXLPipeline, parts
-    return diffusers.StableDiffusionPipeline, parts | {"safety_checker": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline, parts | {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
 
 
 def make_sd3():

@@ -1,98 +1,195 @@
 """
-Validates that mistakes of a user of train_diffusion.py end in one line that quotes the value and names a remedy, with
-exit code 2, before anything is trained; and that a resume that does not fit is refused.
+Bad input to train_diffusion.py, and to sample.py for images: one line that names the setting, the file or the column
+and the remedy, exit code 2, no traceback, nothing written or changed. A resume that does not fit is refused, too.
 """
 
 import json
 import shutil
 
+import datasets
+import diffusers
 import numpy as np
 import pytest
-from conftest import within
+from conftest import ROOT, TINY, contents, refusal, within
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+NUMBERS = "batch_size=0 image_size=0 patch_size=0 n_layer=0 n_head=0 n_embd=0 lora_rank=0 lora_alpha=0"
+NUMBERS += " ema_decay=1 beta1=1 beta2=1.5 val_fraction=1 test_fraction=1.5 label_dropout=1.1 guidance=-2"
+NUMBERS += " seed=9223372036854775808 grad_clip=-1 max_steps=-1 num_workers=-1 sample_steps=-1 n_embd=102"
+NUMBERS += " optimizer=sgd lr_schedule=linear mixed_precision=fp8 tracker=wandbb adapter=qlora prediction=x1"
+NUMBERS += " sampler=euler dataset= adapter=lora frozen_fp8=True mixed_precision=fp16"
 
 SD = "--init_from={data}/sd --image_size=16"
+LORA = SD + " --adapter=lora --caption=x"
 REFUSED = [
-    ("--n_embd=100 --n_head=3", "must be a multiple of 4 and n_head=3"),
-    ("--image_size=15", "image_size=15: a side of 15 is no multiple of patch_size=2"),
-    ("--lr_schedule=linear", "wsd, cosine or constant"),
-    ("--batch_size=64 --micro_batch_size=5", "batch_size=64 is no multiple of 5 pictures x 1 processes"),
+    ("--resume=True --overwrite=True", "choose one"),
+    ("--caption=x", "need a pretrained pipeline"),
+    ("--image_size=15", "image_size=15 gives a side of 15, which must be a multiple of patch_size=2"),
+    ("--batch_size=64 --micro_batch_size=5", "batch_size=64 must be a multiple of 5 images x 1 processes"),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),
+    # data
     ("--dataset={data}/missing", "dataset='{data}/missing' cannot be used"),
+    ("--dataset={data}/nothing", "holds nothing that can be read"),
     ("--dataset={data}/empty.parquet", "empty.parquet' cannot be used"),
-    ("--dataset={data}/no_pictures", "no picture of its train split can be read"),
-    ("--dataset={data}/rows.parquet", "choose from picture, price, label"),
+    ("--dataset={data}/broken", "no image of its train split can be read"),
+    ("--dataset={data}/rows.parquet", "choose from picture, price, label, author"),
     ("--dataset={data}/rows.parquet --image_column=price", "image_column='price' cannot be used"),
+    ("--dataset={data}/rows.parquet --image_column=picture --label_column=author", "column 'author' holds"),
+    ("--dataset={data}/unnamed", "metadata.jsonl, row 1 has no file_name"),
+    ("--dataset={data}/commas", "metadata.csv, row 1 has more fields than the first line"),
+    ("--dataset={data}/no_train", "has no split train, but test"),
     ("--dataset={data}/one --test_fraction=0.5", "dataset='{data}/one' cannot be used"),
-    ("--out_dir={data}/foreign", "holds thesis.doc"),
-    ("--adapter=lora", "lora, with --init_from="),
-    (SD + " --vae=x", "the latents of init_from are the pipeline's"),
-    (SD + " --image_size=15 --caption=x", "have to be divisible by 8"),
-    (SD + " --lora_targets=to_w --adapter=lora", "lora_targets='to_w' cannot be used"),
-    (SD + " --dataset={data}/half", "lacks captions"),
-    ("--init_from={data}/torn --caption=x", "init_from='{data}/torn' cannot be used"),
-    ("--init_from={data}/blind", "a DDPMPipeline must have captions"),
-    ("--init_from={data}/two", "one denoiser"),
-    ("--init_from={data}/edm", "no EDM scheduler"),
-    ("--init_from={data}/pixart --adapter=lora", "a PixArtSigmaPipeline takes no LoRA"),
+    (SD + " --dataset={data}/half", "lacks captions for 3 images"),
+    (SD + " --dataset={data}/mute", "1.txt is empty"),
+    (SD + " --dataset={data}/latin", "1.txt' cannot be used"),
+    # the run directory
+    ("--out_dir={data}/foreign", "holds other files, such as thesis.doc"),
+    ("--out_dir={data}/foreign/thesis.doc", "out_dir="),
+    ("--out_dir={root}", "holds {root}"),
+    ("--out_dir={data} --dataset={data}/one --overwrite=True", "holds {data}/one"),
+    ("--out_dir={data}/sd --overwrite=True " + SD, "holds {data}/sd"),
+    # pipelines
+    (SD + " --vae=x", "has its own autoencoder"),
+    (LORA + " --image_size=15", "have to be divisible by 8"),
+    (LORA + " --lora_targets=to_q,to_typo", "has no layer 'to_typo'"),
+    (LORA + " --frozen_fp8=True", "saves memory only with"),
+    ("--caption=x --init_from={data}/sd/unet/diffusion_pytorch_model.safetensors", "is a single file"),
+    ("--caption=x --init_from={data}/adapter", "holds a LoRA adapter, not a pipeline"),
+    ("--caption=x --init_from={data}/torn", "init_from='{data}/torn' cannot be used"),
+    ("--caption=x --init_from={data}/StableDiffusionControlNetPipeline", "StableDiffusionControlNetPipeline"),
+    ("--caption=x --init_from={data}/two", "must have one denoiser"),
+    ("--caption=x --image_size=16 --init_from={data}/edm", "its EDMEulerScheduler is not supported"),
+    ("--caption=x --adapter=lora --init_from={data}/PixArtSigmaPipeline", "takes no LoRA"),
+]
+OTHERS = ["DDPMPipeline", "StableDiffusionImg2ImgPipeline", "AnimateDiffPipeline", "Kandinsky3Pipeline"]
+REFUSED += [(f"--caption=x --init_from={{data}}/{name}", "not a text-to-image pipeline") for name in OTHERS]
+OTHERS += ["StableDiffusionControlNetPipeline", "PixArtSigmaPipeline"]
+SAMPLES = [
+    ("--out_dir={runs}/classes --class_label=purple", "is not a class: choose from blue, green, red"),
+    ("--out_dir={runs}/classes --prompt=x", "draws without a prompt"),
+    ("--out_dir={runs}/classes --output={runs}/x.jpg", "must be a .png in a folder that exists"),
+    ("--out_dir={runs}/classes --output={runs}/no/x.png", "must be a .png in a folder that exists"),
+    ("--out_dir={runs}/classes --seed=9223372036854775808", "seed=9223372036854775808 must be below"),
+    ("--out_dir={runs}/classes --num_samples=-1", "num_samples=-1 must be at least 0"),
+    ("--out_dir={runs}/classes --merge={runs}/merged", "has no LoRA adapter that could be merged"),
+    ("--out_dir={runs}/edited", "defines another model"),
+    ("--out_dir={runs}/foreign", "run.json is of another program"),
+    ("--out_dir={runs}/young", "has no weights yet"),
+    ("--out_dir={runs}/torn", "torn' cannot be used"),
+    ("--out_dir={runs}/lora", "needs a prompt"),
+    ("--out_dir={runs}/lora --prompt=x --base={data}/nothing", "base='{data}/nothing' cannot be used"),
+    ("--out_dir={runs}/lora --prompt=x --base={sdxl}", "but the run needs a StableDiffusionPipeline"),
+    ("--out_dir={runs}/lora --prompt=x --base={sd2}", "base='{sd2}' cannot be used"),
+    ("--out_dir={runs}/other --prompt=x", "does not have the layers that the LoRA"),
 ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, pipeline):
-    import datasets
-
     folder = tmp_path_factory.mktemp("data")
-    for name in ("nothing", "no_pictures", "one", "half", "foreign", "blind", "two", "edm", "pixart"):
-        (folder / name).mkdir()
-    (folder / "empty.parquet").write_bytes(b"")
-    (folder / "foreign/thesis.doc").write_text("years of work")
-    picture = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
-    picture.save(folder / "one/1.png")
-    for i in range(4):
-        picture.save(folder / f"half/{i}.png")
-        (folder / f"no_pictures/{i}.png").write_bytes(b"none")
-    (folder / "half/1.txt").write_text("black")
-    table = {"picture": [str(folder / "one/1.png")] * 4, "price": [1.5] * 4, "label": [0, 1, 0, 1]}
+    image = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    for name in ("one", "half", "mute", "latin", "commas", "unnamed", "no_train/test", "broken"):
+        (folder / name).mkdir(parents=True)
+        for i in range(1 if name == "one" else 4):
+            image.save(folder / name / f"{i}.png")
+    files = {"empty.parquet": b"", "nothing/.hidden": b"", "foreign/thesis.doc": b"years of work"}
+    files |= {f"broken/{i}.png": b"none" for i in range(4)} | {
+        "adapter/pytorch_lora_weights.safetensors": b""
+    }
+    files |= {"half/1.txt": b"black", "mute/1.txt": b"", "latin/1.txt": "noir, coupé".encode("latin-1")}
+    files |= {
+        "unnamed/metadata.jsonl": b'{"name": "1.png"}',
+        "commas/metadata.csv": b"file_name,label\n1.png,a,b\n",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    table = {"picture": [str(folder / "one/0.png")] * 4, "price": [1.5] * 4, "label": [0, 1, 0, 1]}
+    table["author"] = [{"name": "a"}] * 4
     table = datasets.Dataset.from_dict(table).cast_column("picture", datasets.Image())
     table.to_parquet(folder / "rows.parquet")
     for name in ("sd", "torn"):
         shutil.copytree(pipeline("sd"), folder / name)
     (folder / "torn/unet/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
     index = json.loads((folder / "sd/model_index.json").read_text())
-    changes = {"blind": {"_class_name": "DDPMPipeline"}, "two": {"unet_2": index["unet"]}}
-    changes["edm"] = {"scheduler": ["diffusers", "EDMEulerScheduler"]}
-    changes["pixart"] = {"_class_name": "PixArtSigmaPipeline"}
+    changes = {"two": {"unet_2": index["unet"]}, "edm": {"scheduler": ["diffusers", "EDMEulerScheduler"]}}
+    changes |= {name: {"_class_name": name} for name in OTHERS}
+    changes["Kandinsky3Pipeline"]["vae"] = [None, None]
     for name, change in changes.items():
+        shutil.copytree(folder / "sd", folder / name)
         (folder / name / "model_index.json").write_text(json.dumps(index | change))
+    diffusers.EDMEulerScheduler().save_pretrained(folder / "edm/scheduler")
     return folder
 
 
-def refusal(*arguments):
-    """-> the last line of what the command says, behind the progress bars of libraries"""
-    _, err = within("train_diffusion.py", *arguments, code=2)
-    last = err.rstrip().splitlines()[-1].strip()
-    assert last.startswith("train_diffusion.py: ") and "Traceback" not in err
-    return last
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data, picture_folder, captioned):
+    """A run of a DiT and one of a LoRA, and copies with something amiss."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.py").write_text(TINY["train_diffusion.py"] + "max_steps = 2\n")
+    how = ("train_diffusion.py", folder / "tiny.py")
+    within(*how, f"--dataset={picture_folder}", f"--out_dir={folder}/classes")
+    lora = [argument.format(data=data) for argument in LORA.split()]
+    within(*how, *lora, f"--dataset={captioned}", "--lora_rank=2", f"--out_dir={folder}/lora")
+    for name in ("edited", "foreign", "young", "torn"):
+        shutil.copytree(folder / "classes", folder / name)
+    script = folder / "edited/train_diffusion.py"
+    script.write_text(script.read_text().replace("class MLP(", "class Mlp("))
+    run = json.loads((folder / "foreign/run.json").read_text())
+    (folder / "foreign/run.json").write_text(json.dumps(run | {"kind": "game"}))
+    for name in ("model", "best"):
+        for path in (folder / "young").glob(f"{name}.*"):
+            path.unlink()
+    (folder / "torn/model.safetensors").write_bytes(b"not weights")
+    shutil.copytree(folder / "lora", folder / "other")
+    file = folder / "other/pytorch_lora_weights.safetensors"
+    # of a base with more blocks
+    save_file({name.replace("up_blocks.0", "up_blocks.5"): x for name, x in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.mark.parametrize("setting", NUMBERS.split())
+def test_settings_that_cannot_work_are_refused_before_the_data_is_read(tmp_path, setting):
+    how = (f"--dataset={tmp_path}/nowhere", f"--out_dir={tmp_path}/run")
+    message = refusal("train_diffusion.py", *how, f"--{setting}")
+    assert message.startswith(f"train_diffusion.py: {setting.split('=')[0]}")
+    assert "nowhere" not in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED)
-def test_one_line_and_exit_code_2(tmp_path, tiny, data, arguments, message):
-    assert message.format(data=data) in refusal(tiny, *arguments.format(data=data).split())
-    assert not list((tmp_path / "run").glob("*.pt"))
+def test_the_trainer_refuses(tmp_path, tiny, data, arguments, message):
+    before = contents(data)
+    arguments = arguments.format(data=data, root=ROOT).split()
+    assert message.format(data=data, root=ROOT) in refusal("train_diffusion.py", tiny, *arguments)
+    assert contents(data) == before
+    assert not contents(tmp_path / "run")
 
 
-def test_resumes_that_do_not_fit(tmp_path, tiny, picture_folder):
-    within("train_diffusion.py", tiny, "--max_steps=10")
-    before = json.loads((tmp_path / "run/run.json").read_text())
-    assert "--resume=True or --overwrite=True" in refusal(tiny)
+@pytest.mark.parametrize("arguments, message", SAMPLES)
+def test_sample_refuses(tmp_path, data, runs, pipeline, arguments, message):
+    names = {"data": data, "runs": runs, "sdxl": pipeline("sdxl"), "sd2": pipeline("sd2")}
+    before = contents(runs)
+    where = () if "--output" in arguments else (f"--output={tmp_path}/x.png",)
+    assert message.format(**names) in refusal("sample.py", *where, *arguments.format(**names).split())
+    assert contents(runs, tmp_path) == before
+
+
+def test_resumes_that_do_not_fit_are_refused(tmp_path, runs, picture_folder):
+    out = tmp_path / "run"
+    shutil.copytree(runs / "classes", out)
+    how = ("train_diffusion.py", runs / "tiny.py", f"--dataset={picture_folder}", f"--out_dir={out}")
+    before = contents(out)
+    assert "--resume=True or --overwrite=True" in refusal(*how)
     for argument, message in [
-        ("--n_layer=3", "'n_layer': 2"),
-        (f"--dataset={picture_folder}/red", "choose another --out_dir"),
-        ("--optimizer=adamw", "'optimizer': 'muon'"),
+        ("--n_layer=3", "holds a run with n_layer=2: a resume cannot change it to 3"),
+        (f"--dataset={picture_folder}/red", "holds a run with data='"),
+        ("--optimizer=adamw", "holds a run with optimizer='muon'"),
+        ("--prediction=v", "holds a run with prediction='flow'"),
     ]:
-        assert message in refusal(tiny, "--resume=True", argument)
-    assert json.loads((tmp_path / "run/run.json").read_text()) == before
-    (tmp_path / "run/checkpoint.pt").write_bytes(b"no checkpoint")
-    assert "checkpoint='" in refusal(tiny, "--resume=True")
-    within("train_diffusion.py", tiny, "--overwrite=True", "--max_steps=10")
+        assert message in refusal(*how, "--resume=True", argument)
+    assert contents(out) == before
+    (out / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert "checkpoint='" in refusal(*how, "--resume=True")
+    within(*how, "--overwrite=True")

@@ -1,254 +1,337 @@
 """
-Validates train_diffusion.py by its real command and its data: all ways to name pictures give the same pixels; what a
-step sees depends on (seed, step) alone; a run that was killed, stopped, cut up among processes or in parts by FSDP2 is
-the unbroken one; latents are the autoencoder's; load() and draw() give the run's last grid.
+The diffusion trainer through its data and its real command: images of every kind and every way to name them
+give the right pixels, classes, captions and splits; what a step sees is a function of (seed, step); a run
+that was killed, stopped or cut among processes is the unbroken one; latents are the autoencoder's, averages
+of weights as in diffusers; samples can be drawn again; a step waits for the device once; edits train.
 """
 
+import io
 import json
 import os
 import shutil
-import signal
 import types
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
+import conftest
 import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import forked, in_parts, last_state, lost, read_grid, rows, start, wait_for_step, within
-from PIL import Image
+from conftest import check_out, forked, in_parts, last_state, lost, read_grid, refusal, rows, within
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageCms
 from pipelines import make_vae
 from safetensors.torch import load_file
+from test_train_lm import Waits
 
 import train_diffusion as td
 
-ALL = {"val_fraction": 0.0, "test_fraction": 0.0}
+WHOLE = {"val_fraction": 0.0, "test_fraction": 0.0}
 pytestmark = pytest.mark.usefixtures("defaults")
 
 
 @pytest.fixture
-def prepare(defaults, picture_folder):
-    """prepare(name=value ...) -> what prepare_data returns under the defaults and these settings"""
+def prepare(defaults, picture_folder, capsys):
+    """prepare(name=value ...) -> what prepare_data returns with these settings, and its log"""
 
     def prepare(dataset=picture_folder, **values):
         vars(td).update(defaults | {"dataset": str(dataset), "image_size": 8} | values)
-        return td.prepare_data(td.encode)
+        return *td.prepare_data(Accelerator(cpu=True)), capsys.readouterr().out
 
     return prepare
 
 
-def everything(splits, data):
-    """All pictures in an order of their own: [(bytes of the pixels, class)]"""
-    pairs = []
-    for split in splits.values():
-        x, cond = td.collate(list(split), data["shape"])
-        pixels = ((x + 1) * 127.5).round().byte().numpy()
-        pairs += [(p.tobytes(), int(c)) for p, c in zip(pixels, cond)]
-    return sorted(pairs)
+def content(splits, data):
+    """-> all images of all splits in an order of their own: [(bytes of the pixels, class)]"""
+    x, cond = td.collate([row for split in splits.values() for row in split], data["shape"])
+    pixels = ((x + 1) * 127.5).round().byte().numpy()
+    return sorted((p.tobytes(), c) for p, c in zip(pixels, cond[:, 0].tolist()))
 
 
-# ---- Pictures ----
+def named(split, names):
+    """-> the sorted classes, or captions, of the images of a split"""
+    return sorted(str([*names, None][number]) for number in split["cond"])
 
 
-def test_every_way_to_name_pictures_reads_the_same(prepare, picture_folder, tmp_path):
-    names, files = ["blue", "green", "red"], sorted(picture_folder.rglob("*.png"))
+def write(path, level=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
+
+
+def test_every_kind_of_image_becomes_the_same_pixels(tmp_path):
+    """A dark left and a bright right half, in all modes, in 16 and 32 bits, as floats, turned by a camera."""
+    td.image_size = 8
+    gray = np.zeros((20, 30), np.uint8)
+    gray[:, 15:] = 200
+    gray[0, 29] = 255  # where the range of values is unknown, all of it is taken
+    image = Image.fromarray(gray).convert("RGB")
+    kinds = {f"{mode}.tif": image.convert(mode) for mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB")}
+    kinds |= {f"image{suffix}": image for suffix in (".PNG", ".jpg", ".WebP", ".gif", ".bmp")}
+    for kind, scale in ("<u2", 257.0), (">u2", 257.0), ("f4", 1 / 255), ("i4", 1e6), ("f4", 0.1):
+        kinds[f"{kind} {scale}.tif"] = Image.fromarray((gray * scale).astype(kind))
+    kinds["turned.jpg"] = image.transpose(Image.Transpose.ROTATE_90)
+    kinds["turned.jpg"].getexif()[0x0112] = 6
+    for name, image in kinds.items():
+        image.save(tmp_path / name, exif=image.getexif())
+        x = td.read_image({"bytes": None, "path": str(tmp_path / name)}).astype(int)
+        assert x.shape == (3, 8, 8) and x[:, :, :3].max() < 20, name
+        assert abs(x[:, :, 5:] - 200).max() < 20, name
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
+def test_a_color_profile_and_transparency_are_seen(mode):
+    """The profile is sRGB with red and green exchanged; what is transparent lies on white."""
+    td.image_size = 8
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+    def read(image, **options):
+        image.save(file := io.BytesIO(), "png", **options)
+        return td.read_image({"bytes": file.getvalue(), "path": None})[:, 4, 4].tolist()
+
+    color = Image.new("RGB", (8, 8), (200, 50, 100))
+    image = color.quantize() if mode == "P" else color.convert(mode)
+    assert read(image, icc_profile=profile) == pytest.approx([50, 200, 100], abs=2)
+    assert read(image, icc_profile=b"none") == [200, 50, 100]
+    assert read(color.convert("L"), icc_profile=profile) == read(color.convert("L"))  # it does not fit
+    color.putalpha(0)
+    assert read(color) == [255, 255, 255]
+
+
+def test_every_way_to_name_images_reads_the_same(prepare, picture_folder, tmp_path):
+    names = ["blue", "green", "red"]
+    files = sorted(picture_folder.rglob("*.png"))
     pixels = [np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in files]
     expected = sorted((p, names.index(path.parent.name)) for p, path in zip(pixels, files))
-    splits, data, found = prepare()
-    assert data == {"rows": {"train": 108, "validation": 6, "test": 6}, "shape": [3, 8, 8], "classes": names}
-    assert found == names and everything(splits, data) == expected
-
-    table = {"img": [str(path) for path in files], "kind": [path.parent.name for path in files]}
-    strings = datasets.Dataset.from_dict(table).cast_column("img", datasets.Image())
-    strings.to_parquet(tmp_path / "strings.parquet")
+    splits, data, found, _ = prepare()
+    assert data["rows"] == {"train": 108, "validation": 6, "test": 6} and data["shape"] == [3, 8, 8]
+    assert data["classes"] == found == names and content(splits, data) == expected
+    splits, data, _, log = prepare(f"{picture_folder}/*/*.png", label_column="")
+    assert content(splits, data) == [(p, 0) for p, _ in expected] and "training without classes" in log
     columns = {"image_column": "img", "label_column": "kind"}
-    assert everything(*prepare(dataset=tmp_path / "strings.parquet", **columns)[:2]) == expected
+    table = {"img": [*map(str, files)], "kind": [path.parent.name for path in files], "n": range(120)}
+    strings = datasets.Dataset.from_dict(table).cast_column("img", datasets.Image())
     numbers = strings.cast_column("kind", datasets.ClassLabel(names=names))
-    numbers.to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
-    numbers.select(range(5)).to_parquet(tmp_path / "parquet/test-00000-of-00001.parquet")
-    splits, data, _ = prepare(dataset=tmp_path / "parquet", **columns)  # with a test split of its own
-    assert len(splits.pop("test")) == 5 and everything(splits, data) == expected
+    strings.to_parquet(tmp_path / "strings.parquet")
+    numbers.to_parquet(tmp_path / "both/train-00000-of-00001.parquet")
+    numbers.select(range(5)).to_parquet(tmp_path / "both/test-00000-of-00001.parquet")
+    write(tmp_path / "both/screenshot.png")
+    splits, data, _, log = prepare(tmp_path / "strings.parquet", **columns)
+    assert content(splits, data) == expected and "not used: n" in log
+    splits, data, _, log = prepare(tmp_path / "both", **columns)
+    assert len(splits.pop("test")) == 5 and content(splits, data) == expected and "left out: 1 files" in log
 
 
-def test_pictures_without_classes_and_a_changed_one(prepare, tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/images").symlink_to(tmp_path / "far")
-    for split in ("train", "val"):  # the names of splits are no classes
-        (tmp_path / "far" / split).mkdir(parents=True)
-        for i in range(3):
-            Image.new("L", (8, 8), 50 * i).save(tmp_path / "far" / split / f"{i}.PNG")
-    splits, data, names = prepare(dataset=tmp_path / "data", test_fraction=0.0)
-    assert names == [] and data["shape"] == [1, 8, 8] and data["rows"] == {"validation": 3, "train": 3}
-    assert "training without classes" in capsys.readouterr().out
-    assert {c for _, c in everything(splits, data)} == {0}  # the number of no class
-    Image.new("L", (8, 8), 77).save(tmp_path / "far/train/2.PNG")
-    seen = everything(*prepare(dataset=tmp_path / "data", test_fraction=0.0)[:2])
-    assert [p[0] for p, _ in seen] == [0, 0, 50, 50, 77, 100]
+def test_splits_and_classes_are_folders(prepare, tmp_path):
+    """An image's own name is no split and no pattern; hidden files are not read; each file is read once."""
+    files = ["train/cat/test.png", "train/cat/s1/a.png", "Training/[dog]/b*.PNG", "more/val/cat/c.png"]
+    for name in (*files, "eval_2/[dog]/d::e.png", ".hidden/cat/a.png", "train/cat/.thumb.png"):
+        write(tmp_path / "far" / name)
+    (tmp_path / "data [1]").symlink_to(tmp_path / "far")
+    (tmp_path / "far/train/loop").symlink_to(tmp_path / "far")
+    splits, data, names, _ = prepare(tmp_path / "data [1]")
+    found = {split: named(part, names) for split, part in splits.items()}
+    assert found == {"train": ["[dog]", "cat", "cat"], "validation": ["cat"], "test": ["[dog]"]}
+    assert data["shape"] == [1, 8, 8]  # all are gray
 
 
-def test_what_is_no_picture_is_left_out_and_named(prepare, picture_folder, tmp_path, capsys):
-    shutil.copytree(picture_folder, tmp_path / "data")
-    good = next(picture_folder.rglob("*.png")).read_bytes()
-    bad = {"broken.png": b"no picture", "cut.png": good[:-40], "empty.jpg": b""}
-    (tmp_path / "data/.trash").mkdir()
-    for name, content in (bad | {"._1.png": good, "../.trash/2.png": good}).items():  # as a Mac leaves them
-        (tmp_path / "data/red" / name).write_bytes(content)
-    splits, data, _ = prepare(dataset=tmp_path / "data", **ALL)
-    out = capsys.readouterr().out
-    assert out.count("left out: ") == 3 and all(name in out for name in bad)
-    assert everything(splits, data) == everything(*prepare(**ALL)[:2])
-
-
-def test_all_modes_and_sizes_become_the_same_picture(tmp_path):
-    """The same scene, left dark, right bright, in modes and files of every kind."""
-    td.image_size = 8
-    pixels = np.zeros((20, 30, 3), np.uint8)
-    pixels[:, 15:] = 200
-    colour, exif = Image.fromarray(pixels), Image.Exif()
-    grey, exif[0x0112] = colour.convert("L"), 6  # a camera held upright: stored turned, with a note
-    kinds = {"l.png": grey, "rgb.jpg": colour, "p.gif": colour.convert("P"), "rgb.webp": colour}
-    kinds |= {"a.png": colour.convert("RGBA"), "cmyk.jpg": colour.convert("CMYK")}
-    kinds |= {"la.png": grey.convert("LA"), "exif.jpg": colour.transpose(Image.Transpose.ROTATE_90)}
-    kinds["16.png"] = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    for name, image in kinds.items():
-        image.save(tmp_path / name, **({"exif": exif, "quality": 95} if name == "exif.jpg" else {}))
-        x = td.read_picture({"bytes": None, "path": str(tmp_path / name)})
-        assert x[:, :, :3].max() < 20 and abs(x[:, :, 5:].astype(int) - 200).max() < 20, name
-    Image.new("RGBA", (8, 8), (0, 50, 0, 0)).save(tmp_path / "clear.png")  # what is transparent lies on white
-    assert (td.read_picture({"bytes": (tmp_path / "clear.png").read_bytes(), "path": None}) == 255).all()
-
-
-def test_captions_of_a_folder(prepare, captioned, tmp_path, capsys):
-    captions = {"init_from": "a pipeline", "dataset": tmp_path / "folder"}
+def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
+    how = {"init_from": "a pipeline", "dataset": tmp_path / "folder"} | WHOLE
     path = shutil.copytree(captioned, tmp_path / "folder") / "metadata.jsonl"
     table = datasets.Dataset.from_json(str(path))
     lists = table.map(lambda row: {"text": [row["text"], "another"]})  # of which the first counts
-    for suffix, write in (".jsonl", table.to_json), (".jsonl", lists.to_json), (".csv", table.to_csv):
+    for suffix, save in (".jsonl", table.to_json), (".jsonl", lists.to_json), (".csv", table.to_csv):
         path.unlink()
-        write(path := path.with_suffix(suffix))
-        assert prepare(**captions)[2] == ["a blue square", "a green square", "a red square"]
+        save(path := path.with_suffix(suffix))
+        splits, _, names, _ = prepare(**how)
+        assert named(splits["train"], names) == sorted(table["text"])
+    path.write_text("file_name,label\n00.png,NA\n01.png,7\n02.png,\n03.png,None\nno.png,a\n")
+    splits, _, names, log = prepare(**how | {"init_from": "scratch"})
+    assert named(splits["train"], names) == ["7", "NA", "None", "None"] and names == ["7", "NA", "None"]
+    assert "left out: 8 images" in log and "names 1 images that do not exist" in log
     path.unlink()
+    assert prepare(**how, caption="a square")[2] == ["a square"]
     with pytest.raises(SystemExit):
-        prepare(**captions)
-    assert "add .txt files, --caption= or --caption_column=" in capsys.readouterr().err
+        prepare(**how)
+    assert "lacks captions for 12 images" in capsys.readouterr().err
     for path in (tmp_path / "folder").glob("*.png"):
-        path.with_suffix(".txt").write_text(f"picture {path.stem}\n")
-    assert sorted(prepare(**captions)[2]) == [f"picture {i:02}" for i in range(12)]
+        path.with_suffix(".txt").write_text(f"picture {path.stem}\n", encoding="utf-8-sig")
+    assert sorted(prepare(**how)[2]) == [f"picture {i:02}" for i in range(12)]
 
 
-def test_what_a_step_sees_depends_on_seed_and_step_alone():
+def test_a_changed_image_is_read_anew_and_unreadable_ones_are_counted(prepare, tmp_path):
+    """At the second start too. The changed one has the same name and size."""
+    for i in range(4):
+        write(tmp_path / f"{i}.bmp", i)
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "3.bmp").read_bytes()[:60])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    steps = [
+        ("", [0, 1, 2, 3]),
+        ("", [0, 1, 2, 3]),
+        ("3.bmp", [0, 1, 2, 77]),
+        ("empty.jpg", [0, 1, 2, 77, 77]),
+    ]
+    for changed, levels in steps:
+        if changed:
+            write(tmp_path / changed, 77)
+        splits, data, _, log = prepare(tmp_path, **WHOLE)
+        assert [p[0] for p, _ in content(splits, data)] == levels
+        assert f"train: {6 - len(levels)} of 6 images are left out because they cannot be read" in log
+
+
+def test_a_mirror_image_is_in_the_split_of_its_image(prepare):
+    whole, data, _, _ = prepare(**WHOLE)
+    splits, found, _, _ = prepare(flip=True, val_fraction=0.07, test_fraction=0.11)
+    assert found["rows"] == {"train": 196, "validation": 16, "test": 28}
+    for split in splits.values():
+        x = td.collate(list(split), data["shape"])[0]
+        assert torch.equal(x[1::2], x[::2].flip(-1))
+    kept = {name: split.select(range(0, len(split), 2)) for name, split in splits.items()}
+    assert content(kept, data) == content(whole, data)
+
+
+def test_the_rows_of_a_step_are_a_function_of_seed_and_step():
     td.batch_size = 12
     whole = list(td.batch_rows(100, 0, 20, 12, 1, 0))
-    for world, micro in ((2, 3), (3, 2)):
-        order = [list(td.batch_rows(100, 0, 20, micro, world, rank)) for rank in range(world)]
-        n = 12 // (world * micro)
-        steps = [[r for i in range(n) for rank in order for r in rank[step * n + i]] for step in range(20)]
-        assert steps == whole
+    for world, n in (1, 3), (2, 2), (4, 1):
+        parts = [td.batch_rows(100, 0, 20, 12 // n // world, world, rank) for rank in range(world)]
+        joined = [sum(micro_batches, []) for micro_batches in zip(*parts)]
+        assert [sum(joined[i : i + n], []) for i in range(0, 20 * n, n)] == whole
     assert list(td.batch_rows(100, 7, 20, 12, 1, 0)) == whole[7:]  # a resume
-    epochs = [set(sum(whole[i : i + 8], [])) for i in (0, 8)]
-    assert len(epochs[0]) == 96 and epochs[0] != epochs[1]
-    accelerator, x, cond = Accelerator(cpu=True), torch.randn(12, 3, 4, 4), torch.arange(12)
+    epochs = [{*sum(whole[i : i + 8], [])} for i in (0, 8)]
+    assert len(epochs[0]) == len(epochs[1]) == 96 and whole[:8] != whole[8:16]
+    assert {*next(td.batch_rows(5, 0, 1, 12, 1, 0))} == {*range(5)}  # few are repeated
+
+
+def test_noise_and_times_are_a_function_of_seed_and_step(monkeypatch):
+    """Times are logit-normal, and a tenth of the classes is hidden: within four standard errors."""
+    td.batch_size = 1200
     dit = td.DiT((3, 4, 4), [""] * 99)
-    one = td.noise_batches(accelerator, dit, [(x, cond)], 5)[0]
-    cut = [(x[i : i + 4], cond[i : i + 4]) for i in (0, 4, 8)]
-    cut = td.noise_batches(accelerator, dit, cut, 5)
-    assert all(torch.equal(torch.cat(parts), full) for parts, full in zip(zip(*cut), one))
+    x_0, cond = torch.randn(1200, 3, 4, 4), torch.arange(1200)[:, None] % 99
+
+    def make(step, world=1, rank=0, n=1):
+        monkeypatch.setattr(td, "WORLD", world)
+        monkeypatch.setattr(td, "RANK", rank)
+        micro_batches = [*zip(x_0.chunk(n * world), cond.clone().chunk(n * world))]
+        return td.make_noisy_batches(dit, micro_batches[rank::world], step, torch.device("cpu"))
+
+    [whole] = make(5)
+    parts = sum(zip(make(5, 2, 0, 3), make(5, 2, 1, 3)), ())
+    assert all(torch.equal(torch.cat(cut), one) for cut, one in zip(zip(*parts), whole))
+    assert not (whole[1] == make(6)[0][1]).any()
+    t = whole[1].logit()
+    assert abs(t.mean()) < 0.12 and abs(t.std() - 1) < 0.09
+    assert abs((whole[2] == 99).float().mean() - 0.1) < 0.035
 
 
-# ---- Runs ----
+def test_the_average_of_the_weights_is_that_of_diffusers():
+    td.ema_decay = 0.3  # both have less in the first steps
+    layer = torch.nn.Linear(3, 3)
+    ours = td.EMA(layer)
+    theirs = EMAModel(layer.parameters(), decay=0.3)
+    theirs.optimization_step = 1
+    for step in range(1, 12):
+        for p in layer.parameters():
+            torch.nn.init.normal_(p)
+        ours.update(step)
+        theirs.step(layer.parameters())
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.averages, theirs.shadow_params))
+
+
+@pytest.mark.parametrize(
+    "kind, added", [("bf16", ""), ("no", ""), ("no", "; loss.item()"), ("no", "; bool(loss)")]
+)
+def test_a_step_waits_for_the_device_once(tmp_path, tiny, monkeypatch, kind, added):
+    """From the first backward pass to the last; a wait that is added to the loop is seen."""
+    line = "loss += micro_loss.detach()"
+    trainer = check_out(tmp_path / "checkout", (line, line + added), trainer="train_diffusion.py")
+    never = [f"--{name}_interval=0" for name in ("eval", "save", "log")]
+    with Waits(monkeypatch) as waits:
+        within(trainer, tiny, *never, f"--mixed_precision={kind}", "--max_steps=8")
+    steps = " ".join(waits.found).partition("backward")[2].rpartition(" backward")[0]
+    assert (steps == " tolist backward" * 6 + " tolist") == (added == ""), steps
 
 
 def test_the_run_directory(tmp_path, tiny):
+    """At step 0 the prediction is 0, so the loss of flow, E(eps - x_0)^2, is the same at all times."""
     out = tmp_path / "run"
     within("train_diffusion.py", tiny)
     made = json.loads((out / "run.json").read_text())
-    assert made["kind"] == "diffusion" and made["model"] == "DiT"
-    assert made["data"]["classes"] == ["blue", "green", "red"] and made["data"]["rows"]["train"] == 108
-    assert made["summary"]["steps"] == 40 and "test/loss" in made["summary"]
+    assert (made["kind"], made["model"], made["summary"]["steps"]) == ("diffusion", "DiT", 40)
     assert made["parameters"] == sum(w.numel() for w in load_file(out / "model.safetensors").values())
+    assert made["summary"]["test/loss"] == rows(out, "test/loss")[0]["test/loss"]
+    assert {"step", "lr", "grad_norm", "epoch", "train/loss"} == rows(out, "train/loss")[0].keys()
     evaluated = rows(out, "val/loss")
     assert [row["step"] for row in evaluated] == [0, 10, 20, 30, 40]
     assert evaluated[-1]["val/loss"] < evaluated[0]["val/loss"]
     for row in evaluated:
         quarters = [value for name, value in row.items() if name.startswith("val/loss/")]
         assert len(quarters) == 4 and np.mean(quarters) == pytest.approx(row["val/loss"])
-    assert {"lr", "grad_norm", "epoch", "train/loss"} <= rows(out, "train/loss")[0].keys()
+        assert (max(quarters) < min(quarters) + 1e-5) == (row["step"] == 0)
     model = td.load(out, made)
-    drawn = td.draw(model, model.prompts, range(1337, 1373))
-    grid = read_grid(out / "samples/step_00000040.png", 8, 36)
-    assert all((np.asarray(picture) == tile).all() for picture, tile in zip(drawn, grid))
+    drawn = td.draw(model, td.sample_conditions(model), range(1337, 1373))
+    assert np.array_equal(drawn, read_grid(out / "samples/step_00000040.png", 8, 36))
 
 
-def test_the_average_of_the_weights_is_that_of_diffusers():
-    from diffusers.training_utils import EMAModel
-
-    td.ema_decay = 0.3  # both have less in the first steps: (1 + step) / (10 + step)
-    layer, rng = torch.nn.Linear(3, 3), torch.Generator().manual_seed(0)
-    ours, theirs = td.EMA(layer), EMAModel(layer.parameters(), decay=0.3)
-    theirs.optimization_step = 1
-    for step in range(1, 12):
-        for p in layer.parameters():
-            p.detach().copy_(torch.randn(p.shape, generator=rng))
-        ours.update(step)
-        theirs.step(layer.parameters())
-    ours.swap()
-    assert all(torch.allclose(p, a, atol=1e-6) for p, a in zip(layer.parameters(), theirs.shadow_params))
-
-
-def test_latents_are_the_autoencoders_and_mirrored_pictures_have_their_own(
-    prepare, tmp_path, tiny, monkeypatch
-):
-    torch.manual_seed(0)
+def test_latents_are_those_of_the_autoencoder(prepare, tmp_path, tiny, monkeypatch):
     theirs = make_vae(4, scaling_factor=0.7, shift_factor=0.1).eval()
     theirs.save_pretrained(tmp_path / "vae")
-    pixels, data, _ = prepare(flip=True, **ALL)
+    pixels, data, _, _ = prepare(flip=True, **WHOLE)
     x = td.collate(list(pixels["train"]), data["shape"])[0]
-    assert len(x) == 240 and torch.equal(x[1::2], x[::2].flip(-1))
-    latents, data, _ = prepare(flip=True, vae=str(tmp_path / "vae"), **ALL)
+    latents, data, _, _ = prepare(flip=True, vae=str(tmp_path / "vae"), **WHOLE)
     z = td.collate(list(latents["train"]), data["shape"])[0]
-    assert data["shape"] == [4, 4, 4]
     with torch.no_grad():
         expected = (theirs.encode(x).latent_dist.mode() - 0.1) * 0.7
         decoded = theirs.decode(expected / 0.7 + 0.1).sample.clamp(-1, 1)
-    assert torch.allclose(z, expected, atol=2e-3)
+    assert data["shape"] == [4, 4, 4] and torch.allclose(z, expected, atol=2e-3)
     monkeypatch.setattr(td, "sample", lambda *_: expected)
-    drawn = td.draw(types.SimpleNamespace(class_names=[], place=x), [""], [0])
-    drawn = torch.tensor(np.stack(drawn))
+    model = types.SimpleNamespace(class_names=[], parameters=lambda: iter([x]))
+    drawn = torch.tensor(np.stack(td.draw(model, [""], [0])))
     assert (drawn - (decoded.permute(0, 2, 3, 1) + 1) * 127.5).abs().max() < 0.51
     within("train_diffusion.py", tiny, f"--vae={tmp_path / 'vae'}", "--max_steps=10")
     assert Image.open(tmp_path / "run/samples/step_00000010.png").size == (48, 48)
 
 
+LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes=1")
+STOPS = [
+    ((), lambda process: process.kill(), -SIGKILL),
+    (LAUNCH, lambda process: os.killpg(process.pid, SIGINT), -SIGINT),
+    ((), lambda process: process.send_signal(SIGHUP), 128 + SIGHUP),
+    ((), lambda process: process.stdout.close(), 128 + SIGTERM),
+]
+
+
 def test_killed_and_stopped_is_the_same_as_unbroken(tmp_path, tiny):
-    """kill -9, then a Ctrl-C to the launcher and the trainer."""
-    how, out = [tiny, "--max_steps=120", "--eval_interval=40", "--flip=True"], tmp_path / "run"
-    how += ["--micro_batch_size=4", "--num_workers=1"]
+    """kill -9; then Ctrl-C to the launcher and the trainer, a closed terminal, a reader that has gone."""
+    out = tmp_path / "run"
+    (tmp_path / "slow.py").write_text(conftest.PLANT % "time.sleep(0.05) or loss")
+    how = (tiny, "--max_steps=80", "--log_interval=1", "--flip=True", "--micro_batch_size=4")
     within("train_diffusion.py", *how, f"--out_dir={tmp_path / 'unbroken'}")
-    how.append("--resume=True")
-    process = start("train_diffusion.py", *how)
-    wait_for_step(out, 25, process)
-    process.kill()
-    process.wait()
-    launch = ("-m", "accelerate.commands.launch", "--num_processes=1", "train_diffusion.py")
-    process = start(*launch, *how, process_group=0)
-    wait_for_step(out, 75, process)
-    os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    step = last_state(out)["progress"]["step"]
-    assert 75 <= step < 120 and "the same command with --resume=True goes on" in said
-    assert f"at step {step}" in within("train_diffusion.py", *how)[0]
+    how = (conftest.ROOT / "train_diffusion.py", *how, "--num_workers=1", "--resume=True")
+    step = 12
+    for command, stop, code in STOPS:
+        process = conftest.start(*command, *how, tmp_path / "slow.py", process_group=0)
+        conftest.wait_for_step(out, step, process)
+        stop(process)
+        process.stderr.read()
+        assert process.wait(timeout=60) == code
+        saved = last_state(out)["progress"]["step"]
+        assert saved >= step or code == -SIGKILL
+        step = rows(out)[-1]["step"] + 3
+    assert f"at step {saved}\n" in within(*how)[0] and 20 < saved < 80
     assert not lost(tmp_path / "unbroken", out)
 
 
 @pytest.mark.parametrize("optimizer, two", [("muon", forked), ("adamw", in_parts)], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_each_goes_on_with_the_others_run(tmp_path, tiny, optimizer, two):
+    one, run = tmp_path / "one", tmp_path / "run"
     how = ["train_diffusion.py", tiny, f"--optimizer={optimizer}", "--lr_schedule=constant"]
     how += ["--max_steps=30", "--micro_batch_size=2", "--resume=True"]
-    within(*how, f"--out_dir={tmp_path / 'one'}")
+    within(*how, f"--out_dir={one}")
     elsewhere = {"more": [f"--out_dir={tmp_path / 'second'}"]} if two == forked else {}
     for steps, way, more in ((10, two, elsewhere), (20, within, {}), (30, two, elsewhere)):
         way(*how, f"--max_steps={steps}", **more)
-    one, run = tmp_path / "one", tmp_path / "run"
     for name in ("train/loss", "val/loss", "test/loss"):
         expected = {row["step"]: row[name] for row in rows(one, name)}
         assert {row["step"]: row[name] for row in rows(run, name)} == pytest.approx(expected, rel=1e-3)
@@ -258,3 +341,49 @@ def test_two_processes_train_as_one_and_each_goes_on_with_the_others_run(tmp_pat
         for key, weight in expected.items():
             assert (weight - weights[key]).abs().max() < 1e-3 * weight.abs().max().clamp(min=1e-2), key
     assert {path.name for path in one.rglob("*")} == {path.name for path in run.rglob("*")}
+
+
+CHANGES = ["seed=7", "batch_size=4", "image_size=16", "flip=True", "vae=x", "init_from=x", "lora_rank=8"]
+CHANGES += ["prediction=v", "patch_size=4", "n_layer=3", "optimizer=adamw", "beta1=0.5", "weight_decay=0.5"]
+
+
+def test_what_a_resume_may_not_change_is_refused_and_left_alone(tmp_path, tiny, picture_folder):
+    """Before the data is touched: there is none any more. Then other data of as many images."""
+    within("train_diffusion.py", tiny, "--max_steps=10")
+    before = conftest.contents(tmp_path / "run")
+    for change in CHANGES:
+        how = (tiny, "--resume=True", "--dataset=nothing", f"--{change}")
+        assert f" with {change.split('=')[0]}=" in refusal("train_diffusion.py", *how)
+    data = shutil.copytree(picture_folder, tmp_path / "data")
+    shutil.copy(data / "red/000.png", data / "red/003.png")
+    assert "data=" in refusal("train_diffusion.py", tiny, "--resume=True", f"--dataset={data}")
+    assert conftest.contents(tmp_path / "run") == before
+
+
+MLP, TABLE = "self.mlp = MLP()", "nn.Embedding(len(class_names) + 1, n_embd)"
+EDITS = {  # the commonest: old and new text
+    "biases": [("n_embd, n_embd, bias=False", "n_embd, n_embd, bias=True")],
+    "gates": [("nn.Linear(4 * n_embd", "nn.Linear(2 * n_embd"), ("F.relu(self", "F.glu(self")],
+    "gain": [(MLP, "self.mlp = nn.Sequential(nn.RMSNorm(n_embd), MLP())")],
+    "convolution": [(MLP, "self.mlp = nn.Sequential(MLP(), nn.Conv1d(16, 16, 3, padding=1))")],
+    "table": [(TABLE, f"nn.Sequential({TABLE}, nn.Linear(n_embd, n_embd))")],
+    "shared": [("ModuleList(Block() for _ in range(n_layer))", "ModuleList([Block()] * n_layer)")],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_trains_resumes_and_draws(tmp_path, tiny, edit):
+    """The loss falls, each weight moves, and sample.py of the edited files draws one of the samples again."""
+    trainer = check_out(tmp_path / "checkout", *EDITS[edit], trainer="train_diffusion.py")
+    out = tmp_path / "run"
+    how = (tiny, "--lr_schedule=constant", "--val_fraction=0", "--log_interval=1")
+    within(trainer, *how, "--max_steps=10")
+    before = last_state(out)["model"]
+    within(trainer, *how, "--max_steps=60", "--resume=True")
+    assert not [name for name, w in last_state(out)["model"].items() if torch.equal(before[name], w)]
+    losses = [row["train/loss"] for row in rows(out, "train/loss")]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    how = (f"--out_dir={out}", f"--output={tmp_path / 'a.png'}", "--class_label=green", f"--seed={1337 + 18}")
+    within(trainer.with_name("sample.py"), *how)
+    grid = read_grid(out / "samples/step_00000060.png", 8, 36)
+    assert np.array_equal(read_grid(tmp_path / "a.png", 8, 1)[0], grid[18])
