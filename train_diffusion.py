@@ -413,8 +413,13 @@ def add_noise(model, x_0, eps, t):
     alpha = expand_to(x_0, alpha)
     sigma = expand_to(x_0, sigma)
     x_t = alpha * x_0 + sigma * eps
-    targets = {"flow": eps - x_0, "v": alpha * eps - sigma * x_0, "eps": eps, "x0": x_0}
-    return x_t, targets[model.prediction]
+    if model.prediction == "flow":
+        return x_t, eps - x_0
+    if model.prediction == "v":
+        return x_t, alpha * eps - sigma * x_0
+    if model.prediction == "eps":
+        return x_t, eps
+    return x_t, x_0
 
 
 def expand_to(x, values):
@@ -900,9 +905,8 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
 
     The processes share the work: each encodes some of the parts, then all load all parts from the cache.
     """
-    state = repr(
-        [key, images._fingerprint, state_of_files(images)]
-    )  # _fingerprint: datasets' hash of a table
+    # _fingerprint is the hash that datasets has for a table.
+    state = repr([key, images._fingerprint, state_of_files(images)])
     state = hashlib.md5(state.encode()).hexdigest()
     indices = range(len(images))
     parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(images), IMAGES_PER_FILE)]
@@ -1182,11 +1186,16 @@ class EMA:
 RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors"
 RUN_FILES += " kohya_lora.safetensors model_index.json samples/step_*.png samples/step_*.safetensors"
 RUN_FILES += " train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp"
-for folder in "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split():
-    RUN_FILES += (
-        f" {folder}/*config.json {folder}/*model*.safetensors* {folder}/*token*.json {folder}/vocab.*"
-    )
-    RUN_FILES += f" {folder}/merges.txt {folder}/*.model {folder}/chat_template.jinja"
+for part in ("vae", "unet*", "transformer*", "text_encoder*", "tokenizer*", "scheduler", "feature_extractor"):
+    for pattern in (
+        "*config.json",
+        "*model*.safetensors*",
+        "*token*.json",
+        "vocab.*",
+        "merges.txt",
+        "*.jinja",
+    ):
+        RUN_FILES += f" {part}/{pattern}"
 LOCKS = []  # the lock of out_dir is here, and so held until this process ends
 
 
@@ -1369,7 +1378,7 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
         batch = mine[i : i + micro_size]
         indices = batch or [0]  # a process without rows left takes row 0 with weight 0
         x_0, cond = collate([rows[j] for j in indices], unwrap(model).shape)
-        x_0, cond = to_model(x_0, cond, accelerator.device)
+        x_0, cond = to_device(x_0, cond, accelerator.device)
         eps = noise_of(indices, x_0.shape[1:]).to(x_0.device)
         golden_ratio = 0.618034  # its multiples modulo 1 are spread evenly
         offset = (torch.tensor(indices, device=x_0.device) * golden_ratio) % 1
@@ -1556,22 +1565,25 @@ def make_noisy_batches(model, micro_batches, step, device):
     cpu_rng = torch.Generator().manual_seed(step_seed)
     is_dropped = torch.rand(batch_size, generator=cpu_rng) < label_dropout  # on the CPU, where cond is
 
-    parts = (len(micro_batches), WORLD, -1)  # (accumulation steps, processes, images)
-    eps = eps.unflatten(0, parts)[:, RANK]
-    times = times.unflatten(0, parts)[:, RANK]
-    is_dropped = is_dropped.unflatten(0, parts)[:, RANK]
+    def part_of(x):
+        """Return this process's part of a global batch: (accumulation steps, images, ...)."""
+        return x.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK]
+
+    eps = part_of(eps)
+    times = part_of(times)
+    is_dropped = part_of(is_dropped)
     noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
         # Guidance needs a model that has also learned images without their class or caption.
         cond[is_dropped[i], 0] = model.no_class
-        x_0, cond = to_model(x_0, cond, device)
+        x_0, cond = to_device(x_0, cond, device)
         x_t, target = add_noise(model, x_0, eps[i], times[i])
         noisy_batches.append((x_t, times[i], cond, target))
     return noisy_batches
 
 
-def to_model(x, cond, device):
-    """Return a batch on the device: a DiT takes class indices (B,), a Pipeline a list of rows of cond."""
+def to_device(x, cond, device):
+    """Move a batch to the device. cond becomes class indices (B,) or, for a Pipeline, a list of its rows."""
     x = x.to(device, non_blocking=True)
     if init_from != "scratch":
         return x, cond.tolist()
@@ -1704,9 +1716,7 @@ def main():
                 with accelerator.autocast():
                     output = model(x_t, t, cond)
                     micro_loss = F.mse_loss(output, target) / accumulation_steps
-                accelerator.backward(
-                    micro_loss
-                )  # DDP and FSDP2 take the mean of the gradients over processes
+                accelerator.backward(micro_loss)  # the gradients are averaged over the processes
             loss += micro_loss.detach()
         max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)

@@ -12,7 +12,8 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-PARENT = os.getppid()  # the launcher, which may die during the slow imports; see catch_signals()
+# Read before the slow imports. If the launcher dies during them, catch_signals() notices it and ends the run.
+PARENT = os.getppid()
 
 import bz2
 import contextlib
@@ -57,22 +58,25 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
+# configure() overrides the settings below by config files and the command line, settings() lists them. fail()
+# ends the program with a message. named() turns an error of a library into a message about one setting.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
+# Settings are global variables in lowercase, and all functions read them as such.
 
 # the run
 out_dir = "out/lm"  # the folder that everything is written to
 resume = False  # continue from the checkpoint in out_dir, or start if there is none
 overwrite = False  # replace the run in out_dir by a new one
-seed = 1337  # of the initial weights, the order of the data, and dropout
+seed = 1337  # random seed for the initial weights, the order of the data and dropout
 # data
-dataset = "python"  # Python's own source code; or a file, folder, pattern, URL, or Hub name:config@revision
-train_split = "train"  # name of the training split, such as train_sft
+dataset = "python"  # Python's own source code; or a file, folder, glob pattern, URL, Hub name:config@revision
+train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; the loss is on the answers only, in chats too
+prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers have a loss
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:N" (N tokens), Hub name or folder; "": init_from's own, or bpe:1024
+tokenizer = ""  # "bytes", "char", "bpe:1024", Hub name or folder; "": that of init_from, or else bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -95,15 +99,15 @@ virtual_tokens = 20  # p_tuning: number of learned vectors in front of every tex
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
 micro_batch_size = 0  # rows per process and forward pass, to save memory; 0: the whole batch at once
 max_steps = 2000  # number of optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data, instead of max_steps; 0: max_steps counts
+epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # Muon for block matrices, AdamW for the rest; "adamw": AdamW only, as with init_from
+optimizer = "muon"  # "muon" (block matrices; AdamW for the rest) or "adamw"; with init_from always adamw
 learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
 embed_lr = 0.3  # peak for embeddings, used with muon
 head_lr = 0.004  # peak for the output layer (and for 1-D parameters that you add), used with muon
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
-weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
+weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # part of the steps, at the end, in which wsd decays
@@ -118,24 +122,27 @@ patience = 0  # stop early after this many evaluations without a better loss; 0:
 tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
 mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
-compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
+compile = True  # torch.compile on CUDA (elsewhere ignored): a minute at the start, then much faster
 gradient_checkpointing = False  # saves memory by computing activations twice; slower
-deterministic = False  # makes runs on CUDA bitwise repeatable; slower
+deterministic = False  # bitwise repeatable runs, on a GPU too; slower
 detect_anomaly = False  # stops at the first NaN in a gradient and shows where it came from; very slow
-profile = False  # writes a trace of the sixth to eighth step, to be opened in chrome://tracing
+profile = False  # writes a trace of steps 6 to 8, when compilation is over, for chrome://tracing
 
 DEFAULT_LR = {"muon": 0.03, "adamw": 0.001, "fine-tuning": 5e-5, "lora": 2e-4, "p_tuning": 0.001}
-PATHS = ("out_dir", "dataset", "init_from", "tokenizer")  # settings in which configure() expands ~
-# What a resumed run may not change. If you add a setting that shapes the model, add its name.
-FIXED = "seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets"
-FIXED += " virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay"
+# In these settings, configure() expands ~.
+PATHS = ("out_dir", "dataset", "init_from", "tokenizer")
+# Settings that a resumed run may not change. If you add a setting that shapes the model, add its name.
+FIXED = """
+    seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets
+    virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay
+""".split()
 
 # ---- Process helpers ----
 
 RANK = int(os.environ.get("RANK", "0"))  # index of this process, set by the launcher
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
 MAIN = RANK == 0  # the process that writes files and reports
-STOP = []  # signals that asked the run to save and exit
+RECEIVED = []  # signals, noted by their handlers; once there is one, the run saves and exits
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
 
 
@@ -143,41 +150,51 @@ def log(message):
     """Print a message, in the main process only."""
     if not MAIN:
         return
-    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal cannot encode
+    # print() would raise for characters that the terminal cannot show. Escape them: é becomes \xe9.
+    encoding = sys.stdout.encoding or "utf-8"
+    printable = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        printable = message.encode(encoding, "backslashreplace").decode(encoding)
         print(printable, flush=True)
-    except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
-        STOP.append(signal.SIGTERM)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # so that later prints succeed
+    except OSError:
+        # Nobody reads the output any more (| head, a closed terminal). Save and exit. Until then, and when
+        # Python flushes stdout at the end, the output goes to /dev/null.
+        RECEIVED.append(signal.SIGTERM)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
 
 
 def catch_signals():
     """Save and exit on Ctrl-C, SIGTERM, a closed terminal and, on Linux, if the launcher dies."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
-            signal.signal(signum, lambda received, frame: STOP.append(received))
-    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. Accelerate
-    # sets the first variable for one process and the second for several.
+            signal.signal(signum, lambda received, frame: RECEIVED.append(received))
+    # `accelerate launch` sets the first variable for one process and the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != PARENT:  # it died before this call
-            STOP.append(signal.SIGTERM)
+        stop_with_launcher()
+
+
+def stop_with_launcher():
+    """Ask Linux to send SIGTERM when the launcher dies. Otherwise this process would train on unnoticed."""
+    PR_SET_PDEATHSIG = 1  # from prctl(2): choose the signal that this process gets when its parent dies
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != PARENT:  # the launcher died before this call
+        RECEIVED.append(signal.SIGTERM)
 
 
 def ignore_signals(worker_id):
-    """Let a DataLoader worker ignore signals, so that the training process can finish its step and save."""
+    """Let a data worker ignore signals, so that the training process can finish its step and save.
+
+    The DataLoader passes the number of the worker, which is not needed.
+    """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 # ---- Check the settings ----
 
-MUST_BE_POSITIVE = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens"
-MUST_BE_BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction"
+MUST_BE_POSITIVE = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens".split()
+MUST_BE_BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction".split()
 CHOICES = {
     "adapter": ("", "lora", "p_tuning"),
     "optimizer": ("muon", "adamw"),
@@ -191,24 +208,28 @@ def check_settings():
     """End the program for settings that cannot work, before any data is touched."""
     for name, value in settings(globals()).items():  # the variables at the top of this file
         if name in CHOICES and value not in CHOICES[name]:
-            fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
+            choices = ", ".join(map(repr, CHOICES[name]))
+            fail(f"{name}={value!r} must be one of {choices}")
         if isinstance(value, str):
             continue  # the rest is about numbers
         if value < 0:
             fail(f"{name}={value} must not be negative")
-        if value == 0 and name in MUST_BE_POSITIVE.split():
+        if value == 0 and name in MUST_BE_POSITIVE:
             fail(f"{name}={value} must be greater than 0")
-        if value >= 1 and name in MUST_BE_BELOW_ONE.split():
+        if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
     if seed >= 2**63:  # torch.manual_seed() takes no more
         fail(f"{seed=} must be below 2**63")
+    # Rotary embeddings rotate pairs of dimensions, so the width of a head must be even.
     if n_embd % (2 * n_head) != 0:
         fail(f"{n_embd=} must be a multiple of 2 x n_head = {2 * n_head}")
-    if n_head % (n_kv_head or n_head) != 0:
+    if n_kv_head > 0 and n_head % n_kv_head != 0:
         fail(f"{n_head=} must be a multiple of {n_kv_head=}")
-    part = re.fullmatch(r"(\d+)/(\d+)", fold)
-    if fold and not (part and 1 <= int(part[1]) <= int(part[2]) and int(part[2]) > 1):
-        fail(f"{fold=} must look like 2/5 (the second of five parts)")
+    if fold:
+        k, _, n = fold.partition("/")
+        are_numbers = k.isdecimal() and n.isdecimal()
+        if not are_numbers or not 1 <= int(k) <= int(n) or int(n) == 1:
+            fail(f"{fold=} must look like 2/5 (the second of five parts)")
     if adapter and init_from == "scratch":
         fail(f"{adapter=} needs a pretrained model, such as --init_from=gpt2")
     if init_from != "scratch" and re.fullmatch(r"bytes|char|bpe:\d+", tokenizer):
@@ -216,7 +237,7 @@ def check_settings():
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         fail(f"{mixed_precision=} needs a CUDA GPU")
     if mixed_precision == "fp16" and optimizer == "muon" and init_from == "scratch":
-        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon has no loss scaling")
+        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon does not support fp16's loss scaling")
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
     if resume and overwrite:
@@ -226,7 +247,8 @@ def check_settings():
 
 
 # ---- Model: a decoder-only transformer with rotary positions, QK-norm and squared ReLU ----
-# It has no biases and no learned norms. transformers knows it as "nanochat", so its weights load there, too.
+# It has no biases and no learned norms. This is the architecture that transformers calls "nanochat", so that
+# from_pretrained() can load what is saved here.
 
 
 def norm(x):
@@ -237,34 +259,35 @@ def norm(x):
 def rotate(x, cos, sin):
     """Return x (..., T, D) with rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
     x1, x2 = x.chunk(2, dim=-1)
-    # As in nanochat, each pair is rotated by minus the angle. For attention only differences count.
+    # Rotate by minus the angle, as nanochat does. Attention depends on differences of angles only.
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def attention(q, k, v, p):
+def attention(q, k, v, dropout_p):
     """Return causal attention: softmax(q k^T / sqrt(D)) v, in which no token sees a later one.
 
-    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D). p: the dropout probability.
+    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D).
     """
     T = q.size(2)
+    # On a CPU, torch's kernel is slower for up to 512 tokens. This makes the default run 1.2 times as fast.
     if q.is_cpu and 1 < T <= 512:
-        return cpu_attention(q, k, v, p)  # makes the default run 1.2 times as fast
-    # A single new token attends to all tokens before it, which are in the cache.
-    is_causal = T > 1
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal, enable_gqa=True)
+        return cpu_attention(q, k, v, dropout_p)
+    is_causal = T > 1  # a single new token may see all tokens in the cache, so it needs no causal mask
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=True)
 
 
-def cpu_attention(q, k, v, p):
-    """Compute attention() step by step, which on a CPU is faster than torch's kernel for short texts."""
+def cpu_attention(q, k, v, dropout_p):
+    """Compute attention() step by step, for several tokens and without a cache."""
     B, n_head, T, D = q.shape
-    # Stack the queries of the heads that share keys and values into one matrix.
-    n_shared = n_head // k.size(1)
-    q = q.reshape(B, -1, n_shared * T, D)  # (B, n_kv_head, n_shared * T, D)
-    mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)
-    scores = (q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, n_shared * T, T)
-    scores = scores + mask.repeat(n_shared, 1)
-    weights = scores.softmax(dim=-1, dtype=v.dtype)  # autocast alone would make it fp32
-    return (F.dropout(weights, p) @ v).view(B, n_head, T, D)
+    # Heads that share keys and values form a group. Stack the queries of a group into one matrix.
+    group_size = n_head // k.size(1)
+    grouped_q = q.reshape(B, -1, group_size * T, D)  # (B, n_kv_head, group_size * T, D)
+    scores = (grouped_q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, group_size * T, T)
+    mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)  # hides later tokens: exp(-1e9) is 0
+    scores = scores + mask.repeat(group_size, 1)
+    weights = scores.softmax(dim=-1, dtype=v.dtype)  # without dtype, autocast would return fp32
+    y = F.dropout(weights, dropout_p) @ v
+    return y.view(B, n_head, T, D)
 
 
 class Attention(nn.Module):
@@ -280,16 +303,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, past=None):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
         q = norm(rotate(q, cos, sin))  # QK-norm keeps the attention logits in bounds
         k = norm(rotate(k, cos, sin))
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)  # keys and values of all tokens so far
-        y = attention(q, k, v, dropout if self.training else 0.0)  # (B, n_head, T, D)
+        if past is not None:  # a DynamicCache
+            k, v = past.update(k, v, self.layer)  # keys and values of all tokens so far
+        dropout_p = dropout if self.training else 0.0
+        y = attention(q, k, v, dropout_p)  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -306,15 +330,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: attention and an MLP, each on the normed input and added to it."""
+    """A transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + F.dropout(self.self_attn(norm(x), cos, sin, cache), dropout, self.training)
+    def forward(self, x, cos, sin, past=None):
+        x = x + F.dropout(self.self_attn(norm(x), cos, sin, past), dropout, self.training)
         x = x + F.dropout(self.mlp(norm(x)), dropout, self.training)
         return x
 
@@ -322,20 +346,22 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    # Read by accelerate: FSDP2 gathers the weights of one Block at a time.
+    # accelerate reads this attribute: FSDP2 shards and gathers the weights block by block.
     _no_split_modules = ("Block",)
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.context = config.max_position_embeddings
+        # The names of transformers: model.embed_tokens, model.layers and lm_head.
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model = nn.ModuleDict({"embed_tokens": embed_tokens, "layers": layers})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
         D = config.hidden_size // config.num_attention_heads
-        frequencies = 1 / 10000 ** (torch.arange(0, D, 2) / D)  # (D / 2,)
+        exponents = torch.arange(0, D, 2) / D  # (D / 2,)
+        frequencies = 1 / 10000**exponents
         angles = torch.outer(torch.arange(self.context), frequencies)  # (context, D / 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -344,7 +370,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
-        std = self.config.hidden_size**-0.5  # keeps the scale of the activations
+        std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
             nn.init.normal_(block.self_attn.q_proj.weight, std=std)
             nn.init.normal_(block.self_attn.k_proj.weight, std=std)
@@ -353,16 +379,19 @@ class GPT(nn.Module):
             nn.init.normal_(block.mlp.fc1.weight, std=std)
             nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.lm_head.weight)  # so the loss starts at ln(vocab_size)
-        is_tied = self.lm_head.weight is self.model.embed_tokens.weight  # only if you tie them
+        # If you tie the two (self.lm_head.weight = self.model.embed_tokens.weight), they start small.
+        is_tied = self.lm_head.weight is self.model.embed_tokens.weight
         nn.init.normal_(self.model.embed_tokens.weight, std=0.02 if is_tied else 1.0)
 
-    def forward(self, idx, targets=None, learned=None, cache=None):
+    def forward(self, idx, targets=None, loss_positions=None, cache=None):
         """Return the logits for the next tokens or, if targets are given, the sum of their losses.
 
-        idx: token ids (B, T). targets: the token after each (B, T), -100 where there is no loss. learned: the
-        indices in targets.flatten() that have a loss, or None to take all. cache: a dictionary, empty at
-        first, which keeps keys and values from call to call, so that idx holds new tokens only. Logits: (B,
-        T, V) in fp32; with a cache (B, 1, V), those of the last token.
+        idx: token ids (B, T).
+        targets: the token after each of them (B, T), or -100 where there is no loss.
+        loss_positions: the indices in targets.flatten() that have a loss; None: take all.
+        cache: a dictionary that keeps keys and values from call to call. It is empty at the first call; later
+        ones pass only the new tokens as idx.
+        The logits are (B, T, V) in fp32; with a cache (B, 1, V), those of the last token.
         """
         start = 0  # position of the first token
         past = None
@@ -373,9 +402,10 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(idx)  # (B, T, C)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
-            # Keep the residual stream in bf16 as well, which takes half the memory.
+            # Keep the residual stream in half precision, too, which takes half the memory.
             x = x.to(torch.get_autocast_dtype(device_type))
-        x = F.dropout(norm(x), dropout, self.training)
+        x = norm(x)  # nanochat also norms the embeddings
+        x = F.dropout(x, dropout, self.training)
         cos = self.cos[start : start + idx.size(1)].to(x.dtype)  # (T, D / 2)
         sin = self.sin[start : start + idx.size(1)].to(x.dtype)
         for block in self.model.layers:
@@ -386,12 +416,15 @@ class GPT(nn.Module):
         x = norm(x)
 
         if targets is None:
-            return self.logits(x if cache is None else x[:, -1:])
+            if cache is not None:
+                x = x[:, -1:]  # the next token depends on the last one's logits alone
+            return self.logits(x)
         x = x.flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
-        if learned is not None:
-            x = x[learned]
-            targets = targets[learned]
+        if loss_positions is not None:
+            # Skip the output layer, which is the largest matrix, where there is no loss.
+            x = x[loss_positions]
+            targets = targets[loss_positions]
         return F.cross_entropy(self.logits(x), targets, reduction="sum")
 
     def logits(self, x):
@@ -401,15 +434,16 @@ class GPT(nn.Module):
 
 
 def count_ids(tok):
-    """Return the number of ids of a tokenizer; len(tok) would be too small if some are not in use."""
+    """Return the largest id of a tokenizer plus one. Some ids may be unused, so len(tok) can be smaller."""
     return max(tok.get_vocab().values()) + 1
 
 
 def make_gpt(tok):
     """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
     vocab_size = count_ids(tok)
+    # GPUs multiply matrices faster if their sizes are multiples of 64. The ids added here stand for nothing
+    # and generate() never draws them. They would be a large part of a vocabulary of bytes or characters.
     if tokenizer not in ("bytes", "char"):
-        # GPUs multiply matrices faster if their sizes are multiples of 64. The padding is never sampled.
         vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
@@ -424,7 +458,7 @@ def make_gpt(tok):
         pad_token_id=None,
         architectures=["NanoChatForCausalLM"],
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the initial weights depend on the seed alone
     gpt = GPT(config)
     gpt.generation_config = transformers.GenerationConfig.from_model_config(config)
     return gpt
@@ -433,47 +467,68 @@ def make_gpt(tok):
 # ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
 
 # The kinds of tables by the suffixes of their files. All other files are text, or cannot be read.
-TABLES = {".json": "json", ".jsonl": "json", ".jsonlines": "json", ".ndjson": "json"}
-TABLES |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+TABLE_KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".jsonlines": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-NOT_TEXT = "7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle"
-NOT_TEXT += " pkl png ppt pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx"
-NOT_TEXT += " zip zst"
-# Folders of Python's source code that are tests or tables.
+NOT_TEXT = """
+    7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle pkl png ppt
+    pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx zip zst
+""".split()
+# Folders to leave out of Python's own source code: tests, long lookup tables, other programs.
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
-# The names that folders, files and splits of the Hub have for the three splits.
-SPLITS = {"train": "train", "training": "train"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-END = "<|endoftext|>"  # of the tokenizers that are learned here
-# Characters that are tokenized at a time. Each takes about 100 bytes of memory.
-PIECE = 200_000
+# Names of folders, files and splits of the Hub, and the splits that they stand for.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+# Shard numbers and a hash, which may follow such a name: test-00000-of-00001-a09b74b3ef9c3b56
+SHARD_SUFFIX = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
+END = "<|endoftext|>"  # the end-of-text token of tokenizers that are learned here
+# Texts are read and tokenized in pieces of so many characters. A character takes about 100 bytes of memory.
+PIECE_SIZE = 200_000
 
 
 def kind_of(name):
-    """Return the kind of a file by its suffix: one of TABLES, "text", or "" if it cannot be read."""
+    """Return the kind of a file by its suffix: one of TABLE_KINDS, "text", or None if it cannot be read."""
     path = Path(name.lower())
     if path.suffix in OPENERS:
         path = path.with_suffix("")
-    if path.suffix[1:] in NOT_TEXT.split():
-        return ""
-    return TABLES.get(path.suffix, "text")
+    if path.suffix[1:] in NOT_TEXT:
+        return None
+    return TABLE_KINDS.get(path.suffix, "text")
 
 
 def split_of(path):
-    """Return the split of a file. Look for its name in the folders of the path, then in the file's name."""
-    for name in [*path.parts[:-1], path.name.split(".")[0]]:
-        # Shard numbers and a hash may follow the name: test-00000-of-00001-a09b74b3ef9c3b56
-        name = re.sub(r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$", "", name.lower())
-        if name in SPLITS:
-            return SPLITS[name]
+    """Return the split of a file: look for the name of a split in its folders, then in its own name."""
+    folders = path.parts[:-1]
+    file_name = path.name.split(".")[0]
+    for name in (*folders, file_name):
+        split_name = re.sub(SHARD_SUFFIX, "", name.lower())
+        if split_name in SPLITS:
+            return SPLITS[split_name]
     return "train"
 
 
 def list_files(path, seen):
-    """Yield the file, or the files below the folder, that are not hidden. seen: real paths of those before.
+    """Yield the path itself if it is a file, or else all files below it that are not hidden.
 
-    Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
+    Links are followed. `seen` is the set of the real paths so far: it makes sure that each file is yielded
+    once and that a folder with a link to itself is read once.
     """
     real_path = os.path.realpath(path)
     if real_path in seen:
@@ -491,35 +546,40 @@ def list_files(path, seen):
 
 
 def open_text(path, newline=None):
-    """Open a file of text, which may be compressed. Bytes that are not UTF-8 are kept as lone surrogates."""
+    """Open a text file, which may be compressed.
+
+    Bytes that are not UTF-8 raise no error here. They become lone surrogates, which check_unicode() refuses.
+    """
     opener = OPENERS.get(path.suffix.lower(), open)
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def is_text(path):
-    """Tell whether a file can be read and begins with UTF-8."""
+    """Return whether a file can be read and begins with UTF-8."""
     try:
         with open_text(path) as f:
-            f.read(PIECE).encode()  # fails for lone surrogates
+            f.read(PIECE_SIZE).encode()  # raises for the lone surrogates of open_text()
     except Exception:  # whatever a damaged or unreadable file raises
         return False
     return True
 
 
 def find_files():
-    """Return (kind, {split: paths}) for the files that `dataset` names, or ("hub", {}) if there are none."""
+    """Return (kind, {split: paths}) of the files that `dataset` names, or ("hub", {}) if it names none."""
     if "://" in dataset:
         kind = kind_of(dataset.split("?")[0])
-        if kind == "":
+        if kind is None:
             fail(f"{dataset=} names a kind of file that cannot be read")
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
-    root = Path(sysconfig.get_paths()["stdlib"] if dataset == "python" else dataset)
+    root = Path(dataset)
+    if dataset == "python":
+        root = Path(sysconfig.get_paths()["stdlib"])
     if root.exists():
-        files = list(list_files(root, set()))
+        files = list(list_files(root, seen=set()))
     else:
-        # A pattern, or the name of a dataset of the Hub, which matches no files.
+        # This is a glob pattern, or the name of a dataset of the Hub, which matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
     if not files and not root.is_dir():
@@ -527,17 +587,19 @@ def find_files():
     if dataset == "python":
         files = [path for path in files if path.suffix == ".py"]
 
-    # Tables win over texts (a README.md is often beside them). Of several kinds, the largest table decides.
+    # If there are tables, leave out the texts: a README.md often lies beside tables. If there are several
+    # kinds of tables, take the kind of the largest file.
     kind = "text"
-    tables = [path for path in files if kind_of(path.name) in TABLES.values()]
+    tables = [path for path in files if kind_of(path.name) in TABLE_KINDS.values()]
     if tables:
-        kind = kind_of(max(tables, key=os.path.getsize).name)
+        largest = max(tables, key=os.path.getsize)
+        kind = kind_of(largest.name)
     used = [path for path in files if kind_of(path.name) == kind]
     if kind == "text":
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
-        log(f"left out: {len(left_out)} files that are not {kind}, or not UTF-8, such as {left_out[0]}")
+        log(f"left out: {len(left_out)} files that are no {kind} files or not UTF-8, such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
 
@@ -549,45 +611,48 @@ def find_files():
 
 
 def parse_table(path, kind):
-    """Yield the rows of a table, unchecked. The fields of a CSV stay text, whatever they look like."""
+    """Yield the rows of a table, unchecked. All fields of a CSV are texts, even if they look like numbers."""
     if kind == "parquet":
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     elif kind in ("csv", "tsv"):
-        csv.field_size_limit(2**31 - 1)  # the default is too small for texts
+        csv.field_size_limit(2**31 - 1)  # the default of 128 KB is too small; Windows takes no more than this
         delimiter = "," if kind == "csv" else "\t"
-        yield from csv.DictReader(open_text(path, newline=""), delimiter=delimiter, strict=True)
-    elif open_text(path).read(PIECE).lstrip().startswith("["):  # the file is one array
-        yield from json.load(open_text(path))
+        file = open_text(path, newline="")
+        yield from csv.DictReader(file, delimiter=delimiter, strict=True)
     else:
-        for line in open_text(path):
+        file = open_text(path)
+        is_array = file.read(PIECE_SIZE).lstrip().startswith("[")
+        file.seek(0)
+        if is_array:
+            yield from json.load(file)
+            return
+        for line in file:  # each line is a row
             if line.strip():
                 yield json.loads(line)
 
 
 def read_table(path, kind):
     """Yield the rows of a table as dictionaries. If one is damaged, end the program and say where."""
-    rows = parse_table(path, kind)
-    for n in itertools.count(1):
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            fail(f"{dataset=}: {path}, row {n} cannot be read ({error}): mend it or take it out")
-        if not isinstance(row, dict):
-            fail(f"{dataset=}: {path}, row {n} must have named fields, not be {row!r:.50}")
-        # The csv module gives fields beyond those of the header the name None.
-        if None in row:
-            fail(f"{dataset=}: {path}, row {n} has more fields than the first line: quote fields with commas")
-        yield row
+    where = f"{dataset=}: {path}, row"
+    n = 1  # number of the next row
+    try:
+        for row in parse_table(path, kind):
+            if not isinstance(row, dict):
+                fail(f"{where} {n} must be a JSON object, not {row!r:.50}")
+            if None in row:  # under this name, csv.DictReader puts fields beyond those of the header
+                fail(f"{where} {n} has more fields than the first line: quote fields that have commas")
+            yield row
+            n += 1
+    except Exception as error:  # whatever parse_table() raises for a damaged file
+        fail(f"{where} {n} cannot be read ({error}): mend it or take it out")
 
 
 def choose_columns(names):
-    """Return {our name: their name} of the columns of a table that are learned from, and log the others."""
+    """Return {our name: name in the table} for the columns to train on. Log the names of the others."""
     chats = [name for name in ("messages", "conversations") if name in names]
     if text_column == "text" and chats:
-        # Only some rows may have the last two.
+        # A table, or some of its rows, may have no "system" and no "tools".
         columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     elif text_column == "text" and prompt_column in names and completion_column in names:
         columns = {"prompt": prompt_column, "completion": completion_column}
@@ -597,97 +662,117 @@ def choose_columns(names):
         fail(f"{dataset=} has no column {text_column!r}: --text_column= takes one of {', '.join(names)}")
     used = [name for name in columns.values() if name in names]
     unused = [name for name in names if name not in used]
-    log(f"columns: {', '.join(used)}" + (f"; not used: {', '.join(unused)}" if unused else ""))
+    message = f"columns: {', '.join(used)}"
+    if unused:
+        message += f"; not used: {', '.join(unused)}"
+    log(message)
     return columns
 
 
-def load_documents():
-    """Return {split: documents}, in a random order that is the same for every seed.
+def column_names(paths, kind):
+    """Return the names of the columns of tables. Look at 100 rows of each, since rows may lack fields."""
+    names = {}  # a dictionary keeps the order
+    for path in paths:
+        for row in itertools.islice(read_table(path, kind), 100):
+            names |= dict.fromkeys(row)
+    return list(names)
 
-    A document is a dictionary with "path" (of a file of text), with "text", with "prompt" and "completion",
-    or with "messages" and "tools" (as JSON; the messages begin with the system message, if there is one).
+
+def load_documents():
+    """Return {split: documents}, in a random order that does not depend on the seed.
+
+    A document is a dictionary with
+        "path": the path of a text file, as bytes, because a file name need not be UTF-8,
+        or "text",
+        or "prompt" and "completion",
+        or "messages" and "tools", both as JSON; a system message is the first of the messages.
     """
-    kind, sources = find_files()
+    kind, sources = find_files()  # a source is a list of paths
     columns = {}
-    features = {"path": datasets.Value("binary")}  # the name of a file may not be UTF-8
     if kind == "hub":
-        name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
+        name, _, revision = dataset.partition("@")
+        name, _, config = name.partition(":")
         with named("dataset", dataset):
             sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
-        columns = choose_columns(next(iter(sources.values())).column_names)
+        first_source = next(iter(sources.values()))  # here a source is a Dataset
+        columns = choose_columns(first_source.column_names)
     elif kind != "text":
-        # Rows may lack columns, so look at many. A dictionary keeps the order of the names.
-        names = {}
-        for path in itertools.chain(*sources.values()):
-            for row in itertools.islice(read_table(path, kind), 100):
-                names |= dict.fromkeys(row)
-        columns = choose_columns(list(names))
+        paths = itertools.chain.from_iterable(sources.values())
+        columns = choose_columns(column_names(paths, kind))
     if columns:
         features = dict.fromkeys(columns, datasets.Value("string"))
+    else:
+        features = {"path": datasets.Value("binary")}
 
     documents = {}
     for split, source in sources.items():
-        key = [kind, columns]
-        if kind == "hub":
-            key.append(source._fingerprint)
-        else:
-            key += [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+        key = [kind, columns, state_of(source)]
         rows = cached(key, features, read_documents, source, kind, columns)
-        # Validation and test are cut off from the end, so shuffle.
+        # Shuffle, because data for validation and test will be taken from the end.
         documents[split] = rows.shuffle(seed=0)
     return documents
 
 
+def state_of(source):
+    """Return what stands for the content of a source in a key: it changes with the content."""
+    if isinstance(source, datasets.Dataset):
+        return source._fingerprint
+    return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+
+
 def read_documents(source, kind, columns):
-    """Yield the documents of a split. source: paths of files, or a Dataset of the Hub."""
+    """Yield the documents of a split. source: a list of paths, or a Dataset of the Hub."""
     if kind == "text":
+        # Texts may be large, so store their paths only. read_pieces() reads the files.
         for path in source:
             yield {"path": os.fsencode(path)}
         return
     if kind == "hub":
-        rows = source.select_columns([name for name in columns.values() if name in source.column_names])
+        used = [name for name in columns.values() if name in source.column_names]
+        rows = source.select_columns(used)
     else:
-        rows = itertools.chain.from_iterable(read_table(path, kind) for path in source)
+        rows = (row for path in source for row in read_table(path, kind))
     for row in rows:
         if "messages" in columns:
             messages = read_messages(row, columns["messages"])
-            tools = row.get("tools") or None
-            if not isinstance(tools, str):
-                tools = json.dumps(tools, default=str)  # str for dates, which JSON does not have
+            tools = row.get("tools") or None  # an empty list or text also means no tools
+            if not isinstance(tools, str):  # a text already is JSON
+                tools = json.dumps(tools, default=str)  # str() for dates, which JSON does not have
             yield {"messages": json.dumps(messages, default=str), "tools": tools}
         else:
             yield {name: as_text(row.get(column), column) for name, column in columns.items()}
 
 
 def cached(key, features, generator, *args):
-    """Return the rows of generator(*args) as a Dataset, from a cache if key and code are the same.
+    """Return the rows of generator(*args) as a Dataset. It stays on disk until key or the code changes.
 
-    A Dataset among the args is represented in the key by its _fingerprint, which stands for its content.
+    The key must stand for all that the rows depend on beside the code.
     """
+    # The code is the text of the two sections of this file whose functions make rows.
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith(("Data", "Answers"))]
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
-    # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
+    # Bind the arguments here: from_generator() would split lists among its gen_kwargs into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
 def as_text(value, column):
-    """Return a field of a table as text: "" for None, and the joined text of OpenAI's list of parts."""
+    """Return a field of a table as text: "" for None. OpenAI's lists of text parts are joined."""
     if value is None:
         return ""
+    if isinstance(value, str):
+        return check_unicode(value, f"column {column!r}")
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        if parts == value:
+        if len(parts) == len(value):  # there is nothing but text
             return "".join(part["text"] for part in parts)
-    if not isinstance(value, str):
-        fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
-    return check_unicode(value, f"column {column!r}")
+    fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
 
 
 def check_unicode(text, where):
-    """Return the text, unless it holds lone surrogates, which stand for bytes that are not UTF-8."""
+    """Return the text. End the program if it was not UTF-8, that is, if it has lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -696,22 +781,25 @@ def check_unicode(text, where):
 
 
 def read_pieces(documents):
-    """Yield (piece, is_last) of the texts of documents; is_last marks the last piece of each document."""
+    """Yield (piece, is_last) for the texts of documents; is_last marks the last piece of each document.
+
+    A piece ends before white space, so that tokens are not cut: a token such as " word" begins with a space.
+    """
     for document in documents:
         where = "a document"
         if "path" in document:
             where = os.fsdecode(document["path"])
             file = open_text(Path(where))
         elif "messages" in document:
-            # A tokenizer learns from what PLAIN_CHAT_TEMPLATE would write.
+            # Only a tokenizer is learned from this text. It looks like that of PLAIN_CHAT_TEMPLATE below.
             messages = json.loads(document["messages"])
-            file = io.StringIO("".join(f"{m['role']}: {m['content']}\n" for m in messages))
+            lines = [f"{m['role']}: {m['content']}\n" for m in messages]
+            file = io.StringIO("".join(lines))
         else:
-            file = io.StringIO("".join(document.values()))
-        # Read one piece ahead, so that the last one is known.
-        piece = file.read(PIECE)
-        while more := file.read(PIECE):
-            # Cut before white space, which is the beginning of the token of the word behind it.
+            file = io.StringIO("".join(document.values()))  # of the text, or the prompt and the completion
+        # Hold one piece back until more is read, to know which one is the last.
+        piece = file.read(PIECE_SIZE)
+        while more := file.read(PIECE_SIZE):
             cut = max(piece.rfind("\n"), piece.rfind(" "))
             if cut < 1:
                 cut = len(piece)
@@ -720,11 +808,10 @@ def read_pieces(documents):
         yield check_unicode(piece, where), True
 
 
-def begin_of_text(tok):
+def bos_prefix(tok):
     """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
-    # GPT-2 and Qwen write nothing. Neither does a tokenizer of characters, which may not know an "a".
     if not tok("")["input_ids"]:
-        return []
+        return []  # a tokenizer that knows characters only also ends here; it may not know the "a" below
     first = tok("a")["input_ids"][:1]
     return first if first == [tok.bos_token_id] else []
 
@@ -732,17 +819,18 @@ def begin_of_text(tok):
 def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
-    Each token but the first is the target of one row. A row begins with <bos> where the tokenizer writes one,
-    else with the last token of the row before. The last row has no ids, but a note for the log.
+    Every token but the very first is predicted once. For that, a row begins with <bos> where the tokenizer
+    writes one, or else with the last token of the row before. After the rows comes a footer, {"note": message
+    for the log}. It is stored with them, so that a run that reads them from the cache logs the same.
     """
-    begin = begin_of_text(tok)
+    begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
     n_dropped = 0
     ids = []
     pieces = read_pieces(documents)
-    while batch := list(itertools.islice(pieces, 16)):
+    while batch := list(itertools.islice(pieces, 16)):  # a fast tokenizer encodes several texts in parallel
         texts = [text for text, _ in batch]
-        # An "<eos>" that is spelled out in a document is text (split_special_tokens).
+        # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
         encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for (text, is_end), tokens in zip(batch, encoded):
             ids += tokens
@@ -750,30 +838,36 @@ def encode_texts(documents, tok):
                 n_dropped += 1
             elif is_end:
                 ids.append(tok.eos_token_id)
-        n_full = (len(ids) - overlap) // block_size
-        for start in range(0, n_full * block_size, block_size):
+        start = 0
+        while len(ids) - start >= block_size + overlap:
             yield {"ids": begin + ids[start : start + block_size + overlap]}
-        ids = ids[n_full * block_size :]
+            start += block_size
+        ids = ids[start:]
     if len(ids) > overlap:
         yield {"ids": begin + ids}
-    yield {"note": f"{n_dropped} dropped (empty)" if n_dropped else ""}
+    yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
 
 
 def learn_tokenizer(name, splits):
-    """Yield a row with a tokenizer as JSON: "char" learns from all splits, "bpe:N" from 100 MB of train."""
+    """Yield one row with a tokenizer as JSON. (It is a generator because cached() stores rows.)
+
+    "char" learns the characters of all splits, "bpe:N" learns from 100 MB of train, "bytes" learns nothing.
+    """
     if name == "char":
-        pieces = itertools.chain.from_iterable(map(read_pieces, splits.values()))
         letters = set()
-        for text, _ in pieces:
-            letters.update(text)
+        for documents in splits.values():
+            for text, _ in read_pieces(documents):
+                letters.update(text)
         vocabulary = {letter: i for i, letter in enumerate(sorted(letters))}
         core = Tokenizer(models.WordLevel(vocabulary))
-        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        any_character = Regex(r"[\s\S]")  # also the end of a line, which "." would leave out
+        core.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
         core.decoder = decoders.Fuse()
     else:
-        n_tokens = 257 if name == "bytes" else int(name.removeprefix("bpe:"))
-        documents = splits["train"] if n_tokens > 257 else []  # END and the 256 bytes need no text
-        pieces = itertools.islice(read_pieces(documents), 100_000_000 // PIECE)
+        n_given = 256 + 1  # the bytes and END, which need no text
+        n_tokens = n_given if name == "bytes" else int(name.removeprefix("bpe:"))
+        documents = splits["train"] if n_tokens > n_given else []
+        pieces = itertools.islice(read_pieces(documents), 100_000_000 // PIECE_SIZE)
         texts = (text for text, _ in pieces)
         core = ByteLevelBPETokenizer()
         core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
@@ -781,14 +875,16 @@ def learn_tokenizer(name, splits):
 
 
 def load_tokenizer(splits):
-    """Return a tokenizer of transformers, which is learned from the documents unless it is loaded."""
+    """Load a tokenizer of transformers, or learn one from the documents (bytes, char, bpe:N)."""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
     if re.fullmatch(r"bytes|char|bpe:\d+", name):
-        key = [name, *(documents._fingerprint for documents in splits.values())]
-        row = cached(key, {"json": datasets.Value("string")}, learn_tokenizer, name, splits)[0]
-        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-        core = Tokenizer.from_str(row["json"])
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+        key = [name, [state_of(documents) for documents in splits.values()]]
+        features = {"json": datasets.Value("string")}
+        rows = cached(key, features, learn_tokenizer, name, splits)
+        core = Tokenizer.from_str(rows[0]["json"])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END
+        )
     with named("tokenizer", name):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
@@ -797,105 +893,122 @@ def load_tokenizer(splits):
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
     if not tok.is_fast:
-        fail(f"the tokenizer of {name} is not a fast one, which tells where in the text each token stands")
+        fail(f"the tokenizer of {name} is slow: only fast ones tell where in the text each token is")
     return tok
 
 
-def cut_off(rows, fraction):
-    """Split off the last part of the rows. Return (rest, part)."""
-    with named("dataset", dataset):
+def split_off_end(rows, fraction):
+    """Return (the rows without the last part, the last part)."""
+    with named("dataset", dataset):  # fails if a part has no rows
         parts = rows.train_test_split(fraction, shuffle=False)
     return parts["train"], parts["test"]
 
 
-def prepare_data():
-    """Return (tokenizer, {split: rows}). Missing splits are cut off from the end of the training rows."""
-    datasets.disable_progress_bars()
-    found = load_documents()
+def choose_splits(found):
+    """Return the splits that are wanted among those that were found, under their usual names."""
     if train_split not in found:
         fail(f"{dataset=} has no split {train_split!r}: --train_split= takes one of {', '.join(found)}")
+    wanted = {"validation": val_fraction > 0 and not fold, "test": test_fraction > 0}
     splits = {"train": found.pop(train_split)}
-    wanted = {"validation": val_fraction and not fold, "test": test_fraction}
     for name, documents in found.items():
-        split = SPLITS.get(name)
+        split = SPLITS.get(name)  # None for an unknown name
         if wanted.get(split) and split not in splits:
             splits[split] = documents
         else:
             log(f"not used: the split {name}")
+    return splits
 
-    tok = load_tokenizer(splits)
+
+def tokenize(documents, tok, split):
+    """Return the rows of a split, with labels if the loss is on answers only (in prompts or chats)."""
     encode = encode_texts
     features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
-    columns = splits["train"].column_names
+    columns = documents.column_names
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
-    if "messages" in columns and not tok.chat_template:
-        # See PLAIN_CHAT_TEMPLATE in the section on answers.
-        tok.chat_template = ("{{ bos_token }}" if begin_of_text(tok) else "") + PLAIN_CHAT_TEMPLATE
-    key = [block_size, tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
+    key = [state_of(documents), block_size]
+    key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
+    rows = cached(key, features, encode, documents, tok)
+    n_rows = len(rows) - 1  # without the footer
+    note = rows[n_rows]["note"]
+    if note:
+        log(f"{split}: {note}")
+    if n_rows == 0:
+        fail(f"{dataset=} has nothing to learn from in its {split} split")
+    rows = rows.select(range(n_rows)).remove_columns("note")
+    return rows.with_format("torch")
+
+
+def prepare_data():
+    """Return (tokenizer, {split: rows}). A missing split is taken from the end of the training rows."""
+    datasets.disable_progress_bars()
+    found = load_documents()
+    splits = choose_splits(found)
+    tok = load_tokenizer(splits)
+    if "messages" in splits["train"].column_names and not tok.chat_template:
+        bos = "{{ bos_token }}" if bos_prefix(tok) else ""
+        tok.chat_template = bos + PLAIN_CHAT_TEMPLATE  # see the section on answers
     for split, documents in splits.items():
-        rows = cached([documents._fingerprint, *key], features, encode, documents, tok)
-        n_rows = len(rows) - 1
-        note = rows[n_rows]["note"]
-        if note:
-            log(f"{split}: {note}")
-        if n_rows == 0:
-            fail(f"{dataset=} has nothing to learn from in its {split} split")
-        splits[split] = rows.select(range(n_rows)).remove_columns("note").with_format("torch")
+        splits[split] = tokenize(documents, tok, split)
 
     if test_fraction and "test" not in splits:
-        splits["train"], splits["test"] = cut_off(splits["train"], test_fraction)
-    if fold:
+        splits["train"], splits["test"] = split_off_end(splits["train"], test_fraction)
+    if fold:  # part k of n contiguous parts is for validation
         k, n = map(int, fold.split("/"))
         parts = [splits["train"].shard(n, i, contiguous=True) for i in range(n)]
         splits["validation"] = parts.pop(k - 1)
         splits["train"] = datasets.concatenate_datasets(parts)
     elif val_fraction and "validation" not in splits:
-        splits["train"], splits["validation"] = cut_off(splits["train"], val_fraction)
+        splits["train"], splits["validation"] = split_off_end(splits["train"], val_fraction)
     for split, rows in splits.items():
         log(f"{split}: {len(rows):,} rows of at most {block_size} tokens")
     return tok, splits
 
 
 def collate(rows):
-    """Return a batch (x, y, learned) of rows.
+    """Return a batch (x, y, loss_positions) of rows.
 
-    x: token ids (B, T), padded on the right. y: the token after each (B, T), -100 where there is no loss.
-    learned: the positions in y.flatten() that have a loss, or None for rows of text, where almost all have.
+    x: token ids (B, T), padded on the right.
+    y: the token after each of them (B, T), or -100 where there is no loss.
+    loss_positions: the indices in y.flatten() that have a loss; None for texts, where almost all have one.
     """
+    column = "labels" if "labels" in rows[0] else "ids"
     inputs = [row["ids"][:-1] for row in rows]
-    targets = [row.get("labels", row["ids"])[1:] for row in rows]
+    targets = [row[column][1:] for row in rows]
     x = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
     y = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
-    learned = None
-    if "labels" in rows[0]:
-        learned = (y.flatten() != -100).nonzero()[:, 0]
-    return x, y, learned
+    loss_positions = None
+    if column == "labels":
+        loss_positions = torch.where(y.flatten() != -100)[0]
+    return x, y, loss_positions
 
 
 def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
-    """Yield the row numbers of each micro-batch of a process. They depend on (seed, step) alone.
+    """Yield the indices of the rows in each micro-batch of a process, for all steps before last_step.
 
-    The rows of a step are the same for any number of processes and size of micro-batches. An epoch is a
-    permutation in which rows of similar length share a batch, which saves padding.
+    The rows of a step depend on seed and step only, so a resumed run gets the same ones, also with another
+    number of processes or size of micro-batches. An epoch is a permutation of the rows in which rows of
+    similar length share a batch, which saves padding.
     """
-    n_batches = max(1, len(lengths) // batch_size)
-    epoch = None
+    batches_per_epoch = max(1, len(lengths) // batch_size)
+    shuffled_epoch = None
     for step in range(first_step, last_step):
-        if step // n_batches != epoch:
-            epoch = step // n_batches
+        epoch, i = divmod(step, batches_per_epoch)
+        if epoch != shuffled_epoch:
+            shuffled_epoch = epoch
             rng = np.random.default_rng([seed, epoch])
             rows = rng.permutation(len(lengths))
-            # Drop an incomplete last batch, or repeat rows if there are too few for one batch.
-            rows = np.resize(rows, n_batches * batch_size)
-            # Let rows of similar length meet, but not the same ones in every epoch.
+            # np.resize() drops an incomplete last batch, or repeats rows if there are too few for one batch.
+            rows = np.resize(rows, batches_per_epoch * batch_size)
+            # Sort by length, with some noise, so that the same rows do not meet in every epoch.
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
             rows = rows[np.argsort(noisy_lengths)]
-            batches = rng.permutation(rows.reshape(n_batches, batch_size))
-        # (accumulation steps, processes, rows)
-        micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
-        yield from micro_batches[:, rank].tolist()
+            batches = rng.permutation(rows.reshape(batches_per_epoch, batch_size))
+        # The axes of micro_batches are the accumulation step, the process and the row.
+        micro_batches = batches[i].reshape(-1, world, micro_size)
+        mine = micro_batches[:, rank]
+        yield from mine.tolist()
 
 
 # ---- Optimizers and learning rate ----
@@ -907,22 +1020,27 @@ def orthogonalize(x):
     The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
     """
     is_tall = x.size(-2) > x.size(-1)
-    if is_tall:  # the smaller one of two possible Gram matrices takes less work
+    if is_tall:  # transpose x, so that the Gram matrix x x^T is the smaller one of the two possible ones
         x = x.mT
+    # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.775, 2.0315
     for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (momentum with orthogonalized updates), with all matrices of a shape in a batch."""
+    """Momentum with orthogonalized updates, computed for all matrices of one shape at once.
+
+    torch.optim.Muon computes the same, but one matrix after another.
+    """
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, **kwargs)
-        self.dtype = dtype  # of the Newton-Schulz iterations; torch's own are always in bf16
+        self.dtype = dtype  # precision of orthogonalize(); torch's own Muon always computes it in bf16
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -938,34 +1056,38 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- momentum average + (1 - momentum) grad; with Nesterov, the same once more
+                # average = momentum * average + (1 - momentum) * grad. Nesterov's momentum then mixes the
+                # gradient in once more. The _foreach functions take lists, which saves many small calls.
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
-                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices, "original" in torch
+                # Tall matrices take larger steps. This is adjust_lr_fn="original" of torch.optim.Muon.
+                scale = max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    # No weights decay but those of a group with its own weight_decay.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
-    if optimizer == "adamw" or init_from != "scratch":
-        if init_from == "scratch":
-            kind = "adamw"
-        else:
-            kind = adapter or "fine-tuning"
+    kind = optimizer  # a key of DEFAULT_LR
+    if init_from != "scratch":
+        kind = adapter or "fine-tuning"
+    lr = learning_rate or DEFAULT_LR[kind]
+    if kind != "muon":
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
-        return [adamw(groups, lr=learning_rate or DEFAULT_LR[kind])]
+        return [adamw(groups, lr=lr)]
 
     matrices = []
     embeddings = []
     vectors_and_head = []
-    for name, p in model.named_parameters():  # a tied head comes once, with the name of the embedding
+    for name, p in model.named_parameters():
+        # The model has no vectors. This is also for those that you add, such as biases.
         if p.ndim != 2 or name == "lm_head.weight":
             vectors_and_head.append(p)
         elif name.startswith("model.layers."):
@@ -975,39 +1097,37 @@ def make_optimizers(model, accelerator):
     groups = [{"params": embeddings, "lr": embed_lr}]
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
-    muon = {
-        "lr": learning_rate or DEFAULT_LR["muon"],
-        "weight_decay": weight_decay,
-        "adjust_lr_fn": "original",
-    }
-    if accelerator.is_fsdp2:  # it shards each matrix; torch.optim.Muon gathers the shards, ours does not
+    muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
+    if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(matrices, **muon), adamw(groups)]
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(groups)]
 
 
 def lr_at(step, total_steps):
-    """Return the learning rate at a step as a fraction of its peak: the smaller of warm-up and decay."""
+    """Return the learning rate at a step as a fraction of its peak: it rises, then follows lr_schedule."""
     warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-        decay = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = min(1.0, max(0.0, progress))
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
     elif lr_schedule == "wsd":
-        decay = min(1.0, (total_steps - step) / max(1, cooldown * total_steps))
+        cooldown_steps = max(1, cooldown * total_steps)
+        decay = min(1.0, (total_steps - step) / cooldown_steps)
     return min(warmup, min_lr + (1 - min_lr) * decay)
 
 
 # ---- Checkpoints and the run directory ----
 
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
-RUN_FILES = (
-    "run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model*.safetensors"
-)
-RUN_FILES += " model.safetensors.index.json adapter_model.safetensors adapter_config.json chat_template.jinja"
-RUN_FILES += " tokenizer.json tokenizer_config.json special_tokens_map.json vocab.* merges.txt *.model"
-RUN_FILES += " samples/step_*.txt train_lm/events* *.pt.trace.json *.json.tmp *.pt.tmp"
-LOCKS = []  # the lock of out_dir is here, and so held until this process ends
+RUN_FILES = """
+    run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model*.safetensors
+    model.safetensors.index.json adapter_model.safetensors adapter_config.json chat_template.jinja
+    tokenizer.json tokenizer_config.json special_tokens_map.json vocab.* merges.txt *.model
+    samples/step_*.txt train_lm/events* *.pt.trace.json *.json.tmp *.pt.tmp
+""".split()
+LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
 
 def write_file(name, content):
@@ -1018,6 +1138,7 @@ def write_file(name, content):
             f.write(json.dumps(content, indent=1).encode())
         else:
             torch.save(content, f)
+        # The content must be on the disk before it takes the place of the old file.
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(Path(out_dir, name))
@@ -1034,27 +1155,31 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(out_dir).resolve()
-    for path in (os.getcwd(), init_from, dataset):  # the last two may be Hub names
-        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, which a run might delete: choose another --out_dir")
+    for path in (os.getcwd(), init_from, dataset):
+        exists = os.path.exists(path)  # init_from and dataset may be names of the Hub
+        if exists and Path(path).resolve().is_relative_to(folder):
+            fail(f"{out_dir=} is or holds {path}, and runs delete files there: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
     try:
-        LOCKS[0].acquire(timeout=10)  # data workers keep the lock for some seconds after their run was killed
+        LOCKS[0].acquire(timeout=10)  # the data workers of a killed run hold the lock for some more seconds
     except filelock.Timeout:
         fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
+    # These files were left by an earlier run, or by somebody else.
     files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
     is_run = "run.json" in files
+    can_resume = is_run and "checkpoint.pt" in files
     if files and not is_run:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
     if is_run and not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not (resume and is_run and "checkpoint.pt" in files):
+    if not resume or not can_resume:
         return None
     run = read_json("out_dir", out_dir, "run.json")
-    for name in FIXED.split():
-        check_fixed(name, run["settings"].get(name), globals()[name])
+    now = settings(globals())
+    for name in FIXED:
+        check_fixed(name, run["settings"].get(name), now[name])
     return run
 
 
@@ -1064,18 +1189,24 @@ def check_fixed(name, before, now):
         fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
-def start_run(model, tok, rows, old_run):
+def evenly_spread(n, n_rows):
+    """Return the indices of n rows that are spread evenly over n_rows."""
+    return np.linspace(0, n_rows - 1, n).astype(int).tolist()
+
+
+def start_run(model, tok, splits, old_run):
     """Write run.json, tokenizer and a copy of this script to out_dir; a new run first deletes an old one."""
-    # A resume compares 100 rows, evenly spread, to notice other data.
-    chosen = np.linspace(0, len(rows["train"]) - 1, 100).astype(int)
-    ids = [rows["train"][int(i)]["ids"].tolist() for i in chosen]
+    # A resumed run compares a hash of 100 rows, to notice other data.
+    rows = splits["train"]
+    ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
+    digest = hashlib.md5(repr(ids).encode()).hexdigest()
     run = {
         "kind": "lm",
-        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames GPT to FSDPGPT
+        "model": "GPT" if isinstance(model, GPT) else "Pretrained",
         "command": sys.argv,
         "settings": settings(globals()),
-        "data": f"{len(rows['train'])} rows with the hash {hashlib.md5(repr(ids).encode()).hexdigest()}",
-        "rows": {split: len(rows[split]) for split in rows},
+        "data": f"{len(rows)} rows with the hash {digest}",
+        "rows": {split: len(rows) for split, rows in splits.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
@@ -1083,11 +1214,12 @@ def start_run(model, tok, rows, old_run):
     if old_run:
         check_fixed("data", old_run["data"], run["data"])
     else:
-        for pattern in RUN_FILES.split():
-            for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
-                path.unlink()
+        for pattern in RUN_FILES:
+            for path in Path(out_dir).glob(pattern):
+                if path.is_file():
+                    path.unlink()
     write_file("run.json", run)
-    with contextlib.suppress(shutil.SameFileError):  # if it runs from there
+    with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
         shutil.copy(__file__, out_dir)
     tok.save_pretrained(out_dir)
     log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
@@ -1095,47 +1227,51 @@ def start_run(model, tok, rows, old_run):
 
 
 def from_main(value):
-    """Return the value that the main process has, in all processes."""
+    """Return, in every process, the value that the main process has passed. Every process must call this."""
     return broadcast_object_list([value])[0]
 
 
 def unwrap(model):
-    """Return the model inside DistributedDataParallel."""
+    """Return the model inside DistributedDataParallel, which has it as `module`, or the model itself."""
     return getattr(model, "module", model)
 
 
 def gather(model, optimizers=(), with_frozen=False):
-    """Gather ({name: weight}, state of the optimizers) from all processes; frozen weights are optional."""
+    """Return ({name: weight}, state of the optimizers), collected from all processes.
+
+    Frozen weights are left out unless with_frozen. Every process must call this.
+    """
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights.
+    # Some of these weights are still to be left out: frozen ones, and tied ones under their second name.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
     if adapter:  # the buffers of the frozen model stay as they are
         all_names |= {name for name, _ in unwrap(model).named_buffers()}
     left_out = all_names - kept
-    return {name: weight for name, weight in weights.items() if name not in left_out}, state
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
+    return weights, state
 
 
 def save_checkpoint(model, optimizers, progress, name):
-    """Write a checkpoint. optimizers=[] leaves out what only a resume needs."""
+    """Write a checkpoint to out_dir. With optimizers=[], as for best.pt, it cannot be used for a resume."""
     weights, state = gather(model, optimizers)
     if MAIN:
         write_file(name, {"model": weights, "optimizers": state, "progress": progress})
 
 
 def load_checkpoint(model, optimizers, name):
-    """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
+    """Load a checkpoint into the model and the optimizers of every process. Return its progress."""
     state = {"model": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # every process must call this, though only the main one compares shapes
-    if MAIN:
+    weights, _ = gather(model)  # a collective operation: all processes must call it
+    if MAIN:  # only the main process reads the file; the others get its content below
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
             fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
-    # Not strict, because the checkpoint has no frozen weights.
+    # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     dcp.set_model_state_dict(model, state["model"], options=options)
@@ -1145,17 +1281,22 @@ def load_checkpoint(model, optimizers, name):
 
 
 def save_weights(model, weights):
-    """Write the weights as transformers or peft does, first to a folder: no file is ever half written."""
+    """Write the weights in the format of transformers or peft.
+
+    Write them to a temporary folder first, so that no file in out_dir is ever half written.
+    """
     folder = Path(out_dir, "weights.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was killed may have left it
     folder.mkdir()
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model):  # transformers must not load this: it would compute something else
+        if not is_native(model):  # keep transformers from loading it: it would compute something else
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     else:
+        # The model is a Pretrained (see the section on fine-tuning), with the model of the library as its lm.
+        # Without save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     model.generation_config.to_json_file(folder / "generation_config.json")
@@ -1166,19 +1307,23 @@ def save_weights(model, weights):
 
 @functools.cache
 def is_native(gpt):
-    """Tell whether transformers computes the same, by random weights: with initial zeros any models agree."""
+    """Return whether transformers computes the same as this GPT, which you may have edited.
+
+    Both get random weights, because the zeros of init_weights() would hide a difference.
+    """
+    is_same = False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         ours = GPT(gpt.config).eval()
         theirs = transformers.NanoChatForCausalLM(gpt.config).eval()
         for p in ours.parameters():
             nn.init.normal_(p, std=p.size(-1) ** -0.5)
         idx = torch.randint(gpt.config.vocab_size, (1, min(1024, gpt.context)))
-        with contextlib.suppress(RuntimeError):  # weights of other names or shapes
+        with contextlib.suppress(RuntimeError):  # raised if names or shapes of weights differ
             theirs.load_state_dict(dict(ours.named_parameters()))
-            if torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3):
-                return True
-    log("edited model: sample.py and init_from can load this run, transformers cannot")
-    return False
+            is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
+    if not is_same:
+        log("edited model: sample.py and init_from can load this run, transformers cannot")
+    return is_same
 
 
 # ---- Evaluation ----
@@ -1188,86 +1333,104 @@ def is_native(gpt):
 def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     """Return the loss per token of a split, and the bits per byte, which can be compared across tokenizers.
 
+    name: "val" or "test", which the names of the metrics begin with.
     n_batches: how many batches of batch_size rows to take, spread evenly over the split; 0: all rows.
     """
     n_rows = len(rows)
     if n_batches > 0:
         n_rows = min(n_rows, n_batches * batch_size)
-    chosen = np.linspace(0, len(rows) - 1, n_rows).astype(int)
-    mine = chosen[RANK::WORLD].tolist()
-    totals = np.zeros(3)  # loss, tokens, bytes
+    mine = evenly_spread(n_rows, len(rows))[RANK::WORLD]  # the indices of this process
+    rows_per_process = math.ceil(n_rows / WORLD)
+    loss_sum = 0.0
+    n_tokens = 0
+    n_bytes = 0
     model.eval()
-    for i in range(0, math.ceil(n_rows / WORLD), micro_size):
+    for i in range(0, rows_per_process, micro_size):
         batch = mine[i : i + micro_size]
-        x, y, learned = collate([rows[j] for j in batch or [0]])
+        # FSDP2 needs every process in every forward pass. One without rows left takes row 0, but not its loss.
+        indices = batch or [0]
+        x, y, loss_positions = collate([rows[j] for j in indices])
         if not batch:
-            # No rows are left for this process, but FSDP2 needs it in every forward pass.
             y = torch.full_like(y, -100)
+        inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
-            loss = model(*send_to_device((x, y, learned), accelerator.device))
-        texts = tok.batch_decode([targets[targets != -100] for targets in y], skip_special_tokens=True)
-        n_bytes = len("".join(texts).encode("utf-8", "replace"))
-        totals += [loss.item(), (y != -100).sum().item(), n_bytes]
+            loss = model(*inputs)
+        loss_sum += loss.item()
+        n_tokens += (y != -100).sum().item()
+        targets = [row[row != -100] for row in y]
+        texts = tok.batch_decode(targets, skip_special_tokens=True)
+        n_bytes += len("".join(texts).encode("utf-8", "replace"))
     model.train()
-    loss, n_tokens, n_bytes = np.sum(gather_object([totals]), axis=0).tolist()
-    bits = loss / math.log(2)
-    return {f"{name}/loss": loss / n_tokens, f"{name}/bits_per_byte": bits / max(1, n_bytes)}
+    sums = gather_object([(loss_sum, n_tokens, n_bytes)])  # those of all processes
+    loss_sum, n_tokens, n_bytes = np.sum(sums, axis=0).tolist()
+    bits = loss_sum / math.log(2)
+    return {f"{name}/loss": loss_sum / n_tokens, f"{name}/bits_per_byte": bits / max(1, n_bytes)}
 
 
 def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report):
-    """Report the validation loss, keep the best weights (without validation, the last) and write a sample."""
-    loss = -math.inf  # without a validation split, the last weights count as the best
+    """Report the validation loss, save the weights if they are the best so far, and write a sample."""
+    is_best = "validation" not in splits  # without a validation split, the last weights count as the best
     if "validation" in splits:
         values = evaluate(accelerator, model, tok, "val", splits["validation"], micro_size, eval_batches)
         report(values)
-        loss = values["val/loss"]
-    if progress["step"] > 0:
-        progress["evals_since_best"] += 1
-        if loss <= progress["best"]:
-            progress["best"] = loss
-            progress["evals_since_best"] = 0
-            weights, _ = gather(model, with_frozen=not adapter)  # of an adapter, only its own weights
-            if MAIN:
-                save_weights(unwrap(model), weights)
-            if "test" in splits:  # the test at the end loads the best weights
-                save_checkpoint(model, [], progress, "best.pt")
-        write_sample(model, tok, splits.get("validation", splits["train"])[0], progress["step"])
+        is_best = values["val/loss"] <= progress["best"]
+    if progress["step"] == 0:
+        return  # before training there is nothing to save
+    progress["evals_since_best"] += 1
+    if is_best:
+        progress["evals_since_best"] = 0
+        if "validation" in splits:
+            progress["best"] = values["val/loss"]
+        weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
+        if MAIN:
+            save_weights(unwrap(model), weights)
+        if "test" in splits:  # the test at the end loads the best weights from here
+            save_checkpoint(model, [], progress, "best.pt")
+    rows = splits.get("validation", splits["train"])
+    write_sample(model, tok, rows[0], progress["step"])
 
 
 def write_sample(model, tok, row, step):
-    """Write how the model continues the first 16 tokens of a row or, in a chat, what precedes its answer."""
-    n = 16
-    if "labels" in row:
-        n = (row["labels"] != -100).nonzero()[0].item()
-    prompt = row["ids"][:n].tolist()
+    """Write a sample: how the model goes on after the first 16 tokens of a row, or answers its prompt."""
+    n_prompt = 16
+    if "labels" in row:  # the prompt ends where the first label is
+        n_prompt = (row["labels"] != -100).nonzero()[0].item()
+    prompt = row["ids"][:n_prompt].tolist()
     model.eval()
-    # Each new length would be compiled, for a minute.
+    # Run without torch.compile, which would take a minute for each new length.
     with torch.compiler.set_stance("force_eager"):
-        continued = generate(unwrap(model), prompt, 1, 200, count_ids(tok), temperature=0.8, seed=seed)
-        tokens = [token.item() for token in continued]
+        # generate() is in the section on sampling.
+        sampling = {"max_new_tokens": 200, "vocab_size": count_ids(tok), "temperature": 0.8, "seed": seed}
+        tokens = [token.item() for token in generate(unwrap(model), prompt, n_samples=1, **sampling)]
     model.train()
     if MAIN:
-        Path(out_dir, "samples").mkdir(exist_ok=True)
         text = tok.decode(prompt + tokens)
-        Path(out_dir, f"samples/step_{step:08d}.txt").write_text(text, encoding="utf-8", errors="replace")
+        path = Path(out_dir, f"samples/step_{step:08d}.txt")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8", errors="replace")
 
 
-# In bf16 without sparsity, by NVIDIA's data sheets. Other GPUs get no mfu.
+# Peak FLOPS in bf16 without sparsity, from NVIDIA's data sheets. For other GPUs, no mfu is reported.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def speed(tokens_per_s, model):
-    """Return tokens/s, memory in GB, and mfu, the used part of the GPUs' peak FLOPS (arXiv:2204.02311)."""
+    """Return the metrics tokens_per_s, memory_gb and mfu.
+
+    mfu, the model FLOPs utilization, is the used part of the peak FLOPS (PaLM, arXiv:2204.02311, appendix B).
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
     values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
-    for name, peak in PEAK_FLOPS.items():
-        if name in gpu and isinstance(model, GPT):
-            n_params = sum(p.numel() for p in model.parameters())
-            n_multiplied = n_params - model.model.embed_tokens.weight.numel()  # embeddings are looked up
-            attention_flops = 12 * len(model.model.layers) * model.config.hidden_size * block_size
-            flops_per_token = 6 * n_multiplied + attention_flops  # forward and backward
-            values["mfu"] = tokens_per_s * flops_per_token / (peak * WORLD)
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu]
+    if peaks and isinstance(model, GPT):
+        # Forward and backward take 6 FLOPs per token and weight. Embeddings are not multiplied but looked up.
+        # Attention takes 12 more per layer, channel and position.
+        n_params = sum(p.numel() for p in model.parameters())
+        n_multiplied = n_params - model.model.embed_tokens.weight.numel()
+        attention_flops = 12 * len(model.model.layers) * model.config.hidden_size * block_size
+        flops_per_token = 6 * n_multiplied + attention_flops
+        values["mfu"] = tokens_per_s * flops_per_token / (peaks[0] * WORLD)
     return values
 
 
@@ -1279,27 +1442,29 @@ def start_accelerator():
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # with FSDP2, every process builds the whole model
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
+    # The other processes wait while one tokenizes the data, which may take long.
+    process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    # The buffers never change, so DDP need not broadcast them. With gradients that are views of its buckets,
+    # DDP needs no second copy of them.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=choose_precision(),
         log_with=tracker or None,
         project_dir=out_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process tokenizes
-            # Our only buffers are tables that never change. A view saves a copy of all gradients.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
+        kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"the {WORLD} processes are not connected: to train on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(f"accelerate does not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
-    if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if on_cpu:
+        # `accelerate launch` gives each process one thread. Use this process's share of the cores instead.
+        n_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, count_cores() // n_local_processes))
         if init_from == "scratch":  # pretrained models are large and need the memory
             keep_freed_memory()
         log("warning: no GPU was found; a CPU is fast enough for small models only")
@@ -1307,12 +1472,21 @@ def start_accelerator():
     return accelerator
 
 
+def count_cores():
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def keep_freed_memory():
-    """Let Linux keep the memory that a step frees for the next step: trains 1.15 times as fast on a CPU."""
+    """Keep freed memory for the next step instead of returning it to Linux: 1.15 times as fast on a CPU."""
     if sys.platform == "linux":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD = -1  # from glibc's malloc.h, like the next one
+        M_MMAP_MAX = -4
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def choose_precision():
@@ -1322,19 +1496,21 @@ def choose_precision():
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        # Older GPUs (T4, V100) have fp16 only, which needs loss scaling, which our Muon lacks.
+        # T4 and V100 have no bf16. Their fp16 needs loss scaling, which Muon does not support.
         return "no" if init_from == "scratch" else "fp16"
+    if torch.accelerator.is_available():  # for example, an Apple GPU
+        return "no"
     cpu = torch.cpu.get_capabilities()
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
+    return "bf16" if has_bf16 else "no"
 
 
 def set_up_fsdp2(accelerator):
     """Configure FSDP2: weights in fp32, all-gather in bf16 (half the traffic), gradient reduction in fp32."""
-    policy = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
+    options = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
-        policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+        options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**options)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
 
@@ -1343,18 +1519,48 @@ def prepare(accelerator, model, optimizers):
     """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        # Else weights that were gathered before a checkpoint was loaded would be used after it.
+        # Free gathered weights after every forward pass. Those that are kept would be out of date after a
+        # checkpoint is loaded.
         model.set_reshard_after_forward(True)
     return model, optimizers
 
 
+def gradient_sync(accelerator, model, is_last):
+    """Return a context for a backward pass, in which DDP all-reduces the gradients only if is_last.
+
+    FSDP2 reduces them in every backward pass, because unsharded gradients would not fit.
+    """
+    if is_last or accelerator.is_fsdp2:
+        return contextlib.nullcontext()
+    return accelerator.no_sync(model)
+
+
+def clip_gradients(accelerator, model):
+    """Scale the gradients down to a norm of grad_clip. Return the norm that they had."""
+    max_norm = grad_clip or math.inf  # inf: only measure the norm
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if accelerator.is_fsdp2:  # it is a DTensor
+        grad_norm = grad_norm.full_tensor()
+    return grad_norm
+
+
+
+
+def open_metrics(n_bytes):
+    """Open metrics.jsonl to append to its first n_bytes. What follows them will be written again."""
+    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
+    metrics.truncate(n_bytes)
+    metrics.seek(0, os.SEEK_END)
+    return metrics
+
+
 def finish(accelerator, step, is_stopped):
-    """End this process when all processes have come here."""
+    """Log how the run ended, wait for the other processes, and end this one."""
     code = 0
     if is_stopped:
         log(f"stopped at step {step}; the same command with --resume=True goes on")
-        signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
-        code = 128 + signum  # as shells report it
+        signum = RECEIVED[0] if RECEIVED else signal.SIGTERM  # another process may have received the signal
+        code = 128 + signum  # the exit code that shells use for a signal
     else:
         log("done")
     accelerator.wait_for_everyone()
@@ -1365,7 +1571,7 @@ def finish(accelerator, step, is_stopped):
 
 
 def is_due(step, interval):
-    """Tell whether something that is done every `interval` steps is due; with 0 it never is."""
+    """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
 
 
@@ -1380,43 +1586,41 @@ def main():
         fail(f"{batch_size=} must be a multiple of {micro_size} rows x {WORLD} processes")
     old_run = open_run_dir()
 
-    # ---- model and data; a pretrained model first: a wrong name fails before the data is tokenized ----
-    model = load_pretrained(accelerator.mixed_precision) if init_from != "scratch" else None
-    with accelerator.local_main_process_first():  # the other processes read what it has cached
+    # ---- model and data ----
+    if init_from != "scratch":  # before the data, so that a wrong name fails early
+        model = load_pretrained(accelerator.mixed_precision)
+    with accelerator.local_main_process_first():  # one process prepares the data, the others read its cache
         tok, splits = prepare_data()
-    if model is None:
+    if init_from == "scratch":
         model = make_gpt(tok)
     check_ids(model, splits)
     set_generation_config(model, tok, splits["train"])
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
         model.compile()
+    # A step calls the wrapped optimizers, which know about fp16. A checkpoint holds the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
-    if MAIN:
-        run = start_run(unwrap(model), tok, splits, old_run)
-    is_resumed = from_main(old_run is not None)
+    run = start_run(unwrap(model), tok, splits, old_run) if MAIN else None
+    is_resumed = from_main(old_run is not None)  # only the main process reads out_dir
     if is_resumed:
         progress = load_checkpoint(model, optimizers, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # new lists after loading a checkpoint
+    groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
     steps_per_epoch = max(1, len(splits["train"]) // batch_size)
     total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
 
     # ---- logging ----
     start = time.monotonic() - progress["seconds"]
-    if MAIN:
-        metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.truncate(progress["metrics_bytes"])  # the steps after the checkpoint will be done again
-        metrics.seek(0, os.SEEK_END)
-    with named("tracker", tracker):  # to use wandb without a login, set WANDB_MODE=offline
+    metrics = open_metrics(progress["metrics_bytes"]) if MAIN else None
+    with named("tracker", tracker):  # a login to wandb may fail; WANDB_MODE=offline needs none
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_lm"), settings(globals()))
 
-    def report(values):
+    def report(values):  # of the current step
         if MAIN:
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
@@ -1426,38 +1630,39 @@ def main():
 
     # ---- the loop ----
     catch_signals()
-    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"]).to_numpy()
+    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"])  # of the rows
     loader = DataLoader(
         splits["train"],
-        batch_sampler=batch_rows(lengths, step, total_steps, micro_size, WORLD, RANK),
+        batch_sampler=batch_rows(lengths.to_numpy(), step, total_steps, micro_size, WORLD, RANK),
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
-    micro_batches = list(itertools.islice(batches, accumulation_steps))  # always loaded one step ahead
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
-    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
+    write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)
     timer = time.monotonic()
-    tokens_since = 0  # tokens trained on since the timer was set
-    n_skipped = 0  # steps in a row
-    stop = False
+    tokens_since = 0  # target tokens since the timer was set
+    n_skipped = 0  # skipped steps in a row
+    is_stopped = False  # by a signal
     while True:
-        # Each pass does what is due after `step` steps, and then one more step.
-        done = step >= total_steps
+        # Each pass does what is due after `step` steps, such as an evaluation, and then one more step.
+        is_done = step >= total_steps
 
-        # Save before evaluating, so that a run resumed from here evaluates again.
-        if step > 0 and (stop or done or is_due(step, save_interval)):
+        # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
+        if step > 0 and (is_stopped or is_done or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
-            progress["metrics_bytes"] = metrics.tell() if MAIN else 0
+            progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(model, optimizers, progress, "checkpoint.pt")
-        if not stop and (done or is_due(step, eval_interval)):
+        if not is_stopped and (is_done or is_due(step, eval_interval)):
             evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
             tokens_since = 0
         is_out_of_patience = patience > 0 and progress["evals_since_best"] >= patience
-        if stop or done or is_out_of_patience:
+        if is_stopped or is_done or is_out_of_patience:
             break
 
         for group, peak_lr in zip(groups, peak_lrs):
@@ -1465,37 +1670,35 @@ def main():
             if "momentum" in group:  # Muon: warm up the momentum from 0.85 to 0.95, as nanochat does
                 group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
 
-        # The loss is the mean over the target tokens of the batch in all processes, so count them first.
-        n_tokens = sum((y != -100).sum() for _, y, _ in micro_batches).float()  # still on the CPU
-        n_tokens = accelerator.reduce(n_tokens.to(device, non_blocking=True), "sum")
+        # The loss is a mean over the target tokens of all micro-batches in all processes: count them first.
+        counts = [(y != -100).sum() for _, y, _ in micro_batches]
+        n_targets = sum(counts).float().to(device, non_blocking=True)
+        n_targets = accelerator.reduce(n_targets, "sum")
         loss = torch.zeros((), device=device)
         torch.manual_seed(hash((seed, step, RANK)))  # a resumed run draws the same dropout
         for i, batch in enumerate(micro_batches):
-            # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
-            # time, because unsharded gradients would not fit.
-            sync = i == accumulation_steps - 1 or accelerator.is_fsdp2
-            accumulate = contextlib.nullcontext() if sync else accelerator.no_sync(model)
-            with accumulate:
+            batch = send_to_device(batch, device, non_blocking=True)
+            is_last = i == accumulation_steps - 1
+            with gradient_sync(accelerator, model, is_last):
                 with accelerator.autocast():
-                    micro_loss = model(*send_to_device(batch, device, non_blocking=True)) / n_tokens
-                accelerator.backward(micro_loss * WORLD)  # DDP takes the mean over processes, we want the sum
+                    micro_loss = model(*batch) / n_targets
+                accelerator.backward(micro_loss * WORLD)  # DDP averages over processes, but we want the sum
             loss += micro_loss.detach()
-        max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        if accelerator.is_fsdp2:
-            grad_norm = grad_norm.full_tensor()
-        # Load the next batch while the GPU computes.
+        norm_before_clipping = clip_gradients(accelerator, model)
+        # Load the next micro-batches while the GPU still computes.
         micro_batches = list(itertools.islice(batches, accumulation_steps))
 
-        # This is the only place in a step where the CPU waits for the GPU. Every process gets the same
-        # numbers, so that all of them skip, stop or go on together.
-        n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
-        sums = accelerator.reduce(torch.stack([loss, n_stop]), "sum")  # over the processes
-        loss, n_stop, grad_norm, n_tokens = torch.stack([*sums, grad_norm, n_tokens]).tolist()
-        stop = n_stop > 0
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        # Sum over the processes, so that all of them skip, stop or go on together.
+        n_received = torch.full((), float(len(RECEIVED)), device=device)
+        sums = accelerator.reduce(torch.stack([loss, n_received]), "sum")
+        numbers = torch.stack([*sums, norm_before_clipping, n_targets])
+        # This is the only line in a step where the CPU waits for the GPU.
+        train_loss, n_signals, grad_norm, n_tokens = numbers.tolist()
+        is_stopped = n_signals > 0
+        is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            if is_finite or accelerator.scaler:  # in fp16, the scaler skips the step and lowers its scale
+            # In fp16, step() must always be called: the scaler skips the update and lowers its scale.
+            if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
         step += 1
@@ -1507,11 +1710,12 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                sys.exit("ten such steps in a row: lower learning_rate, or look with --detect_anomaly=True")
+                sys.exit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
-            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values |= speed(tokens_since / (time.monotonic() - timer), unwrap(model))
+            values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
+            tokens_per_s = tokens_since / (time.monotonic() - timer)
+            values |= speed(tokens_per_s, unwrap(model))
             values["epoch"] = step / steps_per_epoch
             report(values)
             timer = time.monotonic()
@@ -1521,10 +1725,10 @@ def main():
         elif profile and step == first_step + 8:
             profiler.stop()
 
-    # ---- the end: the test loss of the best weights, and a summary in run.json ----
-    if not stop:
+    # ---- at the end: test the best weights, and write a summary to run.json ----
+    if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # without a validation split, the last weights are tested
+        has_best = math.isfinite(progress["best"])  # without a validation split, test the last weights
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1535,41 +1739,49 @@ def main():
             summary |= values
         if MAIN:
             write_file("run.json", run | {"summary": summary})
-    finish(accelerator, step, stop)
+    finish(accelerator, step, is_stopped)
 
 
 # ---- Sampling ----
 
 
 @torch.no_grad()
-def generate(model, prompt, n, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Continue a prompt, a list of ids, n times. At each step, yield the n next tokens, until all have ended.
+def generate(
+    model, prompt, n_samples, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, seed=0
+):
+    """Generate n_samples continuations of a prompt, which is a list of ids.
 
-    vocab_size: the number of ids that the tokenizer knows; the model may have more, as padding. temperature
-    0: the most likely token. A text that outgrows the model's context goes on from its last half.
+    Yield their next tokens (n_samples,) at each step, until all have ended.
+    vocab_size: the number of ids of the tokenizer. The model may have more, as padding, which are not drawn.
+    temperature: 0 takes the most likely token.
     """
-    idx = torch.tensor([prompt] * n, device=next(model.parameters()).device)  # (n, T)
+    device = next(model.parameters()).device
+    idx = torch.tensor([prompt] * n_samples, device=device)  # (n_samples, T)
     rng = torch.Generator().manual_seed(seed)
-    has_ended = torch.zeros(n, dtype=torch.bool)
+    ends = torch.tensor(end_tokens(model))
+    has_ended = torch.zeros(n_samples, dtype=torch.bool)
     cache = {}
     for _ in range(max_new_tokens):
         if idx.size(1) > model.context:
-            idx = idx[:, -max(1, model.context // 2) :]
+            # Keep half a context of the text, and fill the cache anew.
+            n_kept = max(1, model.context // 2)
+            idx = idx[:, -n_kept:]
             cache = {}
-        new = idx[:, -1:] if cache else idx  # the cache has all but the last token
-        logits = model(new, cache=cache)  # (n, 1 or T, V)
+        new = idx[:, -1:] if cache else idx  # once there is a cache, only the last token is new
+        logits = model(new, cache=cache)  # (n_samples, 1, V)
         logits = logits[:, -1, :vocab_size].float().cpu()
         if temperature < 1e-3:
             token = logits.argmax(dim=-1)
         else:
             logits = logits / temperature
+            # The first argument of these functions, the ids so far, is not used.
             if top_k:
                 logits = transformers.TopKLogitsWarper(top_k)(None, logits)
             if top_p < 1:
                 logits = transformers.TopPLogitsWarper(top_p)(None, logits)
             token = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
         yield token
-        has_ended |= torch.isin(token, torch.tensor(end_tokens(model)))
+        has_ended |= torch.isin(token, ends)
         if has_ended.all():
             return
         idx = torch.cat((idx, token[:, None].to(idx.device)), dim=1)
@@ -1583,24 +1795,31 @@ def end_tokens(model):
     return ids if isinstance(ids, list) else [ids]
 
 
+def end_of_answer(tok, special):
+    """Return the first special token that the chat template writes behind an answer, as a list, or []."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    with contextlib.suppress(Exception):  # a template may refuse a chat of only these two messages
+        text = tok.apply_chat_template(messages, tokenize=False)
+        tail = text.rpartition("!")[2]  # what follows the answer
+        ids = tok(tail, add_special_tokens=False)["input_ids"]
+        return [i for i in ids if i in special][:1]
+    return []
+
+
 def set_generation_config(model, tok, rows):
     """Set which tokens end a text and which ids are padding, for generate() and for transformers."""
     ends = {tok.eos_token_id, *end_tokens(model)}
     special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
     has_answers = "labels" in rows.column_names
     if has_answers and tok.chat_template:
-        # A chat template may end answers with a token of its own. Look what it writes behind one.
-        with contextlib.suppress(Exception):  # a template may demand more than these two messages
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            _, _, tail = tok.apply_chat_template(messages, tokenize=False).rpartition("!")
-            found = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in special]
-            ends.update(found[:1])
-    untrained = special.intersection(rows[0]["ids"].tolist())
-    if has_answers and adapter and untrained:
-        names = " ".join(tok.convert_ids_to_tokens(sorted(untrained)))
-        log(f"note: the adapter leaves the embeddings of these special tokens as they are: {names}")
+        ends.update(end_of_answer(tok, special))
+    in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
+    if has_answers and adapter and in_data:
+        names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
+        log(f"note: the adapter does not train the embeddings of these special tokens in the data: {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
+        # Keep generate() of transformers from drawing the padding.
         model.generation_config.suppress_tokens = list(range(count_ids(tok), model.config.vocab_size))
 
 
@@ -1609,7 +1828,7 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
     """
-    globals().update(run["settings"])  # the functions below read the settings of the run as globals
+    globals().update(run["settings"])  # all functions here read the settings as global variables
     model = load_model(str(folder), base=base, setting="out_dir").eval()
     with named("out_dir", str(folder)):
         return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -1617,10 +1836,21 @@ def load(folder, run, base=""):
 
 # ---- Answers: only with data that has prompts or chats ----
 
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-# The names in ShareGPT's files.
-ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-# For a tokenizer without a chat template: lines of "role: content", with an <eos> behind each answer.
+# Names of roles in the data, and the roles that they stand for. The last four are those of ShareGPT.
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+# A chat template for tokenizers that have none. It writes, for example:
+# user: Hello?
+# assistant: Hi.<eos>
 PLAIN_CHAT_TEMPLATE = """\
 {%- if tools %}{{ 'tools: ' + (tools | tojson) + '\\n' }}{% endif %}
 {%- for m in messages %}
@@ -1639,8 +1869,9 @@ def read_messages(row, column):
     for fields in row.get(column) or []:
         if not isinstance(fields, dict):
             fail(f"{dataset=}: column {column!r} must hold lists of messages, not {row[column]!r:.60}")
+        # A table has None for fields that are missing. ShareGPT calls role and content "from" and "value".
         message = {name: value for name, value in fields.items() if value is not None}
-        role = message.pop("from", None) or message.get("role")  # ShareGPT has from and value
+        role = message.pop("from", None) or message.get("role")
         content = message.pop("value", None) or message.get("content")
         if role not in ROLES:
             fail(f"{dataset=}: the role {role!r} in column {column!r} is not one of {', '.join(ROLES)}")
@@ -1648,11 +1879,11 @@ def read_messages(row, column):
     return messages
 
 
-def answers_of(document, tok):
-    """Yield (text, spans) for a document; spans are the (start, end) of its answers, in characters.
+def texts_with_answers(document, tok):
+    """Yield (text, spans) for a document: spans are the (start, end) positions of the answers in the text.
 
-    A chat template may write earlier turns in another way than the last one (Qwen3 leaves out their
-    thoughts). In that case, each such answer gets its own text, which ends with it.
+    Some chat templates rewrite earlier turns of a chat: Qwen3's leaves out their thoughts. Then a text ends
+    with an answer that is not rewritten yet, and the next answer is in another text.
     """
     if "prompt" in document:
         text = document["prompt"] + document["completion"]
@@ -1662,67 +1893,70 @@ def answers_of(document, tok):
     text = ""
     spans = []
     for i, message in enumerate(messages):
-        # An answer to nothing is not learned.
+        # An assistant message that opens a chat answers nothing, so it has no loss.
         if message["role"] == "assistant" and i > 0:
-            with named("dataset", dataset):
-                tools = json.loads(document["tools"])
-                render = functools.partial(tok.apply_chat_template, tools=tools, tokenize=False)
-                prompt = render(messages[:i], add_generation_prompt=True)
-                answered = render(messages[: i + 1])
-            # Where the template has rewritten earlier turns, finish the text and begin a new one.
-            if not prompt.startswith(text):
+            with named("dataset", dataset):  # the template may refuse the messages
+                options = {"tools": json.loads(document["tools"]), "tokenize": False}
+                prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
+                answered = tok.apply_chat_template(messages[: i + 1], **options)
+            if not prompt.startswith(text):  # the template has rewritten earlier turns
                 yield text, spans
                 spans = []
-            # DeepSeek-R1's prompt ends with "<think>", which the message lacks: look where the two part.
-            start = len(os.path.commonprefix([prompt, answered]))
+            # The answer starts where the two texts part. This need not be the end of the prompt: that of
+            # DeepSeek-R1 ends with a "<think>", which is not in the text with the answer.
+            common = os.path.commonprefix([prompt, answered])  # works with all strings, not only paths
+            start = len(common)
             spans.append((start, len(answered)))
             text = answered
     yield text, spans
 
 
 def encode_answers(documents, tok):
-    """Yield rows of ids and labels: the ids of what is learned, and -100 elsewhere.
+    """Yield rows {"ids", "labels"}. The labels are the ids of the answers, and -100 elsewhere.
 
-    Rows of more than block_size + 1 ids are cut; those with nothing to learn are dropped. The last row has no
-    ids, but a note for the log.
+    Rows of more than block_size + 1 ids are cut, and those without an answer are dropped. After the rows
+    comes a footer, as in encode_texts().
     """
     is_chat = "messages" in documents.column_names
-    begin = [] if is_chat else begin_of_text(tok)  # a chat template writes <bos> itself
-    ends = [tok.eos_token]
-    if is_chat:
-        ends += [token.content for token in tok.added_tokens_decoder.values() if token.special]
+    begin = [] if is_chat else bos_prefix(tok)  # a chat template writes <bos> itself
+    end_texts = [tok.eos_token]
+    if is_chat:  # templates use various special tokens as an end, so take all of them for one
+        end_texts += [token.content for token in tok.added_tokens_decoder.values() if token.special]
     n_dropped = 0
     n_cut = 0
     for document in documents:
         n_rows = 0
-        for text, spans in answers_of(document, tok):
+        for text, spans in texts_with_answers(document, tok):
             encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = begin + encoding["input_ids"]
             labels = [-100] * len(begin)
-            for token, (_, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
-                is_learned = any(first < end <= last for first, last in spans)  # it ends within an answer
-                labels.append(token if is_learned else -100)
-            if max(labels, default=-100) < 0:
+            token_ends = [end for _, end in encoding["offset_mapping"]]
+            for token, end in zip(encoding["input_ids"], token_ends):
+                is_in_answer = any(first < end <= last for first, last in spans)
+                labels.append(token if is_in_answer else -100)
+            if all(label == -100 for label in labels):
                 continue
-            # Without an end behind the last answer, the model would never stop.
-            if not text.rstrip().endswith(tuple(ends)):
+            # The model must learn to stop: if no end follows the last answer, add one.
+            if not text.rstrip().endswith(tuple(end_texts)):
                 ids.append(tok.eos_token_id)
                 labels.append(tok.eos_token_id)
-            # The first token of a row is never a target, so put an <eos> before one that is learned.
-            if labels[0] >= 0:
+            # The first token of a row is never a target. If it belongs to an answer, put an <eos> before it.
+            if labels[0] != -100:
                 ids.insert(0, tok.eos_token_id)
                 labels.insert(0, -100)
             if len(ids) > block_size + 1:
                 n_cut += 1
             ids = ids[: block_size + 1]
             labels = labels[: block_size + 1]
-            if max(labels) >= 0:
+            if any(label != -100 for label in labels):  # the answers may have been cut off
                 n_rows += 1
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
-    note = f"{n_dropped} dropped (without an answer), {n_cut} cut at {block_size=}"
-    yield {"note": note if n_dropped or n_cut else ""}
+    note = ""
+    if n_dropped or n_cut:
+        note = f"{n_dropped} documents without an answer dropped, {n_cut} rows cut at {block_size=}"
+    yield {"note": note}
 
 
 # ---- Fine-tuning: only with init_from ----
@@ -1736,50 +1970,53 @@ class Pretrained(nn.Module):
         self.lm = lm
         self.config = lm.config.get_text_config()
         self.generation_config = lm.generation_config
-        self._no_split_modules = lm._no_split_modules
+        self._no_split_modules = lm._no_split_modules  # for FSDP2, as in GPT
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         adapter_config = getattr(lm, "active_peft_config", None)
         self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
-        positions = getattr(self.config, "max_position_embeddings", None) or 2**31
-        self.context = positions - self.n_virtual
-        # True if logits(hidden_states(idx)) are the logits of the model; check_model() finds out.
-        self.has_plain_head = False
+        n_positions = getattr(self.config, "max_position_embeddings", None)
+        self.context = (n_positions or 2**31) - self.n_virtual  # some models have no limit
+        # check_model() sets this to True if logits(hidden_states(idx)) are the logits of the model. Then the
+        # loss can be computed in chunks.
+        self.can_chunk_loss = False
 
-    def forward(self, idx, targets=None, learned=None, cache=None):
-        """Do as GPT.forward() does. The cache stays empty if the model has none."""
+    def forward(self, idx, targets=None, loss_positions=None, cache=None):
+        """Return what GPT.forward() returns. If the model has no cache, the dictionary stays empty."""
         T = idx.size(1)
-        # No mask is needed: padding is on the right, where causal attention does not look.
+        # No attention mask is needed: padding stands on the right, and no token looks to the right.
         if cache is not None:
             lm = self.lm
             # Once the cache has the virtual tokens, peft must not add them again.
             if cache and self.n_virtual:
                 lm = self.lm.base_model
-            out = lm(input_ids=idx, use_cache=True, **cache)
+            out = lm(input_ids=idx, use_cache=True, **cache)  # passes past_key_values, if there are any
             if out.get("past_key_values") is not None:
                 cache["past_key_values"] = out.past_key_values
-            return out.logits[:, -T:]
+            return out.logits[:, -1:]
         if targets is None:
-            return self.lm(input_ids=idx, use_cache=False).logits[:, -T:].float()  # without virtual tokens
-        if not self.has_plain_head:
-            return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten(), reduction="sum")
+            out = self.lm(input_ids=idx, use_cache=False)
+            return out.logits[:, -T:].float()  # without those of virtual tokens
+        targets = targets.flatten()
+        if not self.can_chunk_loss:
+            logits = self(idx).flatten(0, 1)  # (B * T, V)
+            return F.cross_entropy(logits, targets, reduction="sum")
 
         hidden = self.hidden_states(idx).flatten(0, 1)  # (B * T, C)
-        targets = targets.flatten()
-        if learned is not None:
-            hidden = hidden[learned]
-            targets = targets[learned]
-        trained = [p for p in self.lm.get_output_embeddings().parameters() if p.requires_grad]
-        # The number of positions whose logits take 128 MB in fp32.
-        size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
-        return SumOfLosses.apply(hidden, targets, self.logits, size, *trained)
+        if loss_positions is not None:
+            hidden = hidden[loss_positions]
+            targets = targets[loss_positions]
+        head = self.lm.get_output_embeddings()
+        trained = [p for p in head.parameters() if p.requires_grad]
+        # Take so many positions at a time that their logits take 128 MB, with 4 bytes each.
+        chunk_size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
+        return SumOfLosses.apply(hidden, targets, self.logits, chunk_size, *trained)
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        # Ask for the logits of no position, which skips the output layer.
-        no_logits = idx.new_empty(0)
-        out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_logits)
-        return out.hidden_states[-1][:, -idx.size(1) :]
+        no_positions = idx.new_empty(0)  # ask for the logits of no position: this skips the output layer
+        out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_positions)
+        return out.hidden_states[-1][:, -idx.size(1) :]  # without those of virtual tokens
 
     def logits(self, hidden):
         """Return logits in fp32, with the soft cap of Gemma 2."""
@@ -1789,15 +2026,15 @@ class Pretrained(nn.Module):
 
 
 class SumOfLosses(torch.autograd.Function):
-    """The sum of the losses of many positions, computed for some positions at a time.
+    """Cross-entropy, summed over positions and computed in chunks, so that not all logits exist at once.
 
-    The gradient is computed along with it: the logits of all positions, kept for a backward pass, would take
-    most of the memory where the vocabulary is large.
+    forward() also computes the gradients of each chunk, so that it need not keep the logits for backward().
+    If the vocabulary is large, they would take most of the memory.
     """
 
     @staticmethod
-    def forward(ctx, hidden, targets, logits_of, size, *weights):
-        """Return the sum for hidden (n, C) and targets (n,), `size` positions at a time.
+    def forward(ctx, hidden, targets, logits_of, chunk_size, *weights):
+        """Return the sum of the losses for hidden (n, C) and targets (n,).
 
         logits_of: a function from hidden states to logits. weights: the trained parameters that it uses.
         """
@@ -1805,7 +2042,7 @@ class SumOfLosses(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         hidden_grads = []
         weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for h, y in zip(hidden.split(size), targets.split(size)):
+        for h, y in zip(hidden.split(chunk_size), targets.split(chunk_size)):
             h = h.detach().requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
                 loss = F.cross_entropy(logits_of(h), y, reduction="sum")
@@ -1821,23 +2058,24 @@ class SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_grad, *weight_grads = (grad * saved for saved in ctx.saved_tensors)
-        return hidden_grad, None, None, None, *weight_grads
+        hidden_grad, *weight_grads = [grad * saved for saved in ctx.saved_tensors]
+        return hidden_grad, None, None, None, *weight_grads  # one for each argument of forward()
 
 
 @torch.no_grad()
 def check_model(model):
-    """Refuse a model in which a token sees later ones; find out whether Pretrained.logits() fits it."""
+    """Refuse a model in which a token sees later ones. Set can_chunk_loss."""
     model.eval()
-    idx = torch.arange(8, device=model.lm.device)[None]
+    idx = torch.arange(8, device=model.lm.device)[None]  # eight tokens, whichever they are (1, 8)
     logits = model(idx)  # (1, 8, V)
-    tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()  # far above rounding errors
+    # Rounding errors are far smaller than this tolerance, and the effect of a later token is far larger.
+    tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()
     if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
         fail(f"{init_from=} is not a causal language model: its tokens see later ones")
-    # Some models have no output layer, or do not take the arguments of hidden_states().
+    # These errors mean that a model has no output layer, or does not take the arguments of hidden_states().
     with contextlib.suppress(TypeError, AttributeError):
         difference = (model.logits(model.hidden_states(idx)) - logits).abs().max()
-        model.has_plain_head = (difference < 0.01 * tolerance).item()
+        model.can_chunk_loss = (difference < 0.01 * tolerance).item()
     model.train()
 
 
@@ -1848,11 +2086,14 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    is_run = Path(name, "run.json").exists()
-    if is_run and not adapter and read_json(setting, name, "run.json")["model"] == "GPT":
+    is_gpt = False
+    # For an adapter, peft needs the model of transformers that computes the same as a GPT.
+    if not adapter and Path(name, "run.json").exists():
+        is_gpt = read_json(setting, name, "run.json")["model"] == "GPT"
+    if is_gpt:
         with named(setting, name):
             config = transformers.NanoChatConfig.from_json_file(Path(name, "config.json"))
-        gpt = GPT(config)
+        gpt = GPT(config)  # outside of named(): a mistake in an edited GPT must show its traceback
         with named(setting, name):
             gpt.generation_config = transformers.GenerationConfig.from_pretrained(name)
             safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))
@@ -1864,7 +2105,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
 
     with named(setting, name):
         config = peft.PeftConfig.from_pretrained(name)
-    config.inference_mode = adapter != "lora"
+    config.inference_mode = adapter != "lora"  # if it is to be trained further, peft must not freeze it
     if base:
         config.base_model_name_or_path = base
     lm = load_causal_lm(config.base_model_name_or_path, dtype, setting)
@@ -1873,8 +2114,9 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
             lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
         lm = peft.get_peft_model(lm, config)
         keys = lm.load_adapter(name, "default")
-    if any("lora_" in key for key in keys.missing_keys + keys.unexpected_keys):
-        fail(f"{setting}={name!r} is an adapter of another model than {lm.name_or_path}")
+    wrong_keys = keys.missing_keys + keys.unexpected_keys
+    if any("lora_" in key for key in wrong_keys):
+        fail(f"{setting}={name!r} is an adapter for another model, not for {lm.name_or_path}")
     return Pretrained(lm)
 
 
@@ -1892,14 +2134,17 @@ def load_causal_lm(name, dtype, setting):
 def load_pretrained(precision):
     """Return the model that init_from names, with the adapter that is asked for.
 
-    Under an adapter, the frozen weights are in the precision of training. LoRA: Hu et al. 2021
-    (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021 (arXiv:2103.10385).
+    LoRA: Hu et al. 2021 (arXiv:2106.09685). P-tuning, learned vectors in front of every text: Liu et al. 2021
+    (arXiv:2103.10385).
     """
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-    model = load_model(init_from, dtypes[precision] if adapter else torch.float32)
+    dtype = torch.float32
+    if adapter:  # the weights are frozen: store them in the precision of training, which saves memory
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+        dtype = dtypes[precision]
+    model = load_model(init_from, dtype)
     is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
     if is_adapter and adapter != "lora":
-        fail(f"{init_from=} is an adapter: add --adapter=lora, or merge it first by sample.py --merge=FOLDER")
+        fail(f"{init_from=} is an adapter: add --adapter=lora, or first merge it: sample.py --merge=FOLDER")
     if adapter and not is_adapter:
         import peft
 
@@ -1910,7 +2155,7 @@ def load_pretrained(precision):
             size = model.config.hidden_size
             config = peft.PromptEncoderConfig(num_virtual_tokens=virtual_tokens, encoder_hidden_size=size)
         config.task_type = "CAUSAL_LM"
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # for the initial weights of the adapter
         with named("adapter", adapter):
             model = Pretrained(peft.get_peft_model(model.lm, config))
     if isinstance(model, Pretrained):
@@ -1921,26 +2166,27 @@ def load_pretrained(precision):
 
 
 def find_targets(lm):
-    """Return lora_targets as peft takes them. Each name must be that of a layer."""
+    """Return lora_targets in the form that peft takes. End the program if a name is not that of a layer."""
     if lora_targets == "all-linear":
         return lora_targets
     targets = [name.strip() for name in lora_targets.split(",")]
+    names = [f".{name}" for name, _ in lm.named_modules()]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name, _ in lm.named_modules()):
-            fail(f"{lora_targets=}: {init_from} has no layer {target!r}; names do not mix with all-linear")
+        # A target may be the end of a name: q_proj names model.layers.0.self_attn.q_proj and others.
+        if not any(name.endswith(f".{target}") for name in names):
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r} (all-linear must stand alone)")
     return targets
 
 
 def check_ids(model, splits):
     """End the program if the data has ids beyond the vocabulary of the model."""
-    # From scratch, the model was made for the tokenizer, so there is no need to read all ids at each start.
     if init_from == "scratch":
-        return
+        return  # the model was made for this tokenizer
     for rows in splits.values():
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
-            fail(f"{dataset=} has the token {largest}, but {init_from} knows only {model.config.vocab_size}")
+            fail(f"{dataset=} has the id {largest}, but {init_from} has only {model.config.vocab_size} ids")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-# ImageNet at 256 x 256 in the latents of Stable Diffusion's autoencoder, as DiT-B/2: 130 M parameters, eight GPUs.
+# ImageNet (256 x 256) by class, in latents of Stable Diffusion's autoencoder, as DiT-B/2. 130 M parameters.
 #
 #     accelerate launch --config_file configs/accelerate/ddp.yaml train_diffusion.py configs/imagenet256_latent.py
-#     python sample.py --out_dir=out/imagenet256 --class_label=207 --num_samples=16 --guidance=4
+#     python sample.py --out_dir=out/imagenet256 --class_label="golden retriever" --num_samples=16 --guidance=4
 #
-# All of this is an estimate, nothing was measured. The data set needs a login at the hub and consent to its terms.
-# Latents: 1.28 M pictures of 4 x 32 x 32 x 2 bytes, as they are and mirrored: 21 GB, made once by the first process in
-# about an hour. Work: 12 layers x 12 x 768^2 multiplied parameters x 256 tokens x 2 + attention = 46 GFLOP a picture,
-# 138 with the backward pass. Length: 400,000 steps of 256 pictures = 80 times through the data, as in the paper of DiT.
-# Time: 1.02e8 pictures x 138 GFLOP = 1.4e19 FLOP, at 40 % of the 989 TFLOP/s of eight H100s 75 minutes, and the loader
-# has to bring 23,000 latents a second, 180 MB/s. Peebles & Xie (arXiv:2212.09748) report an FID of 43 for this size,
-# length and no guidance, with another objective and optimizer.
+# Time:   ESTIMATE, never run: 75 minutes on eight H100s, at 40 % of 989 TFLOP/s. 138 GFLOP per image with the
+#         backward pass x 1.02e8 images (400,000 steps, 80 times through the data) = 1.4e19 FLOP.
+# Memory: not estimated; lower micro_batch_size if it does not fit
+# Result: not measured. Peebles & Xie (arXiv:2212.09748) report an FID of 43 for this size and length without
+#         guidance, with another objective and optimizer.
+# Data:   ImageNet of the Hub; accept its terms there, then `hf auth login`. The latents, also of the mirror
+#         images, take 21 GB and are computed once, by all processes. They are read at 180 MB/s (23,000 per
+#         second).
+# Try:    --max_steps=40000 for a tenth of the run
 
 out_dir = "out/imagenet256"
 dataset = "ILSVRC/imagenet-1k"
@@ -19,6 +21,7 @@ flip = True
 val_fraction = 0.01
 test_fraction = 0.0  # its test split has no classes
 
+patch_size = 2  # 256 tokens per image
 n_layer = 12
 n_head = 12
 n_embd = 768

@@ -1,10 +1,14 @@
-# A small base model learns to solve word problems step by step, by LoRA: the 7,473 of GSM8K, three times.
+# A small base model that learns to solve word problems step by step, by LoRA. 600 M parameters.
 #
 #     accelerate launch train_lm.py configs/lora_gsm8k.py
 #     python sample.py --out_dir=out/lora-gsm8k --temperature=0 --prompt="Tom has 3 boxes of 12 eggs. How many eggs?"
 #
-# Not measured. Only the tokens of the answers are learned. 7,473 x 0.95 x 3 / 32 = 666 steps: minutes on one GPU.
-# Without a network, from files: --dataset=gsm8k/ with train.jsonl and test.jsonl
+# Time:   ESTIMATE, never run: minutes on one GPU. 7,473 x 0.95 x 3 / 32 = 666 steps.
+# Memory: not estimated; lower micro_batch_size if it does not fit
+# Result: not measured
+# Data:   GSM8K of the Hub, 7,473 problems, three times. The loss is on the answers only. Without a network:
+#         --dataset=gsm8k/ with train.jsonl and test.jsonl
+# Try:    --epochs=1, --lora_rank=16 --lora_alpha=32
 
 out_dir = "out/lora-gsm8k"
 init_from = "Qwen/Qwen3-0.6B-Base"
@@ -20,7 +24,7 @@ batch_size = 32
 micro_batch_size = 16
 epochs = 3.0
 
-learning_rate = 2e-4
+learning_rate = 2e-4  # of AdamW
 lr_schedule = "cosine"
 beta1 = 0.9
 weight_decay = 0.0
