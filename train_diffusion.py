@@ -452,9 +452,8 @@ def sample(model, cond, seeds, steps, scale):
     """Return images (B, *model.shape), going from noise at time 1 to time 0: the reverse process.
 
     "ddim" takes the estimates of x_0 and eps as constant through a step (Song et al. 2020, arXiv:2010.02502).
-    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): from this estimate of x_0 and the one
-    before, it extrapolates to the middle of the step, on the axis log(alpha / sigma). Both call the model
-    once a step.
+    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of
+    x_0 to the middle of the step, linearly in log(alpha / sigma). Both call the model once a step.
     """
     times = torch.linspace(1, 0, steps + 1, device=cond.device)
     x = noise_of(seeds, model.shape).to(cond.device)
@@ -465,8 +464,8 @@ def sample(model, cond, seeds, steps, scale):
         h = torch.log(alpha_next / sigma_next) - torch.log(alpha / sigma)  # the length of the step
         x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # The last step is of first order, because sigma_next = 0 makes h infinite. In the first step of flow,
-        # alpha = 0 does so, and then the correction of the second step is 0.
+        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, h is infinite
+        # in the first step, too (alpha = 0), so the correction of the second step is h / (2 inf) = 0.
         if sampler == "dpm++" and 0 < i < steps - 1:
             x_0_before, h_before = before
             estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
@@ -484,10 +483,10 @@ def noise_of(seeds, shape):
 
 # ---- Data: files or tables -> images, and their classes or captions ----
 
-# The suffixes of what Pillow can open (some formats it only saves), without documents
+# The suffixes of files that Pillow can open, except documents
 FORMATS = Image.registered_extensions()
 IMAGE_SUFFIXES = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN} - {".pdf", ".eps", ".ps"}
-# Names of folders, files and splits of the Hub, and the split that they mean
+# What a folder, a file or a split of the Hub may be called, and which split that means
 SPLITS = {"train": "train", "training": "train"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
@@ -568,7 +567,8 @@ def load_images():
     if kind == "image":
         return read_folder(paths, descriptions), []
     if kind == "hub":
-        name, config, revision = re.fullmatch(r"([^:@]*):?([^@]*)@?(.*)", dataset).groups()
+        name, _, revision = dataset.partition("@")
+        name, _, config = name.partition(":")
         with named("dataset", dataset):
             tables = datasets.load_dataset(name, config or None, revision=revision or None)
         return read_tables(tables)
@@ -621,7 +621,7 @@ def as_text(field, column, class_names=()):
     if field is None or (isinstance(field, float) and math.isnan(field)):
         return None
     if class_names:
-        return class_names[field] if field >= 0 else None  # -1 means unknown
+        return None if field == -1 else class_names[field]  # -1: unlabeled
     if not isinstance(field, str | int | float):
         fail(f"{dataset=}: column {column!r} holds {repr(field)[:60]}, which is neither text nor a number")
     return str(field).strip() or None
@@ -651,16 +651,19 @@ def read_folder(paths, descriptions):
         elif column in row:
             text = as_text(row[column], column)
         elif init_from == "scratch" and column:
-            below = folders[index + 1 :]  # train/cats/1.png
-            above = folders[: max(0, index)]  # cats/train/1.png
-            text = (*below, *above, None)[0]
+            below = folders[index + 1 :]  # the split; without one, index is -1, and these are all folders
+            above = folders[: max(0, index)]
+            if below:  # train/cats/1.png
+                text = below[0]
+            elif above:  # cats/train/1.png
+                text = above[0]
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if n_left_out:
         log(f"left out: {n_left_out} images that metadata does not list")
 
-    # Names of files can be any bytes, which a string of Arrow cannot.
+    # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
     file = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
     splits = {}
     for split, pairs in found.items():
@@ -696,7 +699,7 @@ def read_metadata(files):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
             if None in row:  # DictReader puts surplus fields under the key None
-                fail(f"{dataset=}: {file}, row {n} has more fields than the first line: quote commas")
+                fail(f"{dataset=}: {file}, row {n} has more fields than the header: quote the commas")
             metadata[os.path.normpath(file.parent / row["file_name"])] = row
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
@@ -730,7 +733,7 @@ def read_image(source):
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
         log(f"left out: the image {where} cannot be read: {error}")
         return None
-    if image.mode[0] in "IF":  # I, I;16, I;16B, F: integers of 16 or 32 bits, or floats
+    if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
         image = scale_to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -757,7 +760,7 @@ def scale_to_8_bits(image):
         # The range is unknown, so the darkest value becomes black and the brightest white.
         low = values.min()
         high = values.max()
-        values = (values - low) / max(1, high - low)
+        values = (values - low) / max(1, high - low)  # all pixels may be equal
     return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
@@ -785,10 +788,11 @@ def original_size(source):
 def encode_images(images, indices, to_latents, wants_size):
     """Yield a row (see ROW) for each of images[indices] and, with flip, one for its mirror image.
 
-    to_latents: a function from images (B, 3, S, S) in [-1, 1] to what the model is trained on. wants_size: is
-    the model told the original size?
+    An image that cannot be read gets a row without pixels, so that the cache remembers it. to_latents: a
+    function from images (B, 3, S, S) in [-1, 1] to what the model is trained on. wants_size: whether to store
+    the original size.
     """
-    pixels_at_once = 2**20
+    pixels_at_once = 2**18
     n_at_once = max(1, pixels_at_once // image_size**2)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), n_at_once):
@@ -805,8 +809,9 @@ def encode_images(images, indices, to_latents, wants_size):
                     views.append((i, size, pixels[:, :, ::-1]))
             if not views:
                 continue
-            x = np.stack([pixels for _, _, pixels in views])
-            latents = to_latents(torch.from_numpy(x) / 127.5 - 1).half().cpu()
+            pixels_of_views = np.stack([pixels for _, _, pixels in views])
+            x = torch.from_numpy(pixels_of_views) / 127.5 - 1  # from -1 to 1
+            latents = to_latents(x).half().cpu()
             for (i, size, pixels), z in zip(views, latents):
                 is_gray = bool((pixels == pixels[:1]).all())  # are all channels equal?
                 crc32 = zlib.crc32(pixels.tobytes())
@@ -831,14 +836,14 @@ def encode(autoencoder, x):
 
 
 def is_for_videos(autoencoder):
-    """Tell whether an autoencoder takes (B, 3, frames, H, W), such as that of Qwen-Image."""
-    return "z_dim" in autoencoder.config
+    """Tell whether an autoencoder takes videos (B, 3, frames, H, W), such as that of Qwen-Image."""
+    return "z_dim" in autoencoder.config  # only theirs have it
 
 
 def latent_statistics(autoencoder):
     """Return the mean and standard deviation of latents, each (1, c, 1, 1) or (1, 1, 1, 1)."""
     config = autoencoder.config
-    mean = [config.get("shift_factor") or 0.0]
+    mean = [config.get("shift_factor") or 0.0]  # diffusers: (z - shift_factor) * scaling_factor
     std = [1 / (config.get("scaling_factor") or 1.0)]
     if config.get("latents_mean"):  # they differ by channel
         mean = config["latents_mean"]
@@ -850,7 +855,7 @@ def latent_statistics(autoencoder):
 
 @functools.cache
 def load_vae(name, device):
-    """Load an AutoencoderKL in fp32; in 16 bits, some make black images."""
+    """Load an AutoencoderKL in fp32, because some of them make black images in fp16."""
     import diffusers
 
     with named("vae", name):
@@ -859,7 +864,7 @@ def load_vae(name, device):
 
 def draw_glyphs(size):
     """Yield 256 images of every letter and digit, white on black, each a little different."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # for size, position, thickness and angle
     large = 4 * size  # reduced at the end, which smooths the edges
     for character in 256 * "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":
         font = ImageFont.load_default(large * rng.uniform(0.9, 1.15))
@@ -887,10 +892,10 @@ def cached(key, features, generator, *args):
 def state_of_files(table):
     """Return (path, size, time of change, readability) for each file in the column "image" of a table.
 
-    If none of them changes, the files are the same. Rows that have the bytes of their image name no file.
+    This is used to notice changed files. Rows that hold the bytes of their image are skipped.
     """
     paths = []
-    for chunk in table.data.column("image").chunks:  # by Arrow's columns, to leave the bytes unread
+    for chunk in table.data.column("image").chunks:  # Arrow's columns leave the bytes unread
         has_path = chunk.field("bytes").is_null()
         paths += chunk.field("path").filter(has_path).drop_null().to_pylist()
     state = []
@@ -929,7 +934,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
 
 
 def checksums(module):
-    """Return sums of some of the weights, to tell modules of the same shape apart."""
+    """Return sums of some weights of a module, as a fingerprint that tells two of the same shape apart."""
     return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
@@ -941,7 +946,7 @@ def cut_off(rows, fraction):
     n_views = 2 if flip else 1
     n_images = math.ceil(fraction * len(rows) / n_views)
     n = n_images * n_views
-    with named("dataset", dataset):
+    with named("dataset", dataset):  # one image is too few
         parts = rows.train_test_split(n, shuffle=False)
     return parts["train"], parts["test"]
 
@@ -979,8 +984,8 @@ def choose_names(splits, class_names):
 def prepare_data(accelerator, pipeline=None):
     """Return ({split: rows}, data, captions).
 
-    data: the shape of what the model is trained on, the names of its classes, and the number of rows. Splits
-    that are missing are cut off from the end of the training rows.
+    data: the shape of what the model is trained on, the names of its classes, and the number of rows. A
+    missing validation or test split is taken from the end of the training rows.
     """
     datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # one process per machine downloads, for all of them
@@ -1001,8 +1006,8 @@ def prepare_data(accelerator, pipeline=None):
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
         key += [str(autoencoder.config), checksums(autoencoder)]
-    black = torch.zeros(1, 3, image_size, image_size)
-    shape = to_latents(black).shape[1:]
+    gray = torch.zeros(1, 3, image_size, image_size)
+    shape = to_latents(gray).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
 
@@ -1015,10 +1020,11 @@ def prepare_data(accelerator, pipeline=None):
             texts = [texts[i] for i in order]
         rows = encode_split(accelerator, split, images, to_latents, wants_size, key)
         no_class = len(names)
-        cond = [index_of.get(texts[i], no_class) for i in rows["index"][:]]
+        texts_of_rows = [texts[i] for i in rows["index"][:]]
+        cond = [index_of.get(text, no_class) for text in texts_of_rows]
         splits[split] = rows.add_column("cond", cond)
-    is_gray = all(all(rows["is_gray"][:]) for rows in splits.values())
-    if is_gray and autoencoder is None:
+    are_gray = [all(rows["is_gray"][:]) for rows in splits.values()]
+    if all(are_gray) and autoencoder is None:
         shape = (1, *shape[1:])  # one of the three equal channels is enough
 
     for split, fraction in [("test", test_fraction), ("validation", val_fraction)]:
@@ -1160,7 +1166,7 @@ def lr_at(step, total_steps):
 
 
 class EMA:
-    """The exponential moving average of the trained weights. It draws much better images than they do."""
+    """The exponential moving average of the trained weights, with which images become much better."""
 
     def __init__(self, model):
         self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -1340,7 +1346,7 @@ def load_checkpoint(model, optimizers, ema, name):
     # Not strict, because the checkpoint has no frozen weights.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
-    if ema:  # its averages go into the model, and from there into ema
+    if ema:  # load the averages as if they were the weights, then swap them into ema
         dcp.set_model_state_dict(model, state["ema"], options=options)
         ema.swap()
     dcp.set_model_state_dict(model, state["model"], options=options)
@@ -1439,7 +1445,7 @@ def draw_samples(model, step):
 
 
 def sample_conditions(model):
-    """Return what the samples during training show: some prompts, or 36 of the classes, evenly spread."""
+    """Return the prompts, or 36 class names evenly spread, for the samples during training."""
     if init_from != "scratch":
         return model.prompts
     names = model.class_names or [""]
@@ -1553,7 +1559,7 @@ def is_due(step, interval):
 
 
 def make_noisy_batches(model, micro_batches, step, device):
-    """Return [(x_t, t, cond, target)] for the micro-batches [(x_0, cond)] of a step.
+    """Add noise: return [(x_t, t, cond, target)] for the micro-batches [(x_0, cond)] of a step.
 
     Every process draws noise, times and dropped conditions for the whole global batch from (seed, step) and
     takes its own part, so that a run does not depend on the number of processes.
@@ -1575,7 +1581,7 @@ def make_noisy_batches(model, micro_batches, step, device):
     noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
         # Guidance needs a model that has also learned images without their class or caption.
-        cond[is_dropped[i], 0] = model.no_class
+        cond[is_dropped[i], 0] = model.no_class  # see collate()
         x_0, cond = to_device(x_0, cond, device)
         x_t, target = add_noise(model, x_0, eps[i], times[i])
         noisy_batches.append((x_t, times[i], cond, target))
@@ -1586,7 +1592,7 @@ def to_device(x, cond, device):
     """Move a batch to the device. cond becomes class indices (B,) or, for a Pipeline, a list of its rows."""
     x = x.to(device, non_blocking=True)
     if init_from != "scratch":
-        return x, cond.tolist()
+        return x, cond.tolist()  # it looks the captions up on the CPU
     return x, cond[:, 0].to(device, non_blocking=True)
 
 
@@ -1598,9 +1604,7 @@ def make_model(accelerator):
         return DiT(data["shape"], data["classes"]), splits, data, captions
     model = load_pipeline(accelerator.device)  # before the data, so that a wrong name fails early
     splits, data, captions = prepare_data(accelerator, model)
-    with (
-        accelerator.local_main_process_first()
-    ):  # one process per machine encodes the captions, for all of them
+    with accelerator.local_main_process_first():  # one process per machine encodes the captions
         model.prepare(captions, data["shape"])
     return model, splits, data, captions
 
@@ -1683,7 +1687,7 @@ def main():
     n_skipped = 0  # steps in a row
     stop = False
     while True:
-        # Each pass does what is due after `step` steps, and then one more step.
+        # Here, `step` optimizer steps are done. First do what is due after them, then one more step.
         done = step >= total_steps
 
         # Save before evaluating, so that a run resumed from here evaluates again.
@@ -1933,10 +1937,10 @@ def tensor_shapes(output):
 
 
 def unconditional_part(output, guided):
-    """Return an output of encode_prompt() with the unconditional embeddings instead of the conditional ones.
+    """Put the unconditional embeddings in the places of the conditional ones in an output of encode_prompt().
 
-    For example, from output = (c, None, pooled_c, None), which is made without guidance, and
-    guided = (c, u, pooled_c, pooled_u), it makes (u, None, pooled_u, None).
+    For example, output = (c, None, pooled_c, None) is made without guidance, and guided = (c, u, pooled_c,
+    pooled_u) with it. The result is (u, None, pooled_u, None).
     """
     if not isinstance(output, tuple):
         return output
@@ -1944,8 +1948,10 @@ def unconditional_part(output, guided):
     added = [part for part, empty in zip(guided, is_empty) if empty]
     if len(added) != is_empty.count(False):  # this family has no unconditional embeddings: Flux
         return output
-    remaining = iter(added)
-    return tuple(part if empty else next(remaining) for part, empty in zip(output, is_empty))
+    parts = []
+    for part, empty in zip(output, is_empty):
+        parts.append(part if empty else added.pop(0))
+    return tuple(parts)
 
 
 class Pipeline(nn.Module):
@@ -2179,8 +2185,9 @@ class Pipeline(nn.Module):
         shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
-            # A batch must give what its images give one by one, far closer than with the captions swapped. If
-            # the pipeline takes only one time or caption, the call fails.
+            # Batches work if their output nearly equals that of the images one by one: the difference must be
+            # far smaller than the one that swapped captions make. Some pipelines fail, as they take one time
+            # only.
             is_same = False
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()

@@ -142,7 +142,7 @@ FIXED = """
 RANK = int(os.environ.get("RANK", "0"))  # index of this process, set by the launcher
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
 MAIN = RANK == 0  # the process that writes files and reports
-RECEIVED = []  # signals, noted by their handlers; once there is one, the run saves and exits
+RECEIVED = []  # the signals that were received; once there is one, the run saves and exits
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
 
 
@@ -346,7 +346,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    # accelerate reads this attribute: FSDP2 shards and gathers the weights block by block.
+    # accelerate reads this: FSDP2 shards and gathers the weights block by block.
     _no_split_modules = ("Block",)
 
     def __init__(self, config):
@@ -599,7 +599,7 @@ def find_files():
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
-        log(f"left out: {len(left_out)} files that are no {kind} files or not UTF-8, such as {left_out[0]}")
+        log(f"left out: {len(left_out)} files that are not {kind} or not UTF-8, such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
 
@@ -652,7 +652,7 @@ def choose_columns(names):
     """Return {our name: name in the table} for the columns to train on. Log the names of the others."""
     chats = [name for name in ("messages", "conversations") if name in names]
     if text_column == "text" and chats:
-        # A table, or some of its rows, may have no "system" and no "tools".
+        # A table, or some of its rows, may lack "system" (a text) and "tools" (what the model may call).
         columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     elif text_column == "text" and prompt_column in names and completion_column in names:
         columns = {"prompt": prompt_column, "completion": completion_column}
@@ -707,6 +707,7 @@ def load_documents():
     documents = {}
     for split, source in sources.items():
         key = [kind, columns, state_of(source)]
+        # This calls read_documents(source, kind, columns), unless the rows are in the cache.
         rows = cached(key, features, read_documents, source, kind, columns)
         # Shuffle, because data for validation and test will be taken from the end.
         documents[split] = rows.shuffle(seed=0)
@@ -714,7 +715,7 @@ def load_documents():
 
 
 def state_of(source):
-    """Return what stands for the content of a source in a key: it changes with the content."""
+    """Return a value that changes with the content of a source. It stands for the content in a key."""
     if isinstance(source, datasets.Dataset):
         return source._fingerprint
     return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
@@ -791,7 +792,7 @@ def read_pieces(documents):
             where = os.fsdecode(document["path"])
             file = open_text(Path(where))
         elif "messages" in document:
-            # Only a tokenizer is learned from this text. It looks like that of PLAIN_CHAT_TEMPLATE below.
+            # Only a tokenizer is learned from this text. It looks like what PLAIN_CHAT_TEMPLATE below writes.
             messages = json.loads(document["messages"])
             lines = [f"{m['role']}: {m['content']}\n" for m in messages]
             file = io.StringIO("".join(lines))
@@ -820,8 +821,8 @@ def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
     Every token but the very first is predicted once. For that, a row begins with <bos> where the tokenizer
-    writes one, or else with the last token of the row before. After the rows comes a footer, {"note": message
-    for the log}. It is stored with them, so that a run that reads them from the cache logs the same.
+    writes one, or else with the last token of the row before. After the rows comes a footer with a note for
+    the log. It is stored with the rows, so that a run that reads them from the cache logs the same.
     """
     begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -832,11 +833,11 @@ def encode_texts(documents, tok):
         texts = [text for text, _ in batch]
         # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
         encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for (text, is_end), tokens in zip(batch, encoded):
+        for (text, is_last), tokens in zip(batch, encoded):
             ids += tokens
             if text == "":  # an empty document
                 n_dropped += 1
-            elif is_end:
+            elif is_last:
                 ids.append(tok.eos_token_id)
         start = 0
         while len(ids) - start >= block_size + overlap:
@@ -920,13 +921,14 @@ def choose_splits(found):
 
 
 def tokenize(documents, tok, split):
-    """Return the rows of a split, with labels if the loss is on answers only (in prompts or chats)."""
+    """Return the rows of a split. With prompts or chats they have labels, since only answers have a loss."""
     encode = encode_texts
     features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
     columns = documents.column_names
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
+    # The key has all that the rows depend on beside the code.
     key = [state_of(documents), block_size]
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
     rows = cached(key, features, encode, documents, tok)
@@ -1070,7 +1072,7 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
-    # No weights decay but those of a group with its own weight_decay.
+    # Weights do not decay, unless their group sets a weight_decay of its own.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
     if init_from != "scratch":
@@ -1100,6 +1102,7 @@ def make_optimizers(model, accelerator):
     muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(matrices, **muon), adamw(groups)]
+    # On hardware without bf16, it would be slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(groups)]
 
@@ -1200,6 +1203,8 @@ def start_run(model, tok, splits, old_run):
     rows = splits["train"]
     ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
     digest = hashlib.md5(repr(ids).encode()).hexdigest()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
         "kind": "lm",
         "model": "GPT" if isinstance(model, GPT) else "Pretrained",
@@ -1207,8 +1212,8 @@ def start_run(model, tok, splits, old_run):
         "settings": settings(globals()),
         "data": f"{len(rows)} rows with the hash {digest}",
         "rows": {split: len(rows) for split, rows in splits.items()},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": n_parameters,
+        "trained_parameters": n_trained,
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
     }
     if old_run:
@@ -1222,7 +1227,7 @@ def start_run(model, tok, splits, old_run):
     with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
         shutil.copy(__file__, out_dir)
     tok.save_pretrained(out_dir)
-    log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
+    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
 
 
@@ -1347,7 +1352,7 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     model.eval()
     for i in range(0, rows_per_process, micro_size):
         batch = mine[i : i + micro_size]
-        # FSDP2 needs every process in every forward pass. One without rows left takes row 0, but not its loss.
+        # FSDP2 needs every process in every forward pass. One without rows takes row 0, but not its loss.
         indices = batch or [0]
         x, y, loss_positions = collate([rows[j] for j in indices])
         if not batch:
@@ -1401,7 +1406,8 @@ def write_sample(model, tok, row, step):
     with torch.compiler.set_stance("force_eager"):
         # generate() is in the section on sampling.
         sampling = {"max_new_tokens": 200, "vocab_size": count_ids(tok), "temperature": 0.8, "seed": seed}
-        tokens = [token.item() for token in generate(unwrap(model), prompt, n_samples=1, **sampling)]
+        continuation = generate(unwrap(model), prompt, n_samples=1, **sampling)
+        tokens = [token.item() for token in continuation]
     model.train()
     if MAIN:
         text = tok.decode(prompt + tokens)
@@ -1506,7 +1512,7 @@ def choose_precision():
 
 
 def set_up_fsdp2(accelerator):
-    """Configure FSDP2: weights in fp32, all-gather in bf16 (half the traffic), gradient reduction in fp32."""
+    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic), and reduce gradients in fp32."""
     options = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
         options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
@@ -1542,8 +1548,6 @@ def clip_gradients(accelerator, model):
     if accelerator.is_fsdp2:  # it is a DTensor
         grad_norm = grad_norm.full_tensor()
     return grad_norm
-
-
 
 
 def open_metrics(n_bytes):
@@ -1593,8 +1597,8 @@ def main():
         tok, splits = prepare_data()
     if init_from == "scratch":
         model = make_gpt(tok)
-    check_ids(model, splits)
-    set_generation_config(model, tok, splits["train"])
+    check_ids(model, splits)  # every id must have an embedding in the model
+    set_generation_config(model, tok, splits["train"])  # which tokens end a text
     optimizers = make_optimizers(model, accelerator)
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
@@ -1620,7 +1624,7 @@ def main():
     with named("tracker", tracker):  # a login to wandb may fail; WANDB_MODE=offline needs none
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_lm"), settings(globals()))
 
-    def report(values):  # of the current step
+    def report(values):  # at the current step
         if MAIN:
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
@@ -1720,7 +1724,7 @@ def main():
             report(values)
             timer = time.monotonic()
             tokens_since = 0
-        if profile and step == first_step + 5:
+        if profile and step == first_step + 5:  # trace steps 6 to 8
             profiler.start()
         elif profile and step == first_step + 8:
             profiler.stop()
@@ -1779,7 +1783,8 @@ def generate(
                 logits = transformers.TopKLogitsWarper(top_k)(None, logits)
             if top_p < 1:
                 logits = transformers.TopPLogitsWarper(top_p)(None, logits)
-            token = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
+            probabilities = logits.softmax(dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
         yield token
         has_ended |= torch.isin(token, ends)
         if has_ended.all():

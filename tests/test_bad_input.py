@@ -92,7 +92,7 @@ REFUSED = [
     (["--dataset={data}/short.txt"], "train set will be empty"),
     (["--dataset={data}/commas.csv"], "commas.csv, row 2 has more fields than the first line"),
     (["--dataset={data}/line.jsonl"], "line.jsonl, row 3 cannot be read"),
-    (["--dataset={data}/list.jsonl"], "list.jsonl, row 2 must have named fields"),
+    (["--dataset={data}/list.jsonl"], "list.jsonl, row 2 must be a JSON object"),
     (["--dataset={data}/cut.jsonl.gz"], "cut.jsonl.gz"),
     (["--dataset={data}/cut.parquet"], "cut.parquet"),
     (["--dataset={data}/rows.jsonl"], "--text_column= takes one of body, n"),
@@ -117,7 +117,7 @@ REFUSED = [
     (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own tokenizer"),
     (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
     (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
-    (["--init_from={models}/words", "--block_size=32"], "{models}/words knows only 290"),
+    (["--init_from={models}/words", "--block_size=32"], "{models}/words has only 290 ids"),
     (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "has no layer 'qkv'"),
     (["--init_from={models}/strict", *CHATS], "no system message"),
 ]

@@ -245,7 +245,7 @@ def test_the_loss_in_chunks_is_that_of_all_positions(pretrained, monkeypatch, ki
     monkeypatch.setattr(train_lm, "init_from", str(base))
     model = train_lm.load_model(str(base))
     train_lm.check_model(model)
-    assert model.has_plain_head == is_plain
+    assert model.can_chunk_loss == is_plain
     model.eval()
     ids = torch.randint(300, (3, 33), generator=torch.Generator().manual_seed(0))
     x, y = ids[:, :-1], ids[:, 1:].clone()

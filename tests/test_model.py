@@ -70,7 +70,7 @@ def test_attention_is_that_of_torch(T, n_kv_head):
 
     expected = compute(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     for dtype, tolerance in (torch.float32, 1e-5), (torch.bfloat16, 0.05):
-        found = compute(train_lm.attention, dtype, p=0.0)
+        found = compute(train_lm.attention, dtype, dropout_p=0.0)
         for x, y in zip(found, expected):
             assert (x - y).abs().max() <= tolerance * y.abs().max()
 
