@@ -13,7 +13,8 @@ with --resume=True goes on from it.
 
 import os
 
-PARENT = os.getppid()  # the launcher, which may die during the slow imports; see catch_signals()
+# Read before the slow imports. If the launcher dies during them, catch_signals() notices it and ends the run.
+PARENT = os.getppid()
 
 import contextlib
 import csv
@@ -56,9 +57,12 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
+# configure() overrides the settings below by config files and the command line, settings() lists them. fail()
+# ends the program with a message. named() turns an error of a library into a message about one setting.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
+# Settings are global variables in lowercase, and all functions read them as such.
 
 # the run
 out_dir = "out/diffusion"  # the folder that everything is written to
@@ -102,14 +106,14 @@ sample_prompts = ""  # with init_from: prompts for the samples, separated by |; 
 batch_size = 64  # images per optimizer step, over all processes
 micro_batch_size = 0  # images per process and forward pass, to save memory; 0: the whole batch at once
 max_steps = 700  # number of optimizer steps; 0: only evaluate
-epochs = 0.0  # passes over the data, instead of max_steps; 0: max_steps counts
+epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # Muon for block matrices, AdamW for the rest; "adamw": AdamW only, as with init_from
+optimizer = "muon"  # "muon" (block matrices; AdamW for the rest) or "adamw"; with init_from always adamw
 learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
 adamw_lr = 0.005  # peak for what AdamW trains, with optimizer = "muon"
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
-weight_decay = 0.03  # of the matrices in the blocks; with adamw, of all matrices
+weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # part of the steps, at the end, in which wsd decays
@@ -124,24 +128,27 @@ patience = 0  # stop early after this many evaluations without a better loss; 0:
 tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
 mixed_precision = "auto"  # the best that the hardware has; or "bf16", "fp16", "no" (fp32)
-compile = True  # torch.compile: a minute at the start, then much faster; on CUDA only, where it pays off
+compile = True  # torch.compile on CUDA (elsewhere ignored): a minute at the start, then much faster
 gradient_checkpointing = False  # saves memory by computing activations twice; slower
-deterministic = False  # makes runs on CUDA bitwise repeatable; slower
+deterministic = False  # bitwise repeatable runs, on a GPU too; slower
 detect_anomaly = False  # stops at the first NaN in a gradient and shows where it came from; very slow
-profile = False  # writes a trace of the sixth to eighth step, to be opened in chrome://tracing
+profile = False  # writes a trace of steps 6 to 8, when compilation is over, for chrome://tracing
 
 DEFAULT_LR = {"muon": 0.02, "adamw": 0.001, "fine-tuning": 1e-5, "lora": 1e-4}
-PATHS = ("out_dir", "dataset", "init_from", "vae")  # settings in which configure() expands ~
-# What a resumed run may not change. If you add a setting that shapes the model, add its name.
-FIXED = "seed batch_size image_size flip vae init_from adapter lora_rank lora_alpha lora_targets prediction"
-FIXED += " patch_size n_layer n_head n_embd optimizer beta1 beta2 weight_decay"
+# In these settings, configure() expands ~.
+PATHS = ("out_dir", "dataset", "init_from", "vae")
+# Settings that a resumed run may not change. If you add a setting that shapes the model, add its name.
+FIXED = """
+    seed batch_size image_size flip vae init_from adapter lora_rank lora_alpha lora_targets prediction
+    patch_size n_layer n_head n_embd optimizer beta1 beta2 weight_decay
+""".split()
 
 # ---- Process helpers ----
 
 RANK = int(os.environ.get("RANK", "0"))  # index of this process, set by the launcher
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # number of processes
 MAIN = RANK == 0  # the process that writes files and reports
-STOP = []  # signals that asked the run to save and exit
+RECEIVED = []  # the signals that were received; once there is one, the run saves and exits
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
 
 
@@ -149,41 +156,51 @@ def log(message):
     """Print a message, in the main process only."""
     if not MAIN:
         return
-    encoding = sys.stdout.encoding or "utf-8"  # print() raises for characters that a terminal cannot encode
+    # print() would raise for characters that the terminal cannot show. Escape them: é becomes \xe9.
+    encoding = sys.stdout.encoding or "utf-8"
+    printable = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
-        printable = message.encode(encoding, "backslashreplace").decode(encoding)
         print(printable, flush=True)
-    except OSError:  # nobody reads the output any more (| head, a closed terminal): save and exit
-        STOP.append(signal.SIGTERM)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # so that later prints succeed
+    except OSError:
+        # Nobody reads the output any more (| head, a closed terminal). Save and exit. Until then, and when
+        # Python flushes stdout at the end, the output goes to /dev/null.
+        RECEIVED.append(signal.SIGTERM)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
 
 
 def catch_signals():
     """Save and exit on Ctrl-C, SIGTERM, a closed terminal and, on Linux, if the launcher dies."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
-            signal.signal(signum, lambda received, frame: STOP.append(received))
-    # If `accelerate launch` is killed, the processes that it started would train on unnoticed. Accelerate
-    # sets the first variable for one process and the second for several.
+            signal.signal(signum, lambda received, frame: RECEIVED.append(received))
+    # `accelerate launch` sets the first variable for one process and the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent dies
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != PARENT:  # it died before this call
-            STOP.append(signal.SIGTERM)
+        stop_with_launcher()
+
+
+def stop_with_launcher():
+    """Ask Linux to send SIGTERM when the launcher dies. Otherwise this process would train on unnoticed."""
+    PR_SET_PDEATHSIG = 1  # from prctl(2): choose the signal that this process gets when its parent dies
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != PARENT:  # the launcher died before this call
+        RECEIVED.append(signal.SIGTERM)
 
 
 def ignore_signals(worker_id):
-    """Let a DataLoader worker ignore signals, so that the training process can finish its step and save."""
+    """Let a data worker ignore signals, so that the training process can finish its step and save.
+
+    The DataLoader passes the number of the worker, which is not needed.
+    """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 # ---- Check the settings ----
 
-MUST_BE_POSITIVE = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha"
-MUST_BE_BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction"
+MUST_BE_POSITIVE = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha".split()
+MUST_BE_BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction".split()
 CHOICES = {
     "adapter": ("", "lora"),
     "prediction": ("flow", "v", "eps", "x0"),
@@ -199,14 +216,15 @@ def check_settings():
     """End the program for settings that cannot work, before any data is touched."""
     for name, value in settings(globals()).items():  # the variables at the top of this file
         if name in CHOICES and value not in CHOICES[name]:
-            fail(f"{name}={value!r} must be one of {', '.join(map(repr, CHOICES[name]))}")
+            choices = ", ".join(map(repr, CHOICES[name]))
+            fail(f"{name}={value!r} must be one of {choices}")
         if isinstance(value, str):
             continue  # the rest is about numbers
         if value < 0 and name != "guidance":
             fail(f"{name}={value} must not be negative")
-        if value == 0 and name in MUST_BE_POSITIVE.split():
+        if value == 0 and name in MUST_BE_POSITIVE:
             fail(f"{name}={value} must be greater than 0")
-        if value >= 1 and name in MUST_BE_BELOW_ONE.split():
+        if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
     if label_dropout > 1:
         fail(f"{label_dropout=} must be at most 1")
@@ -225,7 +243,7 @@ def check_settings():
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         fail(f"{mixed_precision=} needs a CUDA GPU")
     if mixed_precision == "fp16" and optimizer == "muon" and init_from == "scratch":
-        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon has no loss scaling")
+        fail(f"{mixed_precision=} needs --optimizer=adamw: Muon does not support fp16's loss scaling")
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
     if resume and overwrite:
@@ -486,10 +504,19 @@ def noise_of(seeds, shape):
 # The suffixes of files that Pillow can open, except documents
 FORMATS = Image.registered_extensions()
 IMAGE_SUFFIXES = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN} - {".pdf", ".eps", ".ps"}
-# What a folder, a file or a split of the Hub may be called, and which split that means
-SPLITS = {"train": "train", "training": "train"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+# Names of folders, files and splits of the Hub, and the splits that they stand for.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 
 
 def list_files(path, seen):
@@ -941,24 +968,23 @@ def checksums(module):
 # ---- Splits and batches ----
 
 
-def cut_off(rows, fraction):
-    """Return (rest, last part) of the rows. An image and its mirror image stay together."""
+def split_off_end(rows, fraction):
+    """Return (the rows without the last part, the last part). An image and its mirror image stay together."""
     n_views = 2 if flip else 1
     n_images = math.ceil(fraction * len(rows) / n_views)
-    n = n_images * n_views
-    with named("dataset", dataset):  # one image is too few
-        parts = rows.train_test_split(n, shuffle=False)
+    with named("dataset", dataset):  # fails if a part has no rows
+        parts = rows.train_test_split(n_images * n_views, shuffle=False)
     return parts["train"], parts["test"]
 
 
 def choose_splits(found):
-    """Return the splits that are wanted, under their usual names."""
+    """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
         fail(f"{dataset=} has no split train, but {', '.join(found)}")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
-        split = SPLITS.get(name.lower())
+        split = SPLITS.get(name.lower())  # None for an unknown name
         if wanted.get(split) and split not in splits:
             splits[split] = images
         else:
@@ -1029,7 +1055,7 @@ def prepare_data(accelerator, pipeline=None):
 
     for split, fraction in [("test", test_fraction), ("validation", val_fraction)]:
         if fraction and split not in splits:
-            splits["train"], splits[split] = cut_off(splits["train"], fraction)
+            splits["train"], splits[split] = split_off_end(splits["train"], fraction)
     data = {"shape": list(shape), "classes": names if init_from == "scratch" else []}
     data["rows"] = {split: len(rows) for split, rows in splits.items()}
     kind = "classes" if init_from == "scratch" else "captions"
@@ -1052,23 +1078,25 @@ def collate(rows, shape):
 
 
 def batch_rows(n_rows, first_step, last_step, micro_size, world, rank):
-    """Yield the row numbers of each micro-batch of a process. They depend on (seed, step) alone.
+    """Yield the indices of the rows in each micro-batch of a process, for all steps before last_step.
 
-    The rows of a step are the same for any number of processes and size of micro-batches. An epoch is a
-    permutation.
+    The rows of a step depend on seed and step only, so a resumed run gets the same ones, also with another
+    number of processes or size of micro-batches. An epoch is a permutation of the rows.
     """
-    n_batches = max(1, n_rows // batch_size)
-    epoch = None
+    batches_per_epoch = max(1, n_rows // batch_size)
+    shuffled_epoch = None
     for step in range(first_step, last_step):
-        if step // n_batches != epoch:
-            epoch = step // n_batches
+        epoch, i = divmod(step, batches_per_epoch)
+        if epoch != shuffled_epoch:
+            shuffled_epoch = epoch
             rows = np.random.default_rng([seed, epoch]).permutation(n_rows)
-            # np.resize drops an incomplete batch, or repeats rows if there are too few for one.
-            rows = np.resize(rows, n_batches * batch_size)
-            batches = rows.reshape(n_batches, batch_size)
-        # (accumulation steps, processes, rows)
-        micro_batches = batches[step % n_batches].reshape(-1, world, micro_size)
-        yield from micro_batches[:, rank].tolist()
+            # np.resize() drops an incomplete last batch, or repeats rows if there are too few for one batch.
+            rows = np.resize(rows, batches_per_epoch * batch_size)
+            batches = rows.reshape(batches_per_epoch, batch_size)
+        # The axes of micro_batches are the accumulation step, the process and the row.
+        micro_batches = batches[i].reshape(-1, world, micro_size)
+        mine = micro_batches[:, rank]
+        yield from mine.tolist()
 
 
 # ---- Optimizers and learning rate ----
@@ -1080,22 +1108,27 @@ def orthogonalize(x):
     The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
     """
     is_tall = x.size(-2) > x.size(-1)
-    if is_tall:  # the smaller one of two possible Gram matrices takes less work
+    if is_tall:  # transpose x, so that the Gram matrix x x^T is the smaller one of the two possible ones
         x = x.mT
+    # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.775, 2.0315
     for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (momentum with orthogonalized updates), with all matrices of a shape in a batch."""
+    """Momentum with orthogonalized updates, computed for all matrices of one shape at once.
+
+    torch.optim.Muon computes the same, but one matrix after another.
+    """
 
     def __init__(self, matrices, dtype, **kwargs):
         super().__init__(matrices, **kwargs)
-        self.dtype = dtype  # of the Newton-Schulz iterations; torch's own are always in bf16
+        self.dtype = dtype  # precision of orthogonalize(); torch's own Muon always computes it in bf16
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1111,29 +1144,32 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- momentum average + (1 - momentum) grad; with Nesterov, the same once more
+                # average = momentum * average + (1 - momentum) * grad. Nesterov's momentum then mixes the
+                # gradient in once more. The _foreach functions take lists, which saves many small calls.
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
-                scale = max(1, rows / columns) ** 0.5  # larger steps for tall matrices, "original" in torch
+                # Tall matrices take larger steps. This is adjust_lr_fn="original" of torch.optim.Muon.
+                scale = max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    # Weights do not decay, unless their group sets a weight_decay of its own.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
-    if optimizer == "adamw" or init_from != "scratch":
-        if init_from == "scratch":
-            kind = "adamw"
-        else:
-            kind = adapter or "fine-tuning"
+    kind = optimizer  # a key of DEFAULT_LR
+    if init_from != "scratch":
+        kind = adapter or "fine-tuning"
+    lr = learning_rate or DEFAULT_LR[kind]
+    if kind != "muon":
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
-        return [adamw(groups, lr=learning_rate or DEFAULT_LR[kind])]
+        return [adamw(groups, lr=lr)]
 
     matrices = []
     others = []
@@ -1142,26 +1178,25 @@ def make_optimizers(model, accelerator):
             matrices.append(p)
         else:
             others.append(p)
-    muon = {
-        "lr": learning_rate or DEFAULT_LR["muon"],
-        "weight_decay": weight_decay,
-        "adjust_lr_fn": "original",
-    }
-    if accelerator.is_fsdp2:  # it shards each matrix; torch.optim.Muon gathers the shards, ours does not
+    muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
+    if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(matrices, **muon), adamw(others, lr=adamw_lr)]
+    # On hardware without bf16, it would be slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
 
 
 def lr_at(step, total_steps):
-    """Return the learning rate at a step as a fraction of its peak: the smaller of warm-up and decay."""
+    """Return the learning rate at a step as a fraction of its peak: it rises, then follows lr_schedule."""
     warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-        decay = 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = min(1.0, max(0.0, progress))
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
     elif lr_schedule == "wsd":
-        decay = min(1.0, (total_steps - step) / max(1, cooldown * total_steps))
+        cooldown_steps = max(1, cooldown * total_steps)
+        decay = min(1.0, (total_steps - step) / cooldown_steps)
     return min(warmup, min_lr + (1 - min_lr) * decay)
 
 
@@ -1189,20 +1224,15 @@ class EMA:
 # ---- Checkpoints and the run directory ----
 
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
-RUN_FILES = "run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors"
-RUN_FILES += " kohya_lora.safetensors model_index.json samples/step_*.png samples/step_*.safetensors"
-RUN_FILES += " train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp"
-for part in ("vae", "unet*", "transformer*", "text_encoder*", "tokenizer*", "scheduler", "feature_extractor"):
-    for pattern in (
-        "*config.json",
-        "*model*.safetensors*",
-        "*token*.json",
-        "vocab.*",
-        "merges.txt",
-        "*.jinja",
-    ):
-        RUN_FILES += f" {part}/{pattern}"
-LOCKS = []  # the lock of out_dir is here, and so held until this process ends
+RUN_FILES = """
+    run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors
+    kohya_lora.safetensors model_index.json samples/step_*.png samples/step_*.safetensors
+    train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp
+""".split()
+PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
+PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.jinja".split()
+RUN_FILES += [f"{part}/{file}" for part in PIPELINE_PARTS for file in PART_FILES]
+LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
 
 def write_file(name, content):
@@ -1215,6 +1245,7 @@ def write_file(name, content):
             f.write(safetensors.torch.save(content))
         else:
             torch.save(content, f)
+        # The content must be on the disk before it takes the place of the old file.
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(Path(out_dir, name))
@@ -1231,27 +1262,31 @@ def open_run_dir():
     with named("out_dir", out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(out_dir).resolve()
-    for path in (os.getcwd(), init_from, vae, dataset):  # the last three may be Hub names
-        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, which a run might delete: choose another --out_dir")
+    for path in (os.getcwd(), init_from, vae, dataset):
+        exists = os.path.exists(path)  # the last three may be names of the Hub
+        if exists and Path(path).resolve().is_relative_to(folder):
+            fail(f"{out_dir=} is or holds {path}, and runs delete files there: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
     try:
-        LOCKS[0].acquire(timeout=10)  # data workers keep the lock for some seconds after their run was killed
+        LOCKS[0].acquire(timeout=10)  # the data workers of a killed run hold the lock for some more seconds
     except filelock.Timeout:
         fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
+    # These files were left by an earlier run, or by somebody else.
     files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
     is_run = "run.json" in files
+    can_resume = is_run and "checkpoint.pt" in files
     if files and not is_run:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
     if is_run and not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not (resume and is_run and "checkpoint.pt" in files):
+    if not resume or not can_resume:
         return None
     run = read_json("out_dir", out_dir, "run.json")
-    for name in FIXED.split():
-        check_fixed(name, run["settings"].get(name), globals()[name])
+    now = settings(globals())
+    for name in FIXED:
+        check_fixed(name, run["settings"].get(name), now[name])
     return run
 
 
@@ -1261,21 +1296,29 @@ def check_fixed(name, before, now):
         fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
 
 
+def evenly_spread(n, n_rows):
+    """Return the indices of n rows that are spread evenly over n_rows."""
+    return np.linspace(0, n_rows - 1, n).astype(int).tolist()
+
+
 def start_run(model, splits, data, captions, old_run):
     """Write run.json and a copy of this script to out_dir; a new run first deletes an old one."""
+    # A resumed run compares a hash of 100 rows, to notice other data.
     rows = splits["train"]
-    # A resume compares 100 rows, evenly spread, to notice other data.
-    chosen = rows.select(np.linspace(0, len(rows) - 1, 100).astype(int))
-    content = repr([chosen["crc32"][:], chosen["cond"][:], data["classes"], captions])
-    data["content"] = f"{len(rows)} images with the hash {hashlib.md5(content.encode()).hexdigest()}"
+    chosen = rows.select(evenly_spread(100, len(rows)))
+    content = [chosen["crc32"][:], chosen["cond"][:], data["classes"], captions]
+    digest = hashlib.md5(repr(content).encode()).hexdigest()
+    data["content"] = f"{len(rows)} images with the hash {digest}"
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
         "kind": "diffusion",
-        "model": type(model).__name__.removeprefix("FSDP"),  # FSDP2 renames DiT to FSDPDiT
+        "model": "DiT" if init_from == "scratch" else "Pipeline",
         "command": sys.argv,
         "settings": settings(globals()),
         "data": data,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": n_parameters,
+        "trained_parameters": n_trained,
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
     }
     if init_from != "scratch":
@@ -1283,44 +1326,49 @@ def start_run(model, splits, data, captions, old_run):
     if old_run:
         check_fixed("data", old_run["data"]["content"], data["content"])
     else:
-        for pattern in RUN_FILES.split():
-            for path in filter(Path.is_file, Path(out_dir).glob(pattern)):
-                path.unlink()
+        for pattern in RUN_FILES:
+            for path in Path(out_dir).glob(pattern):
+                if path.is_file():
+                    path.unlink()
         if init_from != "scratch" and not adapter:
-            model.save_pipeline()
+            model.save_pipeline()  # the parts that are not trained are written once, here
     write_file("run.json", run)
-    with contextlib.suppress(shutil.SameFileError):  # if it runs from there
+    with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
         shutil.copy(__file__, out_dir)
-    log(f"model: {run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained")
+    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
 
 
 def from_main(value):
-    """Return the value that the main process has, in all processes."""
+    """Return, in every process, the value that the main process has passed. Every process must call this."""
     return broadcast_object_list([value])[0]
 
 
 def unwrap(model):
-    """Return the model inside DistributedDataParallel."""
+    """Return the model inside DistributedDataParallel, which has it as `module`, or the model itself."""
     return getattr(model, "module", model)
 
 
 def gather(model, optimizers=(), with_frozen=False):
-    """Gather ({name: weight}, state of the optimizers) from all processes; frozen weights are optional."""
+    """Return ({name: weight}, state of the optimizers), collected from all processes.
+
+    Frozen weights are left out unless with_frozen. Every process must call this.
+    """
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Leave out what is frozen, and the second names of tied weights.
+    # Some of these weights are still to be left out: frozen ones, and tied ones under their second name.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
     if adapter:  # the buffers of the frozen model stay as they are
         all_names |= {name for name, _ in unwrap(model).named_buffers()}
     left_out = all_names - kept
-    return {name: weight for name, weight in weights.items() if name not in left_out}, state
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
+    return weights, state
 
 
 def save_checkpoint(model, optimizers, ema, progress, name):
-    """Write a checkpoint. optimizers=[] and ema=None leave out what only a resume needs."""
+    """Write a checkpoint to out_dir. With optimizers=[] and ema=None, it cannot be resumed."""
     averages = {}
     if ema:
         ema.swap()
@@ -1334,16 +1382,16 @@ def save_checkpoint(model, optimizers, ema, progress, name):
 
 
 def load_checkpoint(model, optimizers, ema, name):
-    """Let the main process read a checkpoint, put it into the model of every process, return the progress."""
+    """Load a checkpoint into the model, the optimizers and ema of every process. Return its progress."""
     state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # every process must call this, though only the main one compares shapes
-    if MAIN:
+    weights, _ = gather(model)  # a collective operation: all processes must call it
+    if MAIN:  # only the main process reads the file; the others get its content below
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
             fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
-    # Not strict, because the checkpoint has no frozen weights.
+    # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     if ema:  # load the averages as if they were the weights, then swap them into ema
@@ -1375,8 +1423,8 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
     n_rows = len(rows)
     if n_batches > 0:
         n_rows = min(n_rows, n_batches * batch_size)
-    chosen = np.linspace(0, len(rows) - 1, n_rows).astype(int)
-    mine = chosen[RANK::WORLD].tolist()
+    chosen = evenly_spread(n_rows, len(rows))
+    mine = chosen[RANK::WORLD]
     losses = np.zeros(4)  # sums over images, one for each quarter
     model.eval()
     n_mine = math.ceil(n_rows / WORLD)  # the same in all processes: under FSDP2, they run the model together
@@ -1460,31 +1508,31 @@ def start_accelerator():
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process builds the whole model first
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # with FSDP2, every process builds the whole model
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
+    # The other processes wait while one downloads the data or encodes captions, which may take long.
+    process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    # The buffers never change, so DDP need not broadcast them. With gradients that are views of its buckets,
+    # DDP needs no second copy of them. Some pipelines have weights without any effect on the output.
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=init_from != "scratch"
+    )
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=choose_precision(),
         log_with=tracker or None,
         project_dir=out_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while one process downloads
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,  # they never change
-                gradient_as_bucket_view=True,  # saves a copy of all gradients
-                find_unused_parameters=init_from
-                != "scratch",  # some pipelines have weights without any effect
-            ),
-        ],
+        kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"the {WORLD} processes are not connected: to train on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(f"accelerate does not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
-    if on_cpu:  # `accelerate launch` leaves each process one thread; take a share of the cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if on_cpu:
+        # `accelerate launch` gives each process one thread. Use this process's share of the cores instead.
+        n_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, count_cores() // n_local_processes))
         if init_from == "scratch":  # pretrained models are large and need the memory
             keep_freed_memory()
         log("warning: no GPU was found; a CPU is fast enough for small models only")
@@ -1492,12 +1540,21 @@ def start_accelerator():
     return accelerator
 
 
+def count_cores():
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def keep_freed_memory():
-    """Let Linux keep the memory that a step frees for the next step: trains 1.15 times as fast on a CPU."""
+    """Keep freed memory for the next step instead of returning it to Linux: 1.15 times as fast on a CPU."""
     if sys.platform == "linux":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD = -1  # from glibc's malloc.h, like the next one
+        M_MMAP_MAX = -4
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -1510,19 +1567,21 @@ def choose_precision():
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        # Older GPUs (T4, V100) have fp16 only, which needs loss scaling, which our Muon lacks.
+        # T4 and V100 have no bf16. Their fp16 needs loss scaling, which Muon does not support.
         return "no" if init_from == "scratch" else "fp16"
+    if torch.accelerator.is_available():  # for example, an Apple GPU
+        return "no"
     cpu = torch.cpu.get_capabilities()
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return "bf16" if has_bf16 and not torch.accelerator.is_available() else "no"
+    return "bf16" if has_bf16 else "no"
 
 
 def set_up_fsdp2(accelerator):
-    """Configure FSDP2: weights in fp32, all-gather in bf16 (half the traffic), gradient reduction in fp32."""
-    policy = {"cast_forward_inputs": False}  # images and times stay in fp32
+    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
+    options = {"cast_forward_inputs": False}  # images and times stay in fp32
     if accelerator.mixed_precision == "bf16":
-        policy |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**policy)
+        options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**options)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
 
@@ -1531,19 +1590,47 @@ def prepare(accelerator, model, optimizers):
     """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        # Else weights that were gathered before a swap of EMA or a loaded checkpoint would be used after it.
+        # Free gathered weights after every forward pass. Those that are kept would be out of date after
+        # EMA is swapped or a checkpoint is loaded.
         model.set_reshard_after_forward(True)
         model._get_fsdp_state()._lazy_init()  # makes it FSDP2's root, before drawing calls a part of it
     return model, optimizers
 
 
+def gradient_sync(accelerator, model, is_last):
+    """Return a context for a backward pass, in which DDP all-reduces the gradients only if is_last.
+
+    FSDP2 reduces them in every backward pass, because unsharded gradients would not fit.
+    """
+    if is_last or accelerator.is_fsdp2:
+        return contextlib.nullcontext()
+    return accelerator.no_sync(model)
+
+
+def clip_gradients(accelerator, model):
+    """Scale the gradients down to a norm of grad_clip. Return the norm that they had."""
+    max_norm = grad_clip or math.inf  # inf: only measure the norm
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if accelerator.is_fsdp2:  # it is a DTensor
+        grad_norm = grad_norm.full_tensor()
+    return grad_norm
+
+
+def open_metrics(n_bytes):
+    """Open metrics.jsonl to append to its first n_bytes. What follows them will be written again."""
+    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
+    metrics.truncate(n_bytes)
+    metrics.seek(0, os.SEEK_END)
+    return metrics
+
+
 def finish(accelerator, step, is_stopped):
-    """End this process when all processes have come here."""
+    """Log how the run ended, wait for the other processes, and end this one."""
     code = 0
     if is_stopped:
         log(f"stopped at step {step}; the same command with --resume=True goes on")
-        signum = STOP[0] if STOP else signal.SIGTERM  # another process may have got the signal
-        code = 128 + signum  # as shells report it
+        signum = RECEIVED[0] if RECEIVED else signal.SIGTERM  # another process may have received the signal
+        code = 128 + signum  # the exit code that shells use for a signal
     else:
         log("done")
     accelerator.wait_for_everyone()
@@ -1554,7 +1641,7 @@ def finish(accelerator, step, is_stopped):
 
 
 def is_due(step, interval):
-    """Tell whether something that is done every `interval` steps is due; with 0 it never is."""
+    """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
 
 
@@ -1630,37 +1717,34 @@ def main():
 
     # ---- model and data ----
     model, splits, data, captions = make_model(accelerator)
-    if MAIN:
-        run = start_run(model, splits, data, captions, old_run)
+    run = start_run(model, splits, data, captions, old_run) if MAIN else None
     model.to(device)
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
         model.compile()
+    # A step calls the wrapped optimizers, which know about fp16. A checkpoint holds the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
     ema = EMA(unwrap(model))
 
     # ---- resume the run, if there is one ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
-    is_resumed = from_main(old_run is not None)
+    is_resumed = from_main(old_run is not None)  # only the main process reads out_dir
     if is_resumed:
         progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # new lists after loading a checkpoint
+    groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
     steps_per_epoch = max(1, len(splits["train"]) // batch_size)
     total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
 
     # ---- logging ----
     start = time.monotonic() - progress["seconds"]
-    if MAIN:
-        metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-        metrics.truncate(progress["metrics_bytes"])  # the steps after the checkpoint will be done again
-        metrics.seek(0, os.SEEK_END)
-    with named("tracker", tracker):  # to use wandb without a login, set WANDB_MODE=offline
+    metrics = open_metrics(progress["metrics_bytes"]) if MAIN else None
+    with named("tracker", tracker):  # a login to wandb may fail; WANDB_MODE=offline needs none
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "train_diffusion"), settings(globals()))
 
-    def report(values):
+    def report(values):  # at the current step
         if MAIN:
             row = {"step": step, "time": round(time.monotonic() - start, 3), **values}
             metrics.write(json.dumps(row).encode() + b"\n")
@@ -1679,28 +1763,29 @@ def main():
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
-    micro_batches = list(itertools.islice(batches, accumulation_steps))  # always loaded one step ahead
+    micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
-    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
+    write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)
     timer = time.monotonic()
-    steps_since = 0  # since the timer was set
-    n_skipped = 0  # steps in a row
-    stop = False
+    steps_since = 0  # steps since the timer was set
+    n_skipped = 0  # skipped steps in a row
+    is_stopped = False  # by a signal
     while True:
-        # Here, `step` optimizer steps are done. First do what is due after them, then one more step.
-        done = step >= total_steps
+        # Each pass does what is due after `step` steps, such as an evaluation, and then one more step.
+        is_done = step >= total_steps
 
-        # Save before evaluating, so that a run resumed from here evaluates again.
-        if step > 0 and (stop or done or is_due(step, save_interval)):
+        # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
+        if step > 0 and (is_stopped or is_done or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
-            progress["metrics_bytes"] = metrics.tell() if MAIN else 0
+            progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(model, optimizers, ema, progress, "checkpoint.pt")
-        if not stop and (done or is_due(step, eval_interval)):
+        if not is_stopped and (is_done or is_due(step, eval_interval)):
             evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
             steps_since = 0
         is_out_of_patience = patience > 0 and progress["evals_since_best"] >= patience
-        if stop or done or is_out_of_patience:
+        if is_stopped or is_done or is_out_of_patience:
             break
 
         for group, peak_lr in zip(groups, peak_lrs):
@@ -1712,33 +1797,28 @@ def main():
         loss = torch.zeros((), device=device)
         torch.manual_seed(hash((seed, step, RANK)))  # for the dropout that some pipelines have
         for i, (x_t, t, cond, target) in enumerate(noisy_batches):
-            # DDP needs to all-reduce gradients only after the last micro-batch. FSDP2 reduces them every
-            # time, because unsharded gradients would not fit.
-            sync = i == accumulation_steps - 1 or accelerator.is_fsdp2
-            accumulate = contextlib.nullcontext() if sync else accelerator.no_sync(model)
-            with accumulate:
+            is_last = i == accumulation_steps - 1
+            with gradient_sync(accelerator, model, is_last):
                 with accelerator.autocast():
                     output = model(x_t, t, cond)
                     micro_loss = F.mse_loss(output, target) / accumulation_steps
-                accelerator.backward(micro_loss)  # the gradients are averaged over the processes
+                accelerator.backward(micro_loss)  # DDP and FSDP2 average the gradients over processes
             loss += micro_loss.detach()
-        max_norm = grad_clip or math.inf  # with infinity, the norm is only measured
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-        if accelerator.is_fsdp2:
-            grad_norm = grad_norm.full_tensor()
-        # Load the next batch while the GPU computes.
+        norm_before_clipping = clip_gradients(accelerator, model)
+        # Load the next micro-batches while the GPU still computes.
         micro_batches = list(itertools.islice(batches, accumulation_steps))
 
-        # This is the only place in a step where the CPU waits for the GPU. Every process gets the same
-        # numbers, so that all of them skip, stop or go on together.
-        n_stop = torch.tensor(float(len(STOP))).to(device, non_blocking=True)
-        sums = accelerator.reduce(torch.stack([loss, n_stop]), "sum")  # over the processes
-        loss, n_stop, grad_norm = torch.stack([*sums, grad_norm]).tolist()
-        loss = loss / WORLD
-        stop = n_stop > 0
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        # Sum over the processes, so that all of them skip, stop or go on together.
+        n_received = torch.full((), float(len(RECEIVED)), device=device)
+        sums = accelerator.reduce(torch.stack([loss / WORLD, n_received]), "sum")
+        numbers = torch.stack([*sums, norm_before_clipping])
+        # This is the only line in a step where the CPU waits for the GPU.
+        train_loss, n_signals, grad_norm = numbers.tolist()
+        is_stopped = n_signals > 0
+        is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            if is_finite or accelerator.scaler:  # in fp16, the scaler skips the step and lowers its scale
+            # In fp16, step() must always be called: the scaler skips the update and lowers its scale.
+            if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
         if is_finite and ema_decay:
@@ -1752,24 +1832,25 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                sys.exit("ten such steps in a row: lower learning_rate, or look with --detect_anomaly=True")
+                sys.exit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
-            values = {"train/loss": loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            values |= speed(steps_since * batch_size / (time.monotonic() - timer))
+            values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
+            images_per_s = steps_since * batch_size / (time.monotonic() - timer)
+            values |= speed(images_per_s)
             values["epoch"] = step / steps_per_epoch
             report(values)
             timer = time.monotonic()
             steps_since = 0
-        if profile and step == first_step + 5:
+        if profile and step == first_step + 5:  # trace steps 6 to 8
             profiler.start()
         elif profile and step == first_step + 8:
             profiler.stop()
 
-    # ---- the end: the test loss of the best weights, and a summary in run.json ----
-    if not stop:
+    # ---- at the end: test the best weights, and write a summary to run.json ----
+    if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # without a validation split, the last weights are tested
+        has_best = math.isfinite(progress["best"])  # without a validation split, test the last weights
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1782,7 +1863,7 @@ def main():
             summary |= values
         if MAIN:
             write_file("run.json", run | {"summary": summary})
-    finish(accelerator, step, stop)
+    finish(accelerator, step, is_stopped)
 
 
 # ---- Sampling ----

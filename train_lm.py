@@ -1512,7 +1512,7 @@ def choose_precision():
 
 
 def set_up_fsdp2(accelerator):
-    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic), and reduce gradients in fp32."""
+    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
     options = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
     if accelerator.mixed_precision == "bf16":
         options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
