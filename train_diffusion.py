@@ -1007,6 +1007,16 @@ def choose_names(splits, class_names):
     return names
 
 
+def choose_encoder(pipeline, device):
+    """Return (autoencoder or None, function from images in [-1, 1] to what the model is trained on)."""
+    if pipeline is not None:
+        return pipeline.pipe.vae, pipeline.encode
+    if vae:
+        autoencoder = load_vae(vae, device)
+        return autoencoder, functools.partial(encode, autoencoder)
+    return None, nn.Identity()
+
+
 def prepare_data(accelerator, pipeline=None):
     """Return ({split: rows}, data, captions).
 
@@ -1020,14 +1030,7 @@ def prepare_data(accelerator, pipeline=None):
     names = choose_names(splits, class_names)
     index_of = {name: i for i, name in enumerate(names)}
 
-    autoencoder = None
-    to_latents = torch.nn.Identity()
-    if pipeline:
-        autoencoder = pipeline.pipe.vae
-        to_latents = pipeline.encode
-    elif vae:
-        autoencoder = load_vae(vae, accelerator.device)
-        to_latents = functools.partial(encode, autoencoder)
+    autoencoder, to_latents = choose_encoder(pipeline, accelerator.device)
     wants_size = pipeline is not None and pipeline.wants_size
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
@@ -1039,8 +1042,7 @@ def prepare_data(accelerator, pipeline=None):
 
     for split, (images, texts) in splits.items():
         if split == "train":
-            # Shuffle, because validation and test are cut off from the end. The order is the same for every
-            # seed.
+            # Shuffle, because validation and test are cut off from the end, in the same order for every seed.
             order = np.random.default_rng(0).permutation(len(texts)).tolist()
             images = images.select(order)
             texts = [texts[i] for i in order]

@@ -1,4 +1,4 @@
-"""What the tests share: they run the real commands, on a CPU, offline, on tiny data that they make."""
+"""What the tests share: the real commands, run on a CPU, offline, on tiny data and models that are made here."""
 
 import argparse
 import contextlib
@@ -20,13 +20,26 @@ from pathlib import Path
 from unittest import mock
 
 import filelock
+import numpy as np
 import pytest
+import torch
 import tqdm
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", CUDA_VISIBLE_DEVICES="")
+
+import datasets
+import transformers
+from accelerate.state import AcceleratorState
+from pipelines import make_pipeline
+from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer, processors
+from torch.distributed import TCPStore
+
+import train_diffusion as td
 
 # Config files of models and runs so small that a step takes some milliseconds.
 COMMON = """
@@ -35,14 +48,11 @@ max_steps, warmup_steps, weight_decay = 40, 5, 0.1
 eval_interval, save_interval, log_interval = 10, 10, 5
 mixed_precision = "no"
 """
-LM = """
-tokenizer = "bytes"
-block_size, n_head, n_kv_head, eval_batches = 32, 4, 2, 4
-"""
-DIFFUSION = """
-image_size, n_head, sample_steps, eval_batches = 8, 2, 2, 2
-"""
-TINY = {"train_lm.py": COMMON + LM, "train_diffusion.py": COMMON + DIFFUSION}
+TINY = {
+    "train_lm.py": COMMON
+    + 'tokenizer = "bytes"\nblock_size, n_head, n_kv_head, eval_batches = 32, 4, 2, 4\n',
+    "train_diffusion.py": COMMON + "image_size, n_head, sample_steps, eval_batches = 8, 2, 2, 2\n",
+}
 
 # A config file is Python: this one puts something in the place of the loss, by the step and the process.
 PLANT = """
@@ -54,7 +64,6 @@ def _planted(self, loss, **kwargs):
     _backward(self, %s, **kwargs)
 _Accelerator.backward = _planted
 """
-SLOW = PLANT % "time.sleep(1) or loss"
 BAD = PLANT % "loss * float('nan') if (_rank, step) in %s else loss"
 
 
@@ -62,11 +71,7 @@ BAD = PLANT % "loss * float('nan') if (_rank, step) in %s else loss"
 def home(tmp_path_factory):
     """A cache folder of our own, the same for all tests."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("home"))
-    import datasets  # which a test module has imported before this, with another cache
-
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_HOME"], "datasets")
-    import torch
-
     one_core()
     torch.set_num_threads(1)
     os.environ.pop("HF_DATASETS_CACHE", None)
@@ -86,9 +91,6 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory):
     """120 pictures of 8 x 8 in three classes: red, green and blue, each with a bright half and some noise."""
-    import numpy as np
-    from PIL import Image
-
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(120):
         name, pixels = ("red", "green", "blue")[i % 3], rng.integers(0, 60, (8, 8, 3))
@@ -101,9 +103,6 @@ def picture_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, text_file):
     """pretrained(kind, tied, *added tokens) -> a new folder with a tiny random model of transformers"""
-    import torch
-    import transformers
-    from tokenizers import ByteLevelBPETokenizer
 
     def pretrained(kind, tied=True, *added, **changes):
         folder = tmp_path_factory.mktemp("pretrained") / kind
@@ -131,16 +130,14 @@ def pretrained(tmp_path_factory, text_file):
 
 def writes_around(folder, single):
     """Let the tokenizer of a model write its special tokens around each text, as "<s> $A"."""
-    from tokenizers import processors
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tok = AutoTokenizer.from_pretrained(folder)
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = [token for token in single.split() if token != "$A"]
     ids = zip(tokens, tok.convert_tokens_to_ids(tokens), strict=True)
     core = tok.backend_tokenizer
     core.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids))
     bos = {"bos_token": "<s>"} if "<s>" in tokens else {}
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tok.eos_token, **bos).save_pretrained(folder)
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tok.eos_token, **bos)
+    tok.save_pretrained(folder)
 
 
 def check_out(folder, *edits, trainer="train_lm.py"):
@@ -159,7 +156,6 @@ def check_out(folder, *edits, trainer="train_lm.py"):
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """pipeline(kind) -> the folder of a tiny pipeline of diffusers, made once"""
-    from pipelines import make_pipeline
 
     @functools.cache
     def pipeline(kind="sd"):
@@ -171,9 +167,6 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory):
     """Twelve pictures of several sizes with captions, "a red square" and so on, in metadata.jsonl."""
-    import numpy as np
-    from PIL import Image
-
     folder, rng, table = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0), []
     for i in range(12):
         colour, pixels = ("red", "green", "blue")[i % 3], rng.integers(0, 60, (16 + i, 28 - i, 3))
@@ -192,8 +185,6 @@ def trainer(request):
 @pytest.fixture
 def defaults():
     """The settings of train_diffusion.py, which are these again after each test."""
-    import train_diffusion as td
-
     before = td.settings(vars(td))
     yield before
     vars(td).update(before)
@@ -251,9 +242,6 @@ def run(*arguments, code=0, seconds=300, **options):
 
 def execute(script, arguments, out, err):
     """What a new process would do, in this one, which has made its imports already; -> the exit code."""
-    import datasets  # noqa: F401, which derives a class from FileLock, before FileLock is replaced
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(True)  # a process has one, a new one none
     os.chdir(ROOT)
     locks = []
@@ -304,8 +292,6 @@ def refusal(script, *arguments):
 
 def forked(script, *arguments, code=0, more=(), **env):
     """As run() with two processes, forked from this one, one with more arguments; -> what the other printed."""
-    from torch.distributed import TCPStore
-
     # as under the launcher, the meeting place outlives whichever process ends first
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "ACCELERATE_USE_CPU": "true"}
@@ -374,15 +360,11 @@ def rows(run_dir, *names):
 
 
 def last_state(run_dir):
-    import torch
-
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def differences(a, b, path=""):
     """Where two nested states differ, bit for bit; the times in them apart."""
-    import torch
-
     if isinstance(a, dict):
         keys = (a.keys() | b.keys()) - {"seconds", "metrics_bytes"}
         return [d for k in sorted(keys) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
@@ -394,8 +376,6 @@ def differences(a, b, path=""):
 
 def lost(unbroken, out):
     """-> what of an unbroken run is not, bit for bit, in another: state, metrics, weights, samples"""
-    from safetensors.torch import load_file
-
     found = differences(last_state(unbroken), last_state(out))
     found += ["metrics.jsonl"] * (rows(unbroken) != rows(out))
     load = {".safetensors": load_file, ".png": Path.read_bytes, ".txt": Path.read_bytes}
@@ -408,9 +388,6 @@ def lost(unbroken, out):
 
 def read_grid(path, size, n):
     """The pictures in a grid: rows of ceil(sqrt(n)), no padding."""
-    import numpy as np
-    from PIL import Image
-
     grid, columns = np.asarray(Image.open(path)), int(np.ceil(np.sqrt(n)))
     assert grid.shape[:2] == (int(np.ceil(n / columns)) * size, columns * size)
     places = [divmod(i, columns) for i in range(n)]

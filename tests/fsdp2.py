@@ -1,6 +1,6 @@
 """
-python tests/fsdp2.py TRAINER ARGUMENTS, in configs/accelerate/fsdp2.yaml's environment: of itself Accelerate uses FSDP
-on accelerators alone, and takes DDP on CPUs without a word. Here it is told that this is FSDP all the same.
+python tests/fsdp2.py TRAINER ARGUMENTS, in configs/accelerate/fsdp2.yaml's environment: Accelerate itself
+takes DDP on CPUs without a word. Here it is told that this is FSDP.
 """
 
 import runpy

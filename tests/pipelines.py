@@ -12,8 +12,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-UNETS = ("sd", "sd2", "sdxl", "sd15", "sdxl10")
+# The width, layers and heads of the text encoders of pipelines with a UNet.
+ENCODERS = {"sd": [(24, 3, 2)], "sd2": [(32, 3, 2)], "sdxl": [(24, 3, 2), (16, 3, 2)]}
+ENCODERS |= {"sd15": [(768, 12, 12)], "sdxl10": [(768, 12, 12), (1280, 32, 20)]}
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+TEXT = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 256}
+TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
 
 # ---- Tokenizers, text encoders, autoencoders ----
@@ -42,9 +46,7 @@ def make_byte_tokenizer():
 
 
 def make_text_model(kind, layers=2):
-    shape = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 256}
-    return kind(kind.config_class(**shape)).eval()
+    return kind(kind.config_class(**TEXT, num_hidden_layers=layers, head_dim=8)).eval()
 
 
 def make_t5(width, kind=transformers.T5EncoderModel):
@@ -72,21 +74,14 @@ def make_parts(transformer, vae=None):
 
 
 def make_unet_pipeline(kind):
+    encoders = ENCODERS[kind]
+    n_time = 4 if kind == "sdxl" else 256
     shape = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
     shape |= {"attention_head_dim": (2, 4), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-    shape |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 24}
-    encoders = [(24, 3, 2)]
+    shape |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     vae = make_vae(4, scaling_factor=3.0)
-    if kind == "sd2":
-        shape |= {"use_linear_projection": True, "cross_attention_dim": 32}
-        encoders = [(32, 3, 2)]
-    if kind == "sdxl":
-        shape |= {"cross_attention_dim": 40, "addition_time_embed_dim": 4, "use_linear_projection": True}
-        shape |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 6 * 4 + 16}
-        encoders = [(24, 3, 2), (16, 3, 2)]
     if kind == "sd15":
-        shape = {"sample_size": 64, "cross_attention_dim": 768}
-        encoders = [(768, 12, 12)]
+        shape = {"sample_size": 64}  # the rest is the default of UNet2DConditionModel
         vae = make_vae(4, widths=(128, 256, 512, 512), scaling_factor=0.18215)
     if kind == "sdxl10":
         shape = {
@@ -96,21 +91,21 @@ def make_unet_pipeline(kind):
         }
         shape |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
         shape |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
-        shape |= {"cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10)}
-        shape |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
-        shape |= {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
-        encoders = [(768, 12, 12), (1280, 32, 20)]
+        shape |= {"transformer_layers_per_block": (1, 2, 10)}
         vae = make_vae(4, widths=(128, 256, 512, 512), scaling_factor=0.13025)
+    if len(encoders) == 2:
+        shape |= {"addition_embed_type": "text_time", "addition_time_embed_dim": n_time}
+        shape["projection_class_embeddings_input_dim"] = 6 * n_time + encoders[1][0]
+    shape["use_linear_projection"] = kind not in ("sd", "sd15")
+    shape["cross_attention_dim"] = sum(width for width, _, _ in encoders)
     parts = {"vae": vae, "feature_extractor": None}
     parts["unet"] = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **shape)
     parts["tokenizer"], parts["text_encoder"] = make_clip(*encoders[0], transformers.CLIPTextModel)
     if len(encoders) == 2:
         parts["tokenizer_2"], parts["text_encoder_2"] = make_clip(*encoders[1])
         return diffusers.StableDiffusionXLPipeline, parts
-    return diffusers.StableDiffusionPipeline, parts | {
-        "safety_checker": None,
-        "requires_safety_checker": False,
-    }
+    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline, parts
 
 
 def make_sd3():
@@ -159,9 +154,8 @@ def make_qwen_image():
     parts = make_parts(transformer, diffusers.AutoencoderKLQwenImage(**video))
     vision = dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 16)
     vision |= {"depth": 1, "num_heads": 2}
-    text = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 256}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}}
+    text = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}}
+    text |= TEXT | {"num_hidden_layers": 2}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     parts["text_encoder"] = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
     return diffusers.QwenImagePipeline, parts
@@ -221,14 +215,13 @@ def make_scheduler(kind):
 def make_pipeline(folder, kind):
     """Write a pipeline of FAMILIES, or "sd15" or "sdxl10", to a folder. Return the folder."""
     torch.manual_seed(0)
-    pipeline_class, parts = make_unet_pipeline(kind) if kind in UNETS else TRANSFORMERS[kind]()
+    pipeline_class, parts = make_unet_pipeline(kind) if kind in ENCODERS else TRANSFORMERS[kind]()
     pipeline_class(scheduler=make_scheduler(kind), **parts).save_pretrained(folder)
     return Path(folder)
 
 
 def draw(pipe, prompts, seeds, **kwargs):
     """Return what a pipeline of diffusers draws by itself, image by image, as a tensor (B, H, W, 3)."""
-    pipe.set_progress_bar_config(disable=True)
     images = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         rng = torch.Generator().manual_seed(seed)

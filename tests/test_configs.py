@@ -1,6 +1,6 @@
 """
-The commands at the head of every config do what they say, on a tiny model and tiny data in the place of the true ones:
-the first trains, and goes on, the second samples from what it saved.
+Validates that the commands at the head of every config do what they say, on a tiny model and tiny data in the
+place of the true ones: the first trains, and goes on, the second samples from what it saved.
 """
 
 import json

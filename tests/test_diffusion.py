@@ -1,8 +1,8 @@
 """
-The mathematics of train_diffusion.py, against closed forms and diffusers' schedulers, for every prediction
-and sampler: sampling with the exact model of a Gaussian mixture gives back its weights, means and variances,
-and converges with the order of the method to the exact solution for a Gaussian; a tiny net learns the exact
-model; guidance is a line through two predictions. The model sees all that it is told, on any device.
+Validates the mathematics of train_diffusion.py, against closed forms and diffusers' schedulers, for every
+prediction and sampler: sampling with the exact model of a Gaussian mixture gives back its weights, means and
+variances, and converges to the exact solution for a Gaussian with the order of the method; a tiny net learns
+the exact model; guidance is a line through two predictions; the model sees what it is told, on any device.
 """
 
 import functools

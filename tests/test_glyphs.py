@@ -1,7 +1,7 @@
 """
-The first thing that a newcomer sees: with the default data, optimizer and schedule, train_diffusion.py draws
-letters and digits that a classifier reads as the class asked for. Of a run of the defaults, with any
-prediction, `read_run` reads 95 of 100 so; of a smaller model that has seen fewer images, here, 80.
+Validates the first thing that a newcomer sees: with the default data, optimizer and schedule,
+train_diffusion.py draws letters and digits that a classifier reads as the class asked for. `read_run` reads
+95 of 100 of a run of the defaults, and here, of a smaller model and fewer images, 80.
 """
 
 import json

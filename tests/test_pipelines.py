@@ -1,15 +1,16 @@
 """
-Validates the class Pipeline of train_diffusion.py on tiny random pipelines. The independent sides are a call of the
-transformer or UNet by hand, and diffusers' own pipeline, scheduler and autoencoder.
-
-It answers as the model called by hand; draws and decodes as diffusers does; is told of a hidden caption what guidance
-is; trains at the times that the pipeline visits; learns; and diffusers draws the same with the saved adapter.
+Validates the class Pipeline of train_diffusion.py on tiny random pipelines. The independent sides are a call
+of the transformer or UNet by hand, and diffusers' own pipeline, scheduler and autoencoder. It answers as the
+model called by hand; draws and decodes as diffusers does; is told of a hidden caption what guidance is;
+trains at the times that the pipeline visits; learns; and diffusers draws the same with the saved adapter.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import shutil
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pipelines import FAMILIES
+from pipelines import FAMILIES, draw
 
 import train_diffusion as td
 
@@ -72,12 +73,6 @@ def make_images(size):
     return torch.rand(2, 3, size, size, generator=rng) * 2 - 1
 
 
-def conditions(model, *numbers):
-    """Return what forward() is told of captions of these numbers: for SDXL also the original size."""
-    sizes = [[30, 20], [16, 40]] if hasattr(model.pipe, "_get_add_time_ids") else [[], []]
-    return [[number, *size] for number, size in zip(numbers, sizes, strict=True)]
-
-
 def make_batch(model, seed=0):
     """Return latents of two images, noise, times, and the conditions of both captions."""
     rng = torch.Generator().manual_seed(seed)
@@ -85,7 +80,9 @@ def make_batch(model, seed=0):
     t = torch.rand(2, generator=rng)
     if model.prediction != "flow":
         t = ((1000 * t).long() + 0.5) / 1000
-    return model.latents, eps, t, conditions(model, 0, 1)
+    if hasattr(model.pipe, "_get_add_time_ids"):
+        return model.latents, eps, t, [[0, 30, 20], [1, 16, 40]]  # SDXL is told the original sizes
+    return model.latents, eps, t, [[0], [1]]
 
 
 def by_hand(kind, pipe, x, t, caption, time_ids=None):
@@ -141,11 +138,7 @@ def call(pipe, kind, **options):
 
 
 def drawn_by_diffusers(pipe, kind):
-    images = []
-    for seed, prompt in enumerate(CAPTIONS, start=3):
-        rng = torch.Generator().manual_seed(seed)
-        images += call(pipe, kind, prompt=prompt, generator=rng, num_inference_steps=2).images
-    return torch.tensor(np.stack(images)).float()
+    return draw(functools.partial(call, pipe, kind), CAPTIONS, [3, 4], num_inference_steps=2)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -216,18 +209,13 @@ def test_a_hidden_caption_is_what_guidance_calls_unconditional(load, pipeline, k
     call(pipe, kind, prompt=CAPTIONS[0], num_inference_steps=1, guidance_scale=3.0)
     parts = [part for tensor in theirs for part in tensor.split(1)]
     assert len(parts) == 2
-    for hidden in (False, True):
-        assert (
-            sum(part.shape == ours[hidden].shape and torch.allclose(part, ours[hidden]) for part in parts)
-            == 1
-        )
+    for told in ours:
+        assert sum(part.shape == told.shape and torch.allclose(part, told) for part in parts) == 1
 
 
 def test_a_hidden_caption_of_sdxl_is_zero_if_its_pipeline_says_so(load, changed):
-    for folder, is_zero in (
-        (None, True),
-        (changed("sdxl", "model_index.json", force_zeros_for_empty_prompt=False), False),
-    ):
+    other = changed("sdxl", "model_index.json", force_zeros_for_empty_prompt=False)
+    for folder, is_zero in (None, True), (other, False):
         model = load("sdxl", folder)
         embeds, _, pooled, _ = model.outputs[-1][0]
         assert (embeds.abs().max() == 0) == (pooled.abs().max() == 0) == is_zero
@@ -273,20 +261,21 @@ def test_training_is_at_the_times_that_the_pipeline_visits(load, changed, name):
         assert (model.shift(even) - sigmas)[:8].abs().max() < 0.02 < (even - sigmas).abs().max()
         logits = torch.distributions.Normal(0.0, 1.0).icdf(quantiles)
         quantiles_of_times = model.shift(logits.sigmoid())  # of a logit-normal number, shifted
-        x_t, target = td.add_noise(model, x_0, eps, t)
         scale = t.view(-1, *[1] * (x_0.ndim - 1))
-        assert torch.allclose(x_t, x_0.lerp(eps, scale), atol=1e-6)
-        assert torch.equal(target, eps - x_0)
+        noisy = x_0.lerp(eps, scale)
+        expected = eps - x_0
     else:
         numbers = times[2:4].long()
         t = (numbers + 0.5) / n
         quantiles_of_times = quantiles
         scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-        x_t, target = td.add_noise(model, x_0, eps, t)
-        assert torch.allclose(x_t, scheduler.add_noise(x_0, eps, numbers))
+        noisy = scheduler.add_noise(x_0, eps, numbers)
         velocity = scheduler.get_velocity(x_0, eps, numbers)
         targets = {"epsilon": eps, "v_prediction": velocity, "sample": x_0}
-        assert torch.allclose(target, targets[scheduler.config.prediction_type], atol=1e-6)
+        expected = targets[scheduler.config.prediction_type]
+    x_t, target = td.add_noise(model, x_0, eps, t)
+    assert torch.allclose(x_t, noisy, atol=1e-6)
+    assert torch.allclose(target, expected, atol=1e-6)
     told = record(model.denoiser, "timestep", 1)
     with torch.no_grad():
         model(x_t[:1], t[:1], cond[:1])
@@ -409,18 +398,13 @@ def test_sdxl_gets_the_original_size_of_each_image(load, captioned, tmp_path):
 def test_captions_are_encoded_once(load, pipeline, monkeypatch, tmp_path):
     """A second start reads them from a cache. Other captions or another text encoder are not mixed up."""
     encode_prompt = diffusers.StableDiffusionPipeline.encode_prompt
-    calls = []
-
-    def count(*args, **kwargs):
-        calls.append(args)
-        return encode_prompt(*args, **kwargs)
-
-    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "encode_prompt", count)
+    counted = mock.create_autospec(encode_prompt, side_effect=encode_prompt)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "encode_prompt", counted)
     load("sd", captions=["a dog", "a cat"])
-    assert calls
-    calls.clear()
+    assert counted.called
+    counted.reset_mock()
     load("sd", captions=["a dog", "a cat"])
-    assert not calls
+    assert not counted.called
     pipe = open_by_diffusers(pipeline("sd"))
     with torch.no_grad():
         pipe.text_encoder.get_input_embeddings().weight.neg_()

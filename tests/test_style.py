@@ -1,14 +1,12 @@
 """
-The tree: ruff is content, the README tells the true line counts, CI runs its command, and settings of the same name
-stand in the same order in both trainers.
+Validates the tree: ruff is content, the README tells the true line counts, CI runs its command, and settings
+of the same name stand in the same order in both trainers.
 """
 
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, within
 
 import train_diffusion
 import train_lm
@@ -17,9 +15,7 @@ from configurator import settings
 
 @pytest.mark.parametrize("how", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(how):
-    command = [sys.executable, "-m", "ruff", *how, "."]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    run("-m", "ruff", *how, ".")
 
 
 def test_the_readme_tells_the_true_line_counts_and_what_ci_runs():
@@ -31,7 +27,7 @@ def test_the_readme_tells_the_true_line_counts_and_what_ci_runs():
 
 
 def test_the_gpu_runner_says_loudly_that_there_is_none():
-    _, err = run("tests/gpu/run.py", "--shakespeare=none", code=1)
+    _, err = within("tests/gpu/run.py", "--shakespeare=none", code=1)
     assert "NO GPU WAS FOUND" in err
 
 

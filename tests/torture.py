@@ -4,11 +4,10 @@ Attacks real runs of both trainers, and shows that nothing is lost:
     python tests/torture.py [--kills=100] [--modes="LoRA,DiT"] [--seed=0]
 
 Each way to train runs once undisturbed, then under attack: kill -9 at random moments and in saves; Ctrl-C,
-SIGTERM and the launcher's death within a step of seconds; one process, two, one again; NaN losses; a run
-directory that is read-only; another run's checkpoint, or half of one. The same command goes on with
---resume=True, and what comes out has to equal the undisturbed run bit for bit: weights, optimizer, averages,
-metrics, samples; with another number of processes the losses within 1e-5. Prints a table of how often each
-attack was tried; exits with 1 if anything was lost.
+SIGTERM and the launcher's death within a step of seconds; one process, two, one again; a run directory
+that is read-only. The same command goes on with --resume=True, and what comes out has to equal the
+undisturbed run bit for bit: weights, optimizer, averages, metrics, samples; with another number of processes
+the losses within 1e-5. Prints how often each attack was tried; exits with 1 if anything was lost.
 """
 
 import contextlib
@@ -24,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from conftest import BAD, ROOT, last_state, lost, rows
+from conftest import ROOT, lost, rows
 from PIL import Image
-from pipelines import make_pipeline
+from pipelines import make_byte_tokenizer, make_pipeline
 
 from configurator import configure
 
@@ -46,7 +45,6 @@ MODES = {  # the ways to train, the longest first
     "LoRA": TEXT + " --init_from=llama --adapter=lora",
     "P-tuning": TEXT + " --init_from=llama --adapter=p_tuning",
     "fine-tuning": TEXT + " --init_from=llama",
-    "another run": TEXT + " --tokenizer=bytes --n_layer=1 --n_embd=32",
 }
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 SIGNALS = {  # who is sent what, one after another, in the middle of a step
@@ -62,18 +60,19 @@ PATIENCE = 180  # seconds until a process that does not end counts as hanging
 GOES_ON = "--resume=True goes on"  # the last line of a run that was stopped
 # root may write anywhere, unless it gives that up
 PLAIN_USER = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] * (os.geteuid() == 0)
-TRIED, LOST = Counter(), Counter()  # {(attack, way to train): how often}
+TRIED = Counter()  # {(way to train, attack): how often}
+LOST = []  # the same pairs
 
 
 def attempt(mode, what, attack, *arguments):
     """Try an attack, which asserts that nothing was lost; -> nothing was"""
-    TRIED[what, mode.name] += 1
+    TRIED[mode.name, what] += 1
     try:
         attack(mode, *arguments)
     except AssertionError as error:
-        LOST[what, mode.name] += 1
+        LOST.append((mode.name, what))
         print(f"LOST: {mode.name}, {what}: {str(error)[-1500:]}", flush=True)
-    return not LOST[what, mode.name]
+    return (mode.name, what) not in LOST
 
 
 class Mode:
@@ -150,11 +149,6 @@ class Mode:
         assert not found, f"differs: {found[:5]}"
 
 
-def assert_same_losses(*runs):
-    a, b = ([row.get(f"{x}/loss", 0) for row in rows(out) for x in ("train", "val", "test")] for out in runs)
-    assert len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-5, equal_nan=True), f"{a[-9:]} {b[-9:]}"
-
-
 def kill_and_resume(mode):
     """kill -9, and resume, and kill again, until the run is at its end."""
     out = mode.new_run()
@@ -170,7 +164,7 @@ def kill_and_resume(mode):
         process.kill()
         process.wait()
         mode.kills -= 1
-        TRIED[f"kill -9 {moment}", mode.name] += 1
+        TRIED[mode.name, f"kill -9 {moment}"] += 1
     mode.resume(out, mode.unbroken)
 
 
@@ -198,21 +192,9 @@ def change_processes(mode):
         code, output = mode.end(process, out)
         assert GOES_ON in output or target == "trainer" and code, f"{signum} to the {target}: {code} {output}"
     mode.finish(out=out)
-    assert_same_losses(one, out)
-
-
-def plant_nan(mode):
-    """Some are skipped and counted, by both of two processes alike; after ten in a row the run ends."""
-    for name, steps, rank in ("one", (5, 6, 11), "0"), ("two", (5, 6, 11), "1"), ("ten", range(14, 24), "0"):
-        (mode.folder / f"{name}.py").write_text(BAD % [(rank, step) for step in steps])
-    one = mode.finish(mode.folder / "one.py")
-    assert Path(f"{one}.txt").read_text().count("skipped") == 3
-    assert all(weight.isfinite().all() for weight in last_state(one)["model"].values())
-    assert_same_losses(one, mode.finish(mode.folder / "two.py", processes=2))
-    out = mode.new_run()
-    code, output = mode.end(mode.start(out, mode.folder / "ten.py"), out)
-    assert code == 1 and "ten such steps" in output, f"{code} {output}"
-    mode.finish(out=out)
+    names = ("train/loss", "val/loss", "test/loss")
+    a, b = ([row.get(name, 0) for row in rows(run) for name in names] for run in (one, out))
+    assert len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-5), f"{a[-9:]} {b[-9:]}"
 
 
 def forbid_writing(mode):
@@ -227,21 +209,9 @@ def forbid_writing(mode):
     mode.resume(out, mode.unbroken)
 
 
-def spoil_checkpoint(mode, another):
-    """Another run's, or half of one, is refused and left alone; with the right one the run goes on."""
-    path = mode.finish() / "checkpoint.pt"
-    whole = path.read_bytes()
-    for spoiled in another, whole[: len(whole) // 2]:
-        path.write_bytes(spoiled)
-        code, output = mode.end(mode.start(path.parent), path.parent)
-        assert code == 2 and "Traceback" not in output and path.read_bytes() == spoiled, f"{code}: {output}"
-    path.write_bytes(whole)
-    mode.resume(path.parent, mode.unbroken)
-
-
 def make_data(work):
-    """Write a text, pictures, tiny models and another run to the folder `work`; -> that run's checkpoint"""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Write a text, pictures and tiny models to the folder `work`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     (work / "text.txt").write_text(Path(subprocess.__file__).read_text()[:60000])
     for i in range(60):
@@ -249,23 +219,21 @@ def make_data(work):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((16, 16), 2 * i).save(path)
         path.with_suffix(".txt").write_text(f"a {path.parent.name} square")
-    another = Mode(work, "another run", 0).finish()
-    tok = AutoTokenizer.from_pretrained(another)
+    tok = make_byte_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape)).save_pretrained(work / "llama")
     tok.save_pretrained(work / "llama")
     for kind in ("sd", "z_image"):
         make_pipeline(work / f"pipeline_{kind}", kind)
-    return (another / "checkpoint.pt").read_bytes()
 
 
 def main():
-    began, names = time.monotonic(), modes.split(",") if modes else list(MODES)[:-1]
+    began, names = time.monotonic(), modes.split(",") if modes else list(MODES)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a job in the background ignore it
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory() as work:
         os.environ["HF_HOME"] = str(Path(work, "home"))
-        another = make_data(Path(work))
+        make_data(Path(work))
         for name in names:
             mode = Mode(Path(work), name, -(-kills // len(names)))
             if not attempt(mode, "undisturbed", Mode.run_undisturbed):
@@ -275,16 +243,11 @@ def main():
             for what, signals in list(SIGNALS.items())[: 1 if "init_from" in MODES[name] else None]:
                 attempt(mode, what, stop_by_signal, signals)
             attempt(mode, "1, 2, 1 processes: losses within 1e-5", change_processes)
-            attempt(mode, "NaN: skipped by all processes, ten end the run", plant_nan)
             attempt(mode, "read-only run directory", forbid_writing)
-            attempt(mode, "checkpoint of another run, checkpoint cut", spoil_checkpoint, another)
-            print(f"{name}: done", flush=True)
-    print(f"\n| | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}")
-    for what in dict.fromkeys(what for what, _ in TRIED):
-        pairs = [(TRIED[what, name], LOST[what, name]) for name in names]
-        print(f"| {what} | {' | '.join(f'{n}' + f', {bad} LOST' * (bad > 0) for n, bad in pairs)} |")
-    print(f"\n{LOST.total()} lost, {(time.monotonic() - began) / 60:.0f} minutes")
-    raise SystemExit(LOST.total() > 0)
+    for (name, what), n in TRIED.items():
+        print(f"{name}: {n} x {what}")
+    print(f"{len(LOST)} lost, {(time.monotonic() - began) / 60:.0f} minutes")
+    raise SystemExit(len(LOST) > 0)
 
 
 if __name__ == "__main__":
