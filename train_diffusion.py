@@ -57,7 +57,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
-# configure() overrides the settings below by config files and the command line, settings() lists them. fail()
+# configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. named() turns an error of a library into a message about one setting.
 from configurator import configure, fail, named, settings
 
@@ -174,7 +174,7 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets the first variable for one process and the second for several.
+    # `accelerate launch` sets ACCELERATE_MIXED_PRECISION for one process, TORCHELASTIC_RUN_ID for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         stop_with_launcher()
@@ -482,8 +482,8 @@ def sample(model, cond, seeds, steps, scale):
         h = torch.log(alpha_next / sigma_next) - torch.log(alpha / sigma)  # the length of the step
         x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, h is infinite
-        # in the first step, too (alpha = 0), so the correction of the second step is h / (2 inf) = 0.
+        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, alpha = 0 makes
+        # it infinite in the first step, too. Then the second step gets no correction: h / (2 h_before) = 0.
         if sampler == "dpm++" and 0 < i < steps - 1:
             x_0_before, h_before = before
             estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
@@ -571,7 +571,7 @@ def find_files():
 
 
 def split_of(names):
-    """Return (split, i) for the first name that means a split, names[i]; ("train", -1) if none does."""
+    """Return the split that one of the names stands for, and the index of that name; else ("train", -1)."""
     shard = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"  # as in test-00000-of-00001-a09b74b3ef9c3b56
     for i, name in enumerate(names):
         name = re.sub(shard, "", name.lower())
@@ -678,7 +678,7 @@ def read_folder(paths, descriptions):
         elif column in row:
             text = as_text(row[column], column)
         elif init_from == "scratch" and column:
-            below = folders[index + 1 :]  # the split; without one, index is -1, and these are all folders
+            below = folders[index + 1 :]  # the folders below the split, or all of them if no folder names one
             above = folders[: max(0, index)]
             if below:  # train/cats/1.png
                 text = below[0]
@@ -972,7 +972,7 @@ def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part). An image and its mirror image stay together."""
     n_views = 2 if flip else 1
     n_images = math.ceil(fraction * len(rows) / n_views)
-    with named("dataset", dataset):  # fails if a part has no rows
+    with named("dataset", dataset):  # an empty part is an error
         parts = rows.train_test_split(n_images * n_views, shuffle=False)
     return parts["train"], parts["test"]
 
@@ -1159,7 +1159,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model, accelerator):
-    """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
     # Weights do not decay, unless their group sets a weight_decay of its own.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
@@ -1183,7 +1183,7 @@ def make_optimizers(model, accelerator):
     muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(matrices, **muon), adamw(others, lr=adamw_lr)]
-    # On hardware without bf16, it would be slow.
+    # Where the hardware has no bf16, computing in it is slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
 
@@ -1359,7 +1359,7 @@ def gather(model, optimizers=(), with_frozen=False):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Some of these weights are still to be left out: frozen ones, and tied ones under their second name.
+    # dcp still returns some frozen weights, and tied weights under both of their names. Remove these.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
     if adapter:  # the buffers of the frozen model stay as they are
@@ -1725,7 +1725,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
         model.compile()
-    # A step calls the wrapped optimizers, which know about fp16. A checkpoint holds the plain ones.
+    # The wrapped optimizers can skip a step in fp16, so they make the steps. Checkpoints hold the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
     ema = EMA(unwrap(model))
 
@@ -1774,7 +1774,7 @@ def main():
     n_skipped = 0  # skipped steps in a row
     is_stopped = False  # by a signal
     while True:
-        # Each pass does what is due after `step` steps, such as an evaluation, and then one more step.
+        # Here, `step` steps are done. Save and evaluate if that is due, then take the next step.
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
@@ -1819,7 +1819,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, step() must always be called: the scaler skips the update and lowers its scale.
+            # In fp16, call step() even then: the scaler itself skips the update, and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -1852,7 +1852,7 @@ def main():
     # ---- at the end: test the best weights, and write a summary to run.json ----
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # without a validation split, test the last weights
+        has_best = math.isfinite(progress["best"])  # False without a validation split
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1936,9 +1936,10 @@ def make_grid(images):
 
 
 # ---- Fine-tuning: only with init_from ----
-# To get the output of the denoiser, we call the whole pipeline for one step, with a scheduler that raises
-# ModelOutput as soon as it receives the output. So the pipeline itself does what each family of models does
-# in its own way: signs, units of time, packing of latents into tokens, position ids, additional conditions.
+# Training needs the output of the denoiser for noisy latents. A pipeline hands that output to its scheduler.
+# So we call the pipeline for one step, with a scheduler that raises ModelOutput with it. In this way, the
+# pipeline itself does what each family of models does in its own way: signs, units of time, packing of
+# latents into tokens, position ids, additional conditions.
 
 
 class ModelOutput(Exception):
@@ -2070,7 +2071,8 @@ class Pipeline(nn.Module):
         # What encode_prompt() returned for each caption and each prompt of a sample; see prepare()
         self.outputs = []
         self.prompt_outputs = {}
-        # Guidance is off at a scale of 1, but for Z-Image at 0. The pipeline tells whether 1 leaves it on.
+        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1 and ask the pipeline if it is
+        # on.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         n_steps = sample_steps or self.keywords["num_inference_steps"].default  # Flux.2 shifts times by it
@@ -2240,7 +2242,7 @@ class Pipeline(nn.Module):
         if not file.exists():
             for encoder in self.encoders.values():
                 encoder.to(self.device)
-            with named("image_size", image_size):  # in this first call, the pipeline checks the size
+            with named("image_size", image_size):  # a call only to let the pipeline check the size
                 self.record_prompt("", **self.unguided)
             outputs = [self.record_prompt(text, **self.unguided) for text in captions]
             outputs.append(self.encode_unconditional())
@@ -2430,7 +2432,8 @@ def load_pipeline(device):
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype)
         # peft does not cast the inputs of these layers. Autocast does, also for samples and in probe().
         is_half = frozen_dtype != torch.float32
-        denoiser.forward = torch.autocast(device.type, frozen_dtype, enabled=is_half)(denoiser.forward)
+        autocast = torch.autocast(device.type, frozen_dtype, enabled=is_half)
+        denoiser.forward = autocast(denoiser.forward)
     if gradient_checkpointing:
         # With frozen_fp8, weights change their dtype between two uses, which the default check would reject.
         denoiser.enable_gradient_checkpointing(

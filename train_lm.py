@@ -58,7 +58,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
-# configure() overrides the settings below by config files and the command line, settings() lists them. fail()
+# configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. named() turns an error of a library into a message about one setting.
 from configurator import configure, fail, named, settings
 
@@ -168,7 +168,7 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets the first variable for one process and the second for several.
+    # `accelerate launch` sets ACCELERATE_MIXED_PRECISION for one process, TORCHELASTIC_RUN_ID for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         stop_with_launcher()
@@ -266,7 +266,7 @@ def rotate(x, cos, sin):
 def attention(q, k, v, dropout_p):
     """Return causal attention: softmax(q k^T / sqrt(D)) v, in which no token sees a later one.
 
-    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D).
+    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D), with those in a cache.
     """
     T = q.size(2)
     # On a CPU, torch's kernel is slower for up to 512 tokens. This makes the default run 1.2 times as fast.
@@ -379,7 +379,8 @@ class GPT(nn.Module):
             nn.init.normal_(block.mlp.fc1.weight, std=std)
             nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.lm_head.weight)  # so the loss starts at ln(vocab_size)
-        # If you tie the two (self.lm_head.weight = self.model.embed_tokens.weight), they start small.
+        # If you tie the two (self.lm_head.weight = self.model.embed_tokens.weight), they must start small, or
+        # the first logits would be huge.
         is_tied = self.lm_head.weight is self.model.embed_tokens.weight
         nn.init.normal_(self.model.embed_tokens.weight, std=0.02 if is_tied else 1.0)
 
@@ -481,7 +482,7 @@ NOT_TEXT = """
     7z arrow avi bin bmp doc docx epub exe gguf gif h5 ico jpeg jpg mp3 mp4 npy npz odt pdf pickle pkl png ppt
     pptx pt pth rar rtf safetensors so sqlite svg tar tgz tif tiff wav webp xls xlsx zip zst
 """.split()
-# Folders to leave out of Python's own source code: tests, long lookup tables, other programs.
+# Folders to leave out of Python's own source code: tests, long lookup tables, IDLE, installed packages.
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
 # Names of folders, files and splits of the Hub, and the splits that they stand for.
 SPLITS = {
@@ -633,7 +634,7 @@ def parse_table(path, kind):
 
 
 def read_table(path, kind):
-    """Yield the rows of a table as dictionaries. If one is damaged, end the program and say where."""
+    """Yield the rows of a table as dictionaries. If a row is damaged, end the program and say where."""
     where = f"{dataset=}: {path}, row"
     n = 1  # number of the next row
     try:
@@ -900,7 +901,7 @@ def load_tokenizer(splits):
 
 def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part)."""
-    with named("dataset", dataset):  # fails if a part has no rows
+    with named("dataset", dataset):  # an empty part is an error
         parts = rows.train_test_split(fraction, shuffle=False)
     return parts["train"], parts["test"]
 
@@ -1071,7 +1072,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model, accelerator):
-    """Return [Muon, AdamW] for a model from scratch, or [AdamW]. Each trained parameter is in one of them."""
+    """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
     # Weights do not decay, unless their group sets a weight_decay of its own.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
@@ -1102,7 +1103,7 @@ def make_optimizers(model, accelerator):
     muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(matrices, **muon), adamw(groups)]
-    # On hardware without bf16, it would be slow.
+    # Where the hardware has no bf16, computing in it is slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(groups)]
 
@@ -1249,7 +1250,7 @@ def gather(model, optimizers=(), with_frozen=False):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # Some of these weights are still to be left out: frozen ones, and tied ones under their second name.
+    # dcp still returns some frozen weights, and tied weights under both of their names. Remove these.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
     if adapter:  # the buffers of the frozen model stay as they are
@@ -1603,7 +1604,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
         model.compile()
-    # A step calls the wrapped optimizers, which know about fp16. A checkpoint holds the plain ones.
+    # The wrapped optimizers can skip a step in fp16, so they make the steps. Checkpoints hold the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1634,7 +1635,7 @@ def main():
 
     # ---- the loop ----
     catch_signals()
-    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"])  # of the rows
+    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"])  # of all rows
     loader = DataLoader(
         splits["train"],
         batch_sampler=batch_rows(lengths.to_numpy(), step, total_steps, micro_size, WORLD, RANK),
@@ -1653,7 +1654,7 @@ def main():
     n_skipped = 0  # skipped steps in a row
     is_stopped = False  # by a signal
     while True:
-        # Each pass does what is due after `step` steps, such as an evaluation, and then one more step.
+        # Here, `step` steps are done. Save and evaluate if that is due, then take the next step.
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
@@ -1701,7 +1702,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, step() must always be called: the scaler skips the update and lowers its scale.
+            # In fp16, call step() even then: the scaler itself skips the update, and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -1732,7 +1733,7 @@ def main():
     # ---- at the end: test the best weights, and write a summary to run.json ----
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # without a validation split, test the last weights
+        has_best = math.isfinite(progress["best"])  # False without a validation split
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
