@@ -626,7 +626,7 @@ def read_tables(tables):
         texts = [caption or None] * len(table)
         if column in table.features and not caption:
             feature = table.features[column]
-            if isinstance(feature, datasets.List):
+            if isinstance(feature, datasets.List | datasets.LargeList):
                 feature = feature.feature  # the type of its elements
             if isinstance(feature, datasets.ClassLabel):
                 class_names = feature.names
