@@ -341,6 +341,26 @@ def make_control(name, value, is_visible):
     return gr.Textbox(**options)
 
 
+def make_form(respond, controls):
+    """Lay out the controls, a button that runs respond(), one that stops it, and what respond() yields."""
+    import gradio as gr
+
+    with gr.Row():
+        with gr.Column():
+            for control in controls:
+                control.render()
+            start = gr.Button("Generate", variant="primary")
+            stop = gr.Button("Stop")
+        if tok is None:
+            shown = gr.Gallery(label="images", format="png")
+            progress = "full"
+        else:
+            shown = gr.Textbox(label="text", lines=20)
+            progress = "hidden"  # after Stop it would hide the text so far
+    click = start.click(respond, controls, shown, api_name="generate", show_progress=progress)
+    stop.click(None, cancels=click)
+
+
 def serve(generate, values):
     """Serve a web page until Ctrl-C. generate yields what to show; values: {setting: its initial value}."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # do not report this to the makers of Gradio
@@ -370,20 +390,7 @@ def serve(generate, values):
         if chat:
             gr.ChatInterface(respond, additional_inputs=controls, api_name="generate")
         else:
-            with gr.Row():
-                with gr.Column():
-                    for control in controls:
-                        control.render()
-                    start = gr.Button("Generate", variant="primary")
-                    stop = gr.Button("Stop")
-                if tok is None:
-                    shown = gr.Gallery(label="images", format="png")
-                    progress = "full"
-                else:
-                    shown = gr.Textbox(label="text", lines=20)
-                    progress = "hidden"  # after Stop it would hide the text so far
-            click = start.click(respond, controls, shown, api_name="generate", show_progress=progress)
-            stop.click(None, cancels=click)
+            make_form(respond, controls)
         table = losses()
         plot = gr.LinePlot(table, "step", "loss", color="run", visible=not table.empty)
         # Read the losses again every 10 seconds.
