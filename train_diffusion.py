@@ -740,9 +740,8 @@ IMAGES_PER_FILE = 10_000
 ROW = {
     "x": datasets.Value("binary"),  # pixels or latents in fp16; empty if the image cannot be read
     "index": datasets.Value("int32"),  # of the image
-    "size": datasets.List(
-        datasets.Value("int32")
-    ),  # its original height and width, if the model is told them
+    # The original height and width of the image, if the model is told them
+    "size": datasets.List(datasets.Value("int32")),
     "is_gray": datasets.Value("bool"),
     "crc32": datasets.Value("int64"),  # checksum of the pixels, by which a resumed run recognizes its data
 }
@@ -943,6 +942,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
     indices = range(len(images))
     parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(images), IMAGES_PER_FILE)]
 
+    @functools.cache  # the second loop need not look up again what this process has encoded in the first
     def encode_part(part):
         return cached([state, part], ROW, encode_images, images, part, to_latents, wants_size)
 
@@ -1232,7 +1232,7 @@ RUN_FILES = """
     train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp
 """.split()
 PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
-PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.jinja".split()
+PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.model *.jinja".split()
 RUN_FILES += [f"{part}/{file}" for part in PIPELINE_PARTS for file in PART_FILES]
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
@@ -1375,7 +1375,7 @@ def save_checkpoint(model, optimizers, ema, progress, name):
     if ema:
         ema.swap()
         averages, _ = gather(model)
-        # On a CPU, gather() returns the weights themselves, which the next line overwrites.
+        # On a CPU, gather() returns the weights themselves, which swap() overwrites.
         averages = {key: average.clone() for key, average in averages.items()}
         ema.swap()
     weights, state = gather(model, optimizers)
@@ -2071,8 +2071,7 @@ class Pipeline(nn.Module):
         # What encode_prompt() returned for each caption and each prompt of a sample; see prepare()
         self.outputs = []
         self.prompt_outputs = {}
-        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1 and ask the pipeline if it is
-        # on.
+        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1, and ask whether it is on.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         n_steps = sample_steps or self.keywords["num_inference_steps"].default  # Flux.2 shifts times by it
@@ -2092,10 +2091,8 @@ class Pipeline(nn.Module):
         """Call the pipeline. Return its result, or the output of the denoiser if OneStepScheduler ends it."""
         vars(self.pipe)["scheduler"] = scheduler  # setattr() would also write it to model_index.json
         kwargs |= {"height": image_size, "width": image_size, "return_dict": False}
-        kwargs |= {
-            "use_resolution_binning": False,
-            "use_pe": False,
-        }  # keep the size, do not rewrite the prompt
+        # Keep the size, and do not rewrite the prompt.
+        kwargs |= {"use_resolution_binning": False, "use_pe": False}
         kwargs = {name: value for name, value in kwargs.items() if name in self.keywords}
         try:
             return self.call(self.pipe, **kwargs)[0]
@@ -2271,8 +2268,7 @@ class Pipeline(nn.Module):
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
             # Batches work if their output nearly equals that of the images one by one: the difference must be
-            # far smaller than the one that swapped captions make. Some pipelines fail, as they take one time
-            # only.
+            # far smaller than the one that swapped captions make. A pipeline that takes a single time fails.
             is_same = False
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
@@ -2302,8 +2298,7 @@ class Pipeline(nn.Module):
 
     def draw(self, prompts, seeds, steps, scale, negative_prompt, lora_scale):
         """Return a PIL image for each prompt and seed, drawn by the pipeline with its own scheduler."""
-        # Set the strength of the LoRA in each layer, because the pipeline's set_adapters() would unfreeze
-        # weights.
+        # Set the strength of the LoRA layer by layer: the pipeline's set_adapters() would unfreeze weights.
         for layer in self.denoiser.modules():
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", lora_scale)
