@@ -4,8 +4,8 @@ Settings without a framework: the lowercase global variables of a script are its
     python train_lm.py configs/my_experiment.py --n_layer=8 --out_dir=out/wide
 
 Config files (plain Python that assigns settings) and --name=value arguments are applied from left to right,
-so the later one wins. An unknown name, or a value of another type than the default, ends the program with one
-sentence. In settings that a script lists in PATHS, ~ means the home directory.
+so the later one wins. An unknown name, or a value of the wrong type, ends the program with one sentence.
+In settings that a script lists in PATHS, ~ means the home directory.
 """
 
 import ast
@@ -29,7 +29,7 @@ class UserError(SystemExit):
 
 def fail(message):
     """End the program because of a mistake of its user, with one line on stderr instead of a traceback."""
-    message = " ".join(str(message).split())
+    message = " ".join(message.split())  # messages of libraries may have several lines
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise UserError(message)
 
@@ -43,23 +43,25 @@ def named(setting, value):
     try:
         yield
     except Exception as error:
-        reasons = [str(error) or type(error).__name__]
-        if error.__cause__ and str(error.__cause__) not in reasons[0]:  # often the real reason
-            reasons.append(str(error.__cause__))
-        fail(f"{setting}={value!r} cannot be used: {' '.join(reasons)}")
+        reason = str(error) or type(error).__name__
+        cause = str(error.__cause__ or "")  # often the real reason
+        if cause not in reason:
+            reason += f" {cause}"
+        fail(f"{setting}={value!r} cannot be used: {reason}")
 
 
 def settings(namespace):
     """Return {name: value} of the settings among a script's globals: lowercase names of plain values."""
     found = {}
     for name, value in namespace.items():
-        if name == name.lower() and name[0] != "_" and type(value) in (bool, int, float, str):
+        is_lowercase = name == name.lower() and name[0] != "_"
+        if is_lowercase and type(value) in (bool, int, float, str):
             found[name] = value
     return found
 
 
 def comments(path):
-    """Return {name: comment} of the settings in a script, which document them in --help and in the demo."""
+    """Return {name: comment} for the settings in a script. --help and the demo show these comments."""
     setting = r"^([a-z]\w*) = .*?  # (.*)$"  # name = value  # comment
     with open(path, encoding="utf-8") as f:
         return dict(re.findall(setting, f.read(), re.MULTILINE))
@@ -75,7 +77,7 @@ def print_help(namespace):
 
 
 def parse(text, default):
-    """Return the text after `--name=` as a value. Strings stay as they are, numbers are read as by Python."""
+    """Return the text after `--name=` as a value. Strings stay as they are, numbers are Python's."""
     if isinstance(default, str):
         return text
     if text.lower() in ("true", "false"):
@@ -87,7 +89,7 @@ def parse(text, default):
 
 
 def read_config(path, values):
-    """Run a config file, which can read the settings so far, and return {name: value} of what it assigns."""
+    """Run a config file, which can read and assign settings. Return {name: value} of them afterwards."""
     if not os.path.isfile(path):
         fail(f"there is no config file {path}")
     namespace = runpy.run_path(path, init_globals=dict(values))
@@ -104,12 +106,12 @@ def configure(namespace, arguments=None):
     if arguments is None:
         arguments = sys.argv[1:]
     for argument in arguments:
-        name, equals, text = argument.removeprefix("--").partition("=")
         if argument in ("--help", "-h"):
             print_help(namespace)
             sys.exit()
-        elif argument.startswith("--") and equals:
-            changes = {name: parse(text, values.get(name))}
+        elif argument.startswith("--") and "=" in argument:
+            setting, _, text = argument.removeprefix("--").partition("=")
+            changes = {setting: parse(text, values.get(setting))}
         elif argument.endswith(".py"):
             changes = read_config(argument, values)
         else:
@@ -117,9 +119,11 @@ def configure(namespace, arguments=None):
 
         for name, value in changes.items():
             if name not in values:
-                nearest = difflib.get_close_matches(name, list(values), n=1, cutoff=0)[0]  # always one
+                # With cutoff=0, there always is a nearest name.
+                [nearest] = difflib.get_close_matches(name, values, n=1, cutoff=0)
                 fail(f"{argument}: {name} is not a setting; did you mean {nearest}?")
             kind = type(values[name])
+            # float() would raise an error for larger numbers.
             if kind is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
             if type(value) is not kind:

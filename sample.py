@@ -22,29 +22,29 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, comments, configure, fail, named
+from configurator import UserError, comments, configure, fail, named, settings
 
 # ---- Settings ----
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt; images of classes: how many in all (0: one of each; without classes 16)
+num_samples = 0  # samples per prompt (0: one); without prompts, images in all (0: one per class, or 16)
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text
 prompt = "\n"  # prompt, or FILE:path to read it from a file (images: one prompt per line)
 max_new_tokens = 300  # largest number of tokens to generate
-temperature = 0.8  # 0: greedy; 1: the model's own distribution; higher: more random
+temperature = 0.8  # 0: always the most likely token; 1: the model's own distribution; higher: more random
 top_k = 0  # keep only the k most likely tokens (0: all)
 top_p = 1.0  # nucleus sampling: keep the most likely tokens up to this total probability
-chat = False  # chat, using the model's chat template: in the terminal, or with demo in the browser
+chat = False  # chat, using the model's chat template, in the terminal (with --demo=True in the browser)
 merge = ""  # merge the LoRA adapter into the model and save it to this new folder
 # images
 class_label = ""  # name of a class (default: all classes in turn)
 negative_prompt = ""  # what the images should not show
 lora_scale = 1.0  # strength of the LoRA adapter (0: the base model alone)
-steps = 0  # number of denoising steps (0: value used in training)
-guidance = -1.0  # guidance scale (negative: value used in training)
+steps = 0  # steps from noise to image (0: sample_steps of the run)
+guidance = -1.0  # how strongly images follow the class or prompt (1: plainly; -1: guidance of the run)
 output = "sample.png"  # file for a grid of all images
 # demo
 demo = False  # open a web demo on http://127.0.0.1:<port>
@@ -52,8 +52,9 @@ compare = ""  # runs to plot in the demo, such as 'out/*' (default: this one)
 port = 7860  # port of the web demo
 share = False  # also give the demo a public address, through Gradio's servers
 
-PATHS = ("out_dir", "base", "merge", "output", "compare")  # settings in which configure() expands ~
-# Smallest value, largest value and step of the demo's controls. The command line checks the smallest only.
+# In these settings, configure() expands ~.
+PATHS = ("out_dir", "base", "merge", "output", "compare")
+# Smallest value, largest value and step of the demo's controls. The command line allows larger values.
 RANGES = {
     "num_samples": (0, 64, 1),
     "seed": (0, 2**32, 1),
@@ -75,9 +76,11 @@ tok = None  # the tokenizer; image models have none
 
 
 def model_section(script):
-    """Return the text of the section of a training script that begins with the ruler "# ---- Model"."""
-    _, _, section = script.read_text(encoding="utf-8").partition("\n# ---- Model")
-    return section.partition("\n# ---- ")[0]
+    """Return the text of a training script from the heading "# ---- Model" to the next heading."""
+    text = script.read_text(encoding="utf-8")
+    _, _, after_heading = text.partition("\n# ---- Model")
+    section, _, _ = after_heading.partition("\n# ---- ")
+    return section
 
 
 def choose_script(run):
@@ -86,29 +89,42 @@ def choose_script(run):
     A run keeps a copy of its script. The script beside this file will do, unless the copy has another model.
     """
     if run.get("kind") not in ("lm", "diffusion"):
-        fail(f"{out_dir}/run.json is of another program: its kind is {run.get('kind')!r}")
+        fail(f"{out_dir}/run.json was written by another program: its kind is {run.get('kind')!r}")
     script = Path(__file__).with_name(f"train_{run['kind']}.py")
     copy = Path(out_dir, script.name)
-    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # of a library: no script defines it
-    if is_pretrained or not copy.exists() or model_section(copy) == model_section(script):
+    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # then a library defines the model
+    if is_pretrained or not copy.exists():
+        return script
+    if model_section(copy) == model_section(script):
         return script
     if not trust_run_code:
-        fail(f"{copy} defines another model. If you trust its author, run it with --trust_run_code=True")
+        fail(f"{copy} has another model than {script}. If you trust its author, add --trust_run_code=True")
     return copy
+
+
+def import_script(path):
+    """Import a training script from wherever it is, and return it as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as the import statement does
+    spec.loader.exec_module(module)
+    return module
 
 
 def supports_bf16(device):
     """Tell whether the hardware computes in bf16; emulation would be slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":  # for example, an Apple GPU
+        return False
     features = torch.cpu.get_capabilities()
-    return device.type == "cpu" and (features.get("avx512_bf16") or features.get("amx_bf16"))
+    return features.get("avx512_bf16") or features.get("amx_bf16")
 
 
 def load_run():
     """Load the model in out_dir, its tokenizer and its training script."""
     global trainer, model, tok
-    run = {"kind": "lm", "model": "Pretrained", "settings": {}}  # for a model of transformers or peft
+    run = {"kind": "lm", "model": "Pretrained", "settings": {}}  # if there is no run.json
     run_file = Path(out_dir, "run.json")
     if run_file.exists():
         with named("out_dir", out_dir):
@@ -116,11 +132,7 @@ def load_run():
         if not any(Path(out_dir).rglob("*.safetensors")):
             fail(f"{out_dir} has no weights yet: a run saves them at its first evaluation after step 0")
 
-    script = choose_script(run)
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    trainer = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = trainer  # as the import statement does
-    spec.loader.exec_module(trainer)
+    trainer = import_script(choose_script(run))
     if run["kind"] == "diffusion":
         model = trainer.load(out_dir, run, base)
         return
@@ -130,7 +142,7 @@ def load_run():
     eos = tok.eos_token_id
     if eos is not None and eos not in ends:  # not all models know the end token of their tokenizer
         model.generation_config.eos_token_id = [*ends, eos]
-    if merge:  # the CPU and fp32 are best for that
+    if merge:  # stay on the CPU, which has the most memory, and in fp32, which rounds least
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if sum(p.numel() for p in model.parameters()) > 10e6 and supports_bf16(device):
@@ -148,14 +160,17 @@ def load_run():
 
 @torch.inference_mode()  # some 15 % faster than the no_grad of trainer.generate()
 def generate_tokens(ids, n, **sampling):
-    """After each step, yield the n continuations of a prompt so far, as lists of token ids.
+    """Continue a prompt n times in parallel. After each token, yield the n continuations so far.
+
+    ids and each continuation are lists of token ids.
 
     sampling: max_new_tokens, temperature, top_k, top_p and seed, as the settings have them.
     """
     texts = [[] for _ in range(n)]
     has_ended = [False] * n
     ends = trainer.end_tokens(model)
-    n_ids = max(tok.get_vocab().values()) + 1  # more than len(tok) if some ids are unused
+    # generate() must draw no id that the tokenizer lacks. If some are unused, len(tok) would be too small.
+    n_ids = max(tok.get_vocab().values()) + 1
     for tokens in trainer.generate(model, ids, n, vocab_size=n_ids, **sampling):  # tokens: (n,)
         for i, token in enumerate(tokens.tolist()):
             if token in ends:
@@ -174,8 +189,10 @@ def complete(prompt, num_samples, **sampling):
     """Yield the prompt with its first continuation so far, and in the end with all num_samples of them."""
     with named("prompt", prompt[:100]):  # a tokenizer may not know a character
         ids = tok(prompt)["input_ids"]
-    if ids[-1:] == [tok.eos_token_id] and not prompt.endswith(tok.eos_token):
-        ids.pop()  # some tokenizers end every text, but this one is to be continued
+    # Some tokenizers put an end token behind every text, but this one is to be continued.
+    ends_itself = tok.eos_token is not None and prompt.endswith(tok.eos_token)
+    if ids and ids[-1] == tok.eos_token_id and not ends_itself:
+        ids.pop()
     if not 1 <= len(ids) <= model.context:
         fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {model.context}")
     for texts in generate_tokens(ids, num_samples or 1, **sampling):
@@ -186,9 +203,9 @@ def complete(prompt, num_samples, **sampling):
 def encode_chat(messages):
     """Return the token ids of a conversation. One that is too long loses its oldest questions and answers."""
     while messages:
-        with named("out_dir", out_dir):  # its chat template may refuse the messages
+        with named("out_dir", out_dir):  # the model's chat template may refuse the messages
             ids = tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        if len(ids) < model.context:
+        if len(ids) < model.context:  # there is room for at least one token of the answer
             return ids
         messages = messages[2:]
     fail(f"the message is too long: {len(ids)} tokens, but the model takes fewer than {model.context}")
@@ -208,9 +225,9 @@ def print_text(texts, file):
     """Print a growing text, of which `texts` yields ever longer versions. Return the whole text."""
     shown = ""
     for text in texts:
-        print(text[len(shown) :], end="", file=file, flush=True)
-        # The text may become shorter for a moment, while a character is incomplete.
+        # Print what is new. While a character is incomplete, the text may become shorter for a moment.
         if len(text) > len(shown):
+            print(text[len(shown) :], end="", file=file, flush=True)
             shown = text
     print(file=file)
     return shown
@@ -234,10 +251,10 @@ def chat_in_terminal(message, sampling, file):
 
 def merge_lora():
     """Merge the LoRA adapter into the model and write it to the folder `merge`."""
-    peft_model = getattr(model, "lm", None)  # Pretrained keeps the library's model there, a GPT has none
+    peft_model = getattr(model, "lm", None)  # only a causal language model of a library has one
     config = getattr(peft_model, "active_peft_config", None)
     if config is None or config.peft_type != "LORA":
-        fail(f"{out_dir} has no LoRA adapter that could be merged")
+        fail(f"{out_dir} is not a language model with a LoRA adapter, so there is nothing to merge")
     lm = peft_model.get_base_model()
     embedding = lm.get_input_embeddings()
     head = lm.get_output_embeddings()
@@ -258,29 +275,35 @@ def merge_lora():
 
 # In the demo, a request that was stopped still draws its batch to the end. The next one waits for that.
 DRAWING = threading.Lock()
+IMAGES_AT_ONCE = 16  # limits the memory
 
 
 def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
-    """Yield the images so far, after each batch: num_samples of each prompt, or of the classes in turn."""
+    """Draw images in batches. After each batch, yield all images so far.
+
+    num_samples counts the images per prompt or, for a model of classes, in all.
+    """
     conditions = [line for line in prompt.splitlines() if line.strip()]
     if hasattr(model, "class_names"):
         if conditions:
-            fail(f"{out_dir} draws without a prompt")
-        conditions = [class_label] if class_label else model.class_names or [""] * 16
+            fail(f"{out_dir} takes no prompt; its classes are chosen by class_label")
+        if class_label:
+            conditions = [class_label]
+        else:
+            conditions = model.class_names or [""] * 16  # a model without classes draws 16 images
         n = num_samples or len(conditions)
     else:
         if not conditions:
-            fail(f"{out_dir} needs a prompt")
-        n = max(1, num_samples) * len(conditions)
+            fail(f"{out_dir} needs a --prompt")
+        n = (num_samples or 1) * len(conditions)
 
-    conditions = [conditions[i % len(conditions)] for i in range(n)]
-    seeds = range(seed, seed + n)  # one for each image, so that it does not depend on the others
+    conditions = [conditions[i % len(conditions)] for i in range(n)]  # one for each image
+    seeds = range(seed, seed + n)  # each image has its own, so that it is the same in any batch
     images = []
-    for i in range(0, n, 16):
+    for i in range(0, n, IMAGES_AT_ONCE):
+        batch = slice(i, i + IMAGES_AT_ONCE)
         with DRAWING:
-            images += trainer.draw(
-                model, conditions[i : i + 16], seeds[i : i + 16], scale=guidance, **sampling
-            )
+            images += trainer.draw(model, conditions[batch], seeds[batch], scale=guidance, **sampling)
         yield images
 
 
@@ -288,7 +311,7 @@ def save_images(values):
     """Draw, and write a grid of all images to the file `output`."""
     if not output.endswith(".png") or not Path(output).parent.is_dir():
         fail(f"{output=} must be a .png in a folder that exists")
-    images = list(draw(**values))[-1]  # the last of the lists has all
+    images = list(draw(**values))[-1]  # the last list has all images
     trainer.make_grid(images).save(output)
 
 
@@ -300,15 +323,16 @@ def losses():
     import pandas as pd
 
     names = ["val/loss"] if compare else ["train/loss", "val/loss"]
+    folders = compare or glob.escape(out_dir)  # compare is a pattern, out_dir the name of one folder
     rows = []
-    for file in sorted(glob.glob(f"{compare or glob.escape(out_dir)}/metrics.jsonl")):
+    for file in sorted(glob.glob(f"{folders}/metrics.jsonl")):
         lines = Path(file).read_text(encoding="utf-8").split("\n")
         for line in lines[:-1]:  # the last line may be half written
             values = json.loads(line)
             for name in names:
                 curve = os.path.dirname(file) if compare else name
                 rows.append((values["step"], values.get(name), curve))
-    return pd.DataFrame(rows, columns=["step", "loss", "run"]).dropna()
+    return pd.DataFrame(rows, columns=["step", "loss", "curve"]).dropna()
 
 
 def reply_in_demo(message, history, **sampling):
@@ -320,8 +344,11 @@ def reply_in_demo(message, history, **sampling):
             content = content[0]["text"]
         messages.append({"role": turn["role"], "content": content})
     messages.append({"role": "user", "content": message})
-    # Gradio also keeps questions that were refused. No answer follows them.
-    answered = [turn for turn, after in itertools.pairwise(messages) if turn["role"] != after["role"]]
+    # Gradio also keeps questions that were refused. Drop them: another question follows, not an answer.
+    answered = []
+    for turn, next_turn in itertools.pairwise(messages):
+        if turn["role"] != next_turn["role"]:
+            answered.append(turn)
     yield from reply([*answered, messages[-1]], **sampling)
 
 
@@ -334,9 +361,11 @@ def make_control(name, value, is_visible):
         smallest, largest, step = RANGES[name]
         options |= {"minimum": smallest, "maximum": max(largest, value), "step": step}
         options["precision"] = 0 if step == 1 else 2  # decimal places
-        return gr.Number(**options) if name == "seed" else gr.Slider(**options)
+        if name == "seed":  # has too many values for a slider
+            return gr.Number(**options)
+        return gr.Slider(**options)
     if name == "class_label":
-        choices = [("all", ""), *getattr(model, "class_names", [])]
+        choices = [("all", ""), *getattr(model, "class_names", [])]  # a label and its value, or both in one
         return gr.Dropdown(choices, **options)
     return gr.Textbox(**options)
 
@@ -348,7 +377,7 @@ def make_form(respond, controls):
     with gr.Row():
         with gr.Column():
             for control in controls:
-                control.render()
+                control.render()  # here in the layout
             start = gr.Button("Generate", variant="primary")
             stop = gr.Button("Stop")
         if tok is None:
@@ -366,11 +395,15 @@ def serve(generate, values):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # do not report this to the makers of Gradio
     import gradio as gr
 
-    unused = ["class_label"]
+    # Hide the controls that mean nothing for this model. generate() still gets their values.
     if hasattr(model, "class_names"):
         unused = ["prompt", "negative_prompt", "lora_scale"]
+    else:
+        unused = ["class_label"]
     controls = [make_control(name, value, name not in unused) for name, value in values.items()]
-    names = ["message", "history", *values] if chat else list(values)
+    names = list(values)
+    if chat:
+        names = ["message", "history", *values]  # gr.ChatInterface passes these two first
 
     def respond(*arguments):
         """Yield what generate() yields for the values of the controls. Show mistakes of users on the page."""
@@ -378,6 +411,7 @@ def serve(generate, values):
             for name, value in zip(names, arguments):
                 if value is None:
                     fail(f"{name} must have a value")
+                # A longer text would keep other visitors waiting.
                 if isinstance(value, str) and len(value) > 20_000:
                     fail(f"{name} has {len(value)} characters: at most 20,000 are allowed")
             yield from generate(**dict(zip(names, arguments)))
@@ -392,10 +426,10 @@ def serve(generate, values):
         else:
             make_form(respond, controls)
         table = losses()
-        plot = gr.LinePlot(table, "step", "loss", color="run", visible=not table.empty)
-        # Read the losses again every 10 seconds.
+        plot = gr.LinePlot(table, "step", "loss", color="curve", visible=not table.empty)
+        # Read the losses again every 10 seconds. With queue=False, this does not wait until samples are done.
         gr.Timer(10).tick(losses, None, plot, queue=False, show_progress="hidden", api_visibility="private")
-    page.queue(max_size=32, api_open=False)  # programs wait in the queue like browsers
+    page.queue(max_size=32, api_open=False)  # programs, too, must wait in the queue
     # The default theme would load fonts from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with named("port", port):
@@ -407,10 +441,11 @@ def serve(generate, values):
 
 def check_settings():
     """End the program for numbers that are out of range."""
+    values = settings(globals())
     for name, (smallest, _, _) in RANGES.items():
-        if globals()[name] < smallest:
-            fail(f"{name}={globals()[name]} must be at least {smallest}")
-    if seed >= 2**63:  # torch takes no more
+        if values[name] < smallest:
+            fail(f"{name}={values[name]} must be at least {smallest}")
+    if seed >= 2**63:  # torch.manual_seed() takes no more
         fail(f"{seed=} must be below 2**63")
 
 
@@ -427,7 +462,7 @@ def main():
 
     load_run()
     if chat and not getattr(tok, "chat_template", None):
-        fail(f"{out_dir} has no chat template")
+        fail(f"{out_dir} is not a chat model: its tokenizer has no chat template")
 
     # What the samples depend on. In the demo, each of these values has a control.
     if tok is None:
@@ -453,10 +488,10 @@ def main():
             "top_p": top_p,
             "seed": seed,
         }
-    if chat:  # with messages instead of a prompt
+    if chat:
         generate = reply_in_demo
-        del values["prompt"]
-        del values["num_samples"]
+        del values["prompt"]  # there are messages instead
+        del values["num_samples"]  # each question has one answer
 
     if merge:
         merge_lora()

@@ -67,13 +67,15 @@ from configurator import configure, fail, named, settings
 # the run
 out_dir = "out/diffusion"  # the folder that everything is written to
 resume = False  # continue from the checkpoint in out_dir, or start if there is none
-overwrite = False  # replace the run in out_dir by a new one
-seed = 1337  # random seed for the initial weights, the order of the data, the noise and the times
+overwrite = False  # delete the run in out_dir and start a new one
+seed = 1337  # random seed for the initial weights, the order of the data, the noise and its levels
 # data
-dataset = "glyphs"  # letters and digits; or a folder of images, a .parquet file, or Hub name:config@revision
+dataset = "glyphs"  # letters, digits; or a folder of images, .parquet, Hugging Face name[:config][@revision]
 image_column = "image"  # column with the images, if the data is a table
 label_column = "label"  # column with the class (in a folder, the subfolder is the class); "": no classes
-caption_column = "text"  # with init_from: column with the caption; in a folder, a .txt file per image
+caption_column = (
+    "text"  # with init_from: column with the caption (in a folder: a .txt file beside each image)
+)
 caption = ""  # with init_from: one caption for all images
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
@@ -81,44 +83,48 @@ image_size = 16  # height and width in pixels; larger and smaller images are sca
 flip = False  # learn from the mirror image of every image, too
 num_workers = 0  # processes that load data; use 2 or more if a GPU waits for data
 # model; with init_from, the pipeline brings its own
-init_from = "scratch"  # or a text-to-image pipeline of diffusers to fine-tune: Hub name or folder
-adapter = ""  # with init_from: "lora" trains a few new weights and keeps the pipeline as it is
-vae = ""  # train on the latents of this AutoencoderKL (Hub name or folder); "": on pixels
+init_from = "scratch"  # random weights; or a text-to-image pipeline to fine-tune: Hub name or folder
+adapter = ""  # with init_from: "lora" trains only a few new weights; "": all of the denoiser
+vae = ""  # train on images compressed by this autoencoder (AutoencoderKL: Hub name, folder); "": on pixels
 patch_size = 2  # patch_size x patch_size pixels or latents are one token; smaller is better and slower
 n_layer = 6  # number of transformer blocks
 n_head = 2  # number of attention heads
 n_embd = 128  # width of the model, a multiple of 4 and of n_head
 # adapter
-lora_rank = 16  # rank of the matrices that are added to the frozen ones
-lora_alpha = 16.0  # what is added is scaled by lora_alpha / lora_rank
-lora_targets = ""  # layers to adapt, such as to_q,to_v; "": all linear ones in blocks (UNet: attention)
-frozen_fp8 = False  # store frozen weights in 8 bits, half of bf16; only with gradient_checkpointing
+lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
+lora_alpha = 16.0  # lora: strength; what the new weights add is multiplied by lora_alpha / lora_rank
+lora_targets = ""  # lora: layers that get new weights, such as to_q,to_v; "": all linear ones in the blocks
+frozen_fp8 = False  # lora: store all other weights in 8 bits, to save memory; needs gradient_checkpointing
 # diffusion
-prediction = "flow"  # what the model learns: "flow", "v", "eps" or "x0"; see the table below
-label_dropout = 0.1  # how often the class or caption is hidden, which guidance needs; 0: never
-ema_decay = 0.999  # decay of the average of the weights, which is evaluated and saved; 0: no average
+prediction = "flow"  # what the model predicts: "flow", "v", "eps" (noise), "x0" (image); table in this script
+label_dropout = 0.1  # how often the class or caption is hidden in training; guidance needs more than 0
+ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
-sampler = "dpm++"  # "dpm++" (second order), or "ddim" (first order; for flow, this is Euler's method)
+sampler = (
+    "dpm++"  # how images are drawn: "dpm++" (second order, better), "ddim" (first order; for flow: Euler)
+)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
-guidance = -1.0  # guidance scale; 1: no guidance; -1: the default (2, or that of the pipeline)
+guidance = -1.0  # how strongly samples follow the class or caption; 1: plainly; -1: 2, or as in the pipeline
 sample_prompts = ""  # with init_from: prompts for the samples, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
-micro_batch_size = 0  # images per process and forward pass, to save memory; 0: the whole batch at once
+micro_batch_size = 0  # images that a process computes at once; fewer save memory; 0: its share of the batch
 max_steps = 700  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (block matrices; AdamW for the rest) or "adamw"; with init_from always adamw
-learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
-adamw_lr = 0.005  # peak for what AdamW trains, with optimizer = "muon"
+optimizer = (
+    "muon"  # "muon" (for the matrices in the blocks; AdamW for the rest), or "adamw"; with init_from adamw
+)
+learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
+adamw_lr = 0.005  # with muon: peak learning rate of what AdamW trains
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # part of the steps, at the end, in which wsd decays
+cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
-grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
 eval_interval = 350  # steps between evaluations; 0: only at the end
 eval_batches = 4  # batches per evaluation, spread evenly over the validation split; 0: the whole split
@@ -235,7 +241,7 @@ def check_settings():
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
     if init_from == "scratch" and (adapter or caption):
-        fail("adapter and caption need a pretrained pipeline: name it by --init_from=")
+        fail("adapter and caption need a pretrained pipeline: add --init_from=")
     if frozen_fp8 and not (adapter and gradient_checkpointing):
         fail(f"{frozen_fp8=} saves memory only with --adapter=lora and --gradient_checkpointing=True")
     if init_from != "scratch" and vae:
@@ -249,7 +255,7 @@ def check_settings():
     if resume and overwrite:
         fail("resume continues the run that overwrite would delete: choose one")
     if not dataset:
-        fail("dataset is empty: name a folder of images, a .parquet file or a dataset of the Hub")
+        fail("dataset has no value: name a folder of images, a .parquet file or a dataset of the Hub")
 
 
 # ---- Model: a diffusion transformer (DiT: Peebles & Xie 2022, arXiv:2212.09748) ----
@@ -566,7 +572,7 @@ def find_files():
     if left_out:
         log(f"left out: {len(left_out)} files that are not {kind} files, such as {left_out[0]}")
     if not used:
-        fail(f"{dataset=} holds nothing that can be read: images or .parquet files")
+        fail(f"{dataset=} holds no file of a supported kind: images or .parquet")
     return kind, used, descriptions
 
 
@@ -622,7 +628,7 @@ def read_tables(tables):
     class_names = []
     for split, table in tables.items():
         if image_column not in table.features:
-            fail(f"{dataset=} has no {image_column=}: choose from {', '.join(table.features)}")
+            fail(f"{dataset=} has no {image_column=}: it must be one of {', '.join(table.features)}")
         texts = [caption or None] * len(table)
         if column in table.features and not caption:
             feature = table.features[column]
@@ -688,7 +694,7 @@ def read_folder(paths, descriptions):
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if n_left_out:
-        log(f"left out: {n_left_out} images that metadata does not list")
+        log(f"left out: {n_left_out} images that are not in the metadata file")
 
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
     file = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
@@ -705,7 +711,7 @@ def read_caption(path):
     with named("caption", str(path)):
         text = path.read_text(encoding="utf-8-sig").strip()
     if not text:
-        fail(f"the caption {path} is empty: write one, or take the file out")
+        fail(f"the caption {path} is empty: write one, or remove the file")
     return text
 
 
@@ -726,11 +732,11 @@ def read_metadata(files):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
             if None in row:  # DictReader puts surplus fields under the key None
-                fail(f"{dataset=}: {file}, row {n} has more fields than the header: quote the commas")
+                fail(f"{dataset=}: {file}, row {n} has too many fields: quote fields that have commas")
             metadata[os.path.normpath(file.parent / row["file_name"])] = row
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
-        log(f"metadata names {n_missing} images that do not exist")
+        log(f"the metadata file has {n_missing} images that do not exist")
     return metadata
 
 
@@ -757,7 +763,7 @@ def read_image(source):
         image = ImageOps.exif_transpose(image)  # turn photos upright; this also reads all of the file
     except Exception as error:  # Pillow raises errors of many kinds
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
-        log(f"left out: the image {where} cannot be read: {error}")
+        log(f"left out: the image {where}, which cannot be read ({error})")
         return None
     if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
         image = scale_to_8_bits(image)
@@ -980,7 +986,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split train, but {', '.join(found)}")
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename one of them")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1267,7 +1273,7 @@ def open_run_dir():
     for path in (os.getcwd(), init_from, vae, dataset):
         exists = os.path.exists(path)  # the last three may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, and runs delete files there: choose another --out_dir")
+            fail(f"{out_dir=} contains {path}, but a run may delete files in it: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1295,7 +1301,7 @@ def open_run_dir():
 def check_fixed(name, before, now):
     """Refuse to resume a run if what must stay fixed has changed since it began."""
     if before != now:
-        fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
+        fail(f"{out_dir=} holds a run with {name}={before!r}, which a resume cannot change to {now!r}")
 
 
 def evenly_spread(n, n_rows):
@@ -1392,7 +1398,7 @@ def load_checkpoint(model, optimizers, ema, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
+            fail(f"{out_dir}/{name} is of another model: undo your edit, or choose another --out_dir")
     # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -1528,7 +1534,7 @@ def start_accelerator():
         kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"accelerate does not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(f"accelerate did not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:
@@ -1714,7 +1720,7 @@ def main():
     micro_size = micro_batch_size or max(1, batch_size // WORLD)  # images per process and forward pass
     accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
     if accumulation_steps * micro_size * WORLD != batch_size:
-        fail(f"{batch_size=} must be a multiple of {micro_size} images x {WORLD} processes")
+        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
     old_run = open_run_dir()
 
     # ---- model and data ----
@@ -2275,7 +2281,7 @@ class Pipeline(nn.Module):
                 difference = (self(x, t, cond[::-1]) - alone).norm()
                 is_same = (error < 0.1 * difference).item()
             self.takes_batches = is_same
-        log("images go through the denoiser " + ("together" if self.takes_batches else "one by one"))
+        log("the pipeline computes images " + ("together" if self.takes_batches else "one by one"))
 
     # ---- sampling and saving ----
 
@@ -2353,7 +2359,7 @@ def log_cut_captions(pipe, keywords, captions):
             limit = keywords["max_sequence_length"].default
         n_cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)
         if n_cut:
-            log(f"{n_cut} of {len(captions)} captions are cut at the {limit} tokens of the {name}")
+            log(f"{n_cut} of {len(captions)} captions are longer than the {limit} tokens of {name}, and cut")
 
 
 def open_pipeline(name, dtype, device, setting):
@@ -2365,14 +2371,10 @@ def open_pipeline(name, dtype, device, setting):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if os.path.isfile(name):
-        fail(
-            f"{setting}={name!r} is a single file: load it by diffusers' from_single_file() and save a folder"
-        )
+        fail(f"{setting}={name!r} is a single file: load it with from_single_file(), save it as a folder")
     is_lora = Path(name, "pytorch_lora_weights.safetensors").exists()
     if is_lora and not Path(name, "model_index.json").exists():
-        fail(
-            f"{setting}={name!r} holds a LoRA adapter, not a pipeline: name the pipeline that it was made for"
-        )
+        fail(f"{setting}={name!r} holds a LoRA adapter: name the pipeline that it was made for")
     with named(setting, name):
         config = diffusers.DiffusionPipeline.load_config(name)  # {part: [library, class]}, and more
         kind = getattr(diffusers, config["_class_name"])
@@ -2384,9 +2386,9 @@ def open_pipeline(name, dtype, device, setting):
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
-        fail(f"{setting}={name!r}: a {kind.__name__} must have one denoiser, and encode its captions itself")
+        fail(f"{setting}={name!r}: a {kind.__name__} has not one denoiser and a text encoder, as it must")
     if adapter and not hasattr(kind, "save_lora_weights"):
-        fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA")
+        fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA: leave out --adapter")
     files = list(Path(name).glob("*/*.safetensors"))
     is_half = len(files) > 0 and all(".fp16" in file.name for file in files)  # it has the variant fp16 only
     with named(setting, name):

@@ -68,51 +68,55 @@ from configurator import configure, fail, named, settings
 # the run
 out_dir = "out/lm"  # the folder that everything is written to
 resume = False  # continue from the checkpoint in out_dir, or start if there is none
-overwrite = False  # replace the run in out_dir by a new one
+overwrite = False  # delete the run in out_dir and start a new one
 seed = 1337  # random seed for the initial weights, the order of the data and dropout
 # data
-dataset = "python"  # Python's own source code; or a file, folder, glob pattern, URL, Hub name:config@revision
+dataset = "python"  # its source code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers have a loss
+prompt_column = "prompt"  # column with prompts; with prompts or chats, the loss is that of the answers
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024", Hub name or folder; "": that of init_from, or else bpe:1024
+tokenizer = (
+    ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe:1024
+)
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
 num_workers = 0  # processes that load data; use 2 or more if a GPU waits for data
 # model; with init_from, the model brings its own shape, and only block_size has an effect
-init_from = "scratch"  # or a causal language model to fine-tune: Hub name, folder, or an earlier run's folder
-adapter = ""  # with init_from: "lora" or "p_tuning" trains a few new weights and keeps the model as it is
+init_from = "scratch"  # random weights; or a model like GPT to fine-tune: Hub name, folder, earlier run
+adapter = ""  # with init_from: "lora" or "p_tuning" trains only a few new weights; "": all weights
 block_size = 256  # context length in tokens
-dropout = 0.0  # 0.1 to 0.2 helps against overfitting when the same text is seen many times
+dropout = 0.0  # fraction of activations set to 0 at random; try 0.1 if the same text is seen many times
 n_layer = 4  # number of transformer blocks
 n_head = 2  # number of attention heads
 n_kv_head = 1  # number of heads for keys and values (grouped-query attention); 0: n_head
 n_embd = 128  # width of the model; n_embd / n_head, the width of a head, must be even
 # adapter
-lora_rank = 16  # rank of the matrices that are added to the frozen ones
-lora_alpha = 32.0  # what is added is scaled by lora_alpha / lora_rank
-lora_targets = "all-linear"  # or names of layers, such as q_proj,v_proj
+lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
+lora_alpha = 32.0  # lora: strength; what the new weights add is multiplied by lora_alpha / lora_rank
+lora_targets = "all-linear"  # lora: layers that get new weights; or names, such as q_proj,v_proj
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows per process and forward pass, to save memory; 0: the whole batch at once
+micro_batch_size = 0  # rows that a process computes at once; fewer save memory; 0: its share of the batch
 max_steps = 2000  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (block matrices; AdamW for the rest) or "adamw"; with init_from always adamw
-learning_rate = 0.0  # peak learning rate; 0: chosen from DEFAULT_LR below
-embed_lr = 0.3  # peak for embeddings, used with muon
-head_lr = 0.004  # peak for the output layer (and for 1-D parameters that you add), used with muon
+optimizer = (
+    "muon"  # "muon" (for the matrices in the blocks; AdamW for the rest), or "adamw"; with init_from adamw
+)
+learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
+embed_lr = 0.3  # with muon: peak learning rate of the embeddings
+head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters that you add)
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # part of the steps, at the end, in which wsd decays
+cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
-grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
+grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
 eval_interval = 200  # steps between evaluations; 0: only at the end
 eval_batches = 20  # batches per evaluation, spread evenly over the validation split; 0: the whole split
@@ -243,7 +247,7 @@ def check_settings():
     if resume and overwrite:
         fail("resume continues the run that overwrite would delete: choose one")
     if not dataset:
-        fail("dataset is empty: name a file, a folder, a URL or a dataset of the Hub")
+        fail("dataset has no value: name a file, a folder, a URL or a dataset of the Hugging Face Hub")
 
 
 # ---- Model: a decoder-only transformer with rotary positions, QK-norm and squared ReLU ----
@@ -570,7 +574,7 @@ def find_files():
     if "://" in dataset:
         kind = kind_of(dataset.split("?")[0])
         if kind is None:
-            fail(f"{dataset=} names a kind of file that cannot be read")
+            fail(f"{dataset=} is not a supported kind of file: UTF-8 text, .jsonl, .csv or .parquet")
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
@@ -602,7 +606,7 @@ def find_files():
         left_out = sorted(set(files) - set(used))
         log(f"left out: {len(left_out)} files that are not {kind} or not UTF-8, such as {left_out[0]}")
     if not used:
-        fail(f"{dataset=} holds nothing that can be read: UTF-8 text, .jsonl, .csv or .parquet")
+        fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
     paths = defaultdict(list)
     for path in used:
@@ -646,7 +650,7 @@ def read_table(path, kind):
             yield row
             n += 1
     except Exception as error:  # whatever parse_table() raises for a damaged file
-        fail(f"{where} {n} cannot be read ({error}): mend it or take it out")
+        fail(f"{where} {n} cannot be read ({error}): correct or remove it")
 
 
 def choose_columns(names):
@@ -893,9 +897,9 @@ def load_tokenizer(splits):
     if not tok("a")["input_ids"]:
         fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
     if tok.eos_token_id is None:
-        fail(f"the tokenizer of {name} has no end-of-text token (eos_token)")
+        fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
-        fail(f"the tokenizer of {name} is slow: only fast ones tell where in the text each token is")
+        fail(f"the tokenizer of {name} is not supported: it must have a tokenizer.json (a fast one)")
     return tok
 
 
@@ -938,7 +942,7 @@ def tokenize(documents, tok, split):
     if note:
         log(f"{split}: {note}")
     if n_rows == 0:
-        fail(f"{dataset=} has nothing to learn from in its {split} split")
+        fail(f"the {split} split of {dataset=} has nothing to learn from (no text, or no answer)")
     rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
@@ -1162,7 +1166,7 @@ def open_run_dir():
     for path in (os.getcwd(), init_from, dataset):
         exists = os.path.exists(path)  # init_from and dataset may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} is or holds {path}, and runs delete files there: choose another --out_dir")
+            fail(f"{out_dir=} contains {path}, but a run may delete files in it: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1190,7 +1194,7 @@ def open_run_dir():
 def check_fixed(name, before, now):
     """Refuse to resume a run if what must stay fixed has changed since it began."""
     if before != now:
-        fail(f"{out_dir=} holds a run with {name}={before!r}: a resume cannot change it to {now!r}")
+        fail(f"{out_dir=} holds a run with {name}={before!r}, which a resume cannot change to {now!r}")
 
 
 def evenly_spread(n, n_rows):
@@ -1276,7 +1280,7 @@ def load_checkpoint(model, optimizers, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} does not fit this model: undo the edit, or choose another --out_dir")
+            fail(f"{out_dir}/{name} is of another model: undo your edit, or choose another --out_dir")
     # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -1328,7 +1332,7 @@ def is_native(gpt):
             theirs.load_state_dict(dict(ours.named_parameters()))
             is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
     if not is_same:
-        log("edited model: sample.py and init_from can load this run, transformers cannot")
+        log("note: the model was edited: sample.py and --init_from can load it, but transformers cannot")
     return is_same
 
 
@@ -1465,7 +1469,7 @@ def start_accelerator():
         kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"accelerate does not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(f"accelerate did not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:
@@ -1588,7 +1592,7 @@ def main():
     micro_size = micro_batch_size or max(1, batch_size // WORLD)  # rows per process and forward pass
     accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
     if accumulation_steps * micro_size * WORLD != batch_size:
-        fail(f"{batch_size=} must be a multiple of {micro_size} rows x {WORLD} processes")
+        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
     old_run = open_run_dir()
 
     # ---- model and data ----
@@ -1822,7 +1826,7 @@ def set_generation_config(model, tok, rows):
     in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
     if has_answers and adapter and in_data:
         names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
-        log(f"note: the adapter does not train the embeddings of these special tokens in the data: {names}")
+        log(f"note: the data has special tokens, whose embeddings an adapter does not train: {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         # Keep generate() of transformers from drawing the padding.
@@ -2133,7 +2137,7 @@ def load_causal_lm(name, dtype, setting):
             name, dtype=dtype, output_loading_info=True
         )
     if info["missing_keys"]:
-        fail(f"{setting}={name!r} has no weights for {min(info['missing_keys'])}")
+        fail(f"{setting}={name!r} has no weights for {min(info['missing_keys'])}: download or save it again")
     return lm
 
 
@@ -2167,7 +2171,7 @@ def load_pretrained(precision):
     if isinstance(model, Pretrained):
         check_model(model)
     if block_size > model.context:
-        fail(f"{block_size=} is beyond the positions of {init_from}: at most --block_size={model.context}")
+        fail(f"{block_size=} is longer than the context of {init_from}: use at most {model.context}")
     return model.train()
 
 
@@ -2180,7 +2184,7 @@ def find_targets(lm):
     for target in targets:
         # A target may be the end of a name: q_proj names model.layers.0.self_attn.q_proj and others.
         if not any(name.endswith(f".{target}") for name in names):
-            fail(f"{lora_targets=}: {init_from} has no layer {target!r} (all-linear must stand alone)")
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}")
     return targets
 
 
@@ -2192,7 +2196,7 @@ def check_ids(model, splits):
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
-            fail(f"{dataset=} has the id {largest}, but {init_from} has only {model.config.vocab_size} ids")
+            fail(f"{dataset=} has token {largest}, but {init_from} has only {model.config.vocab_size} tokens")
 
 
 if __name__ == "__main__":

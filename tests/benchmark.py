@@ -1,18 +1,22 @@
 """
-Measures the figures of the README: ours and others', in turn on the same machine, on the same data. Prints medians
+Measures the figures of the README: others' and ours, in turn on the same machine, on the same data. Prints medians
 and ratios as Markdown tables.
 
-    python tests/benchmark.py --parts=lm,equal --text=input.txt --nanogpt=PATH [--pairs=3]
+    python tests/benchmark.py --parts=characters,equal --text=input.txt --nanogpt=PATH [--pairs=3] [--plot=FILE.png]
 
-A peer is a checkout that lies anywhere; what it needs must be installed. The parts:
+A peer is a checkout that lies anywhere; what it needs must be installed (--plot= needs matplotlib). The parts:
 
-  lm     nanoGPT's own command for laptops, and configs/shakespeare_char_cpu.py as it is and with few steps
-  equal  nanoGPT's shape, batch and AdamW in both: tokens/s
-  old    the default runs of another checkout and of this one: seconds to the first step, tokens/s, images/s
-  lora   LoRA at the true shape of Stable Diffusion 1.5 in our loop and in that of diffusers' script
+  characters  nanoGPT's own command for laptops, and configs/shakespeare_char_cpu.py as it is and with few steps
+  equal       nanoGPT's shape, batch and AdamW in both: tokens/s
+  old         the default runs of another checkout and of this one: seconds to the first step, tokens/s, images/s
+  python      the default language models of both, on source code that they have not seen: bits per byte
+  glyphs      the default image models of both: seconds, and how many samples show the class that they should
+  lora        LoRA at the true shape of Stable Diffusion 1.5 in our loop and in that of diffusers' script
+  sampling    our generate() and that of transformers, with the run in --model=: tokens/s
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -24,99 +28,159 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import configure
 
-parts = "lm,equal,lora"  # with commas between them
+parts = "characters,equal,lora"  # with commas between them
 pairs = 3  # how often each side is run
 text = ""  # tinyshakespeare's input.txt
-nanogpt = ""  # a checkout
+nanogpt = ""  # a checkout of nanoGPT
 old = ""  # a checkout of this project
+code = "pip"  # the installed package whose source is scored by the part python
+model = "out/lm"  # for the part sampling: a run of train_lm.py
+plot = ""  # for the part characters: a file for the losses over time
 
 
-def run(*command, cwd=ROOT, until=None, **env):
-    """-> (seconds, what it printed); `until`: the pattern in a line that ends the clock."""
-    began, output, seconds = time.monotonic(), "", None
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, cwd=cwd, env=os.environ | env, **pipe)
+def execute(*command, cwd=ROOT, until=None, **env):
+    """Run a Python command. Return (seconds, [(seconds, line) of its output]).
+
+    until: a pattern. The first line that matches it stops the clock.
+    """
+    began = time.monotonic()
+    command = [sys.executable, "-u", *map(str, command)]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = []
+    seconds = None
     for line in process.stdout:
-        output += line
-        if until and not seconds and re.search(until, line):
-            seconds = time.monotonic() - began
-    if process.wait():
+        now = time.monotonic() - began
+        lines.append((now, line))
+        if until and seconds is None and re.search(until, line):
+            seconds = now
+    if process.wait() != 0:
+        output = "".join(line for _, line in lines)
         raise SystemExit(f"{' '.join(command)}\n{output[-4000:]}")
-    return seconds or time.monotonic() - began, output
+    return seconds or time.monotonic() - began, lines
+
+
+def run(*command, **options):
+    """Run a Python command. Return (seconds, its output)."""
+    seconds, lines = execute(*command, **options)
+    return seconds, "".join(line for _, line in lines)
 
 
 def read_metrics(out):
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
-def ours(out, arguments, root=ROOT, **options):
-    """A trainer and its arguments -> (seconds, rows of metrics.jsonl)"""
-    command = [*arguments.split(), f"--out_dir={out}", "--overwrite=True"]  # a config has its own
-    return run(*command, cwd=root, **options)[0], read_metrics(out)
+def train(out, arguments, root=ROOT, **options):
+    """Run a trainer. Return (seconds, rows of metrics.jsonl)."""
+    # The folder comes last, because a config has its own.
+    command = [*arguments.split(), f"--out_dir={out}", "--overwrite=True"]
+    seconds, _ = execute(*command, cwd=root, **options)
+    return seconds, read_metrics(out)
 
 
 def speed(out, arguments, name):
-    """A trainer and its arguments -> [the median of a column of metrics.jsonl after the first steps]"""
-    values = [row[name] for row in ours(out, arguments)[1] if name in row]
+    """Run a trainer. Return [the median of a column of metrics.jsonl after the first quarter]."""
+    _, rows = train(out, arguments)
+    values = [row[name] for row in rows if name in row]
     return [statistics.median(values[len(values) // 4 :])]
 
 
 def compare(title, columns, sides):
-    """Run the sides {name: function} in turn; each returns a number a column. Ratios are to the first."""
+    """Run the sides, {name: function}, in turn, and print a table. Each function returns a number per column.
+
+    Ratios are to the first side, pair by pair.
+    """
     table = np.array([[side() for side in sides.values()] for _ in range(pairs)])  # (pairs, sides, columns)
-    medians, ratios = np.median(table, axis=0), np.median(table / table[:, :1], axis=0)
+    medians = np.median(table, axis=0)
+    ratios = np.median(table / table[:, :1], axis=0)
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     for name, *row in zip(sides, medians, ratios):
         cells = [f"{value:,.4g} (x {ratio:.3g})" for value, ratio in zip(*row)]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+# ---- Beside nanoGPT ----
+
+# All of it is from nanoGPT's README.
 NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20
     --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
-    --lr_decay_iters=2000 --dropout=0.0"""  # all of it from nanoGPT's README
+    --lr_decay_iters=2000 --dropout=0.0"""
 OURS = "-m accelerate.commands.launch --quiet train_lm.py configs/shakespeare_char_cpu.py --dataset="
-# in these steps ours comes to nanoGPT's last loss: small batches and large steps are best for so few
-EARLY = " --max_steps=180 --eval_interval=180 --eval_batches=40 --batch_size=8 --block_size=128"
-EARLY += " --warmup_steps=5 --learning_rate=0.05 --head_lr=0.01"
+# With these settings, ours reaches nanoGPT's last loss. Small batches and high rates are best for so few steps.
+EARLY = """ --max_steps=180 --eval_interval=180 --eval_batches=40 --batch_size=8 --block_size=128
+    --warmup_steps=5 --learning_rate=0.05 --head_lr=0.01"""
 
 
 def run_nanogpt(folder, *more):
-    """nanoGPT's own command -> (seconds, ms of each step, {step: estimate of the validation loss})"""
+    """Run nanoGPT's own command. Return (seconds, ms of each step, [(seconds, validation loss)])."""
     data = Path(nanogpt, "data/shakespeare_char")
     (data / "input.txt").write_bytes(Path(text).read_bytes())
-    run("prepare.py", cwd=data)
-    seconds, output = run(*NANOGPT.split(), f"--out_dir={folder}/nanogpt", *more, cwd=nanogpt)
-    times = [float(ms) for ms in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", output)]
-    losses = re.findall(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", output)
-    return seconds, times, {int(step): float(loss) for step, loss in losses}
+    execute("prepare.py", cwd=data)
+    seconds, lines = execute(*NANOGPT.split(), f"--out_dir={folder}/nanogpt", *more, cwd=nanogpt)
+    times = []
+    losses = []
+    for second, line in lines:
+        if found := re.search(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", line):
+            times.append(float(found[1]))
+        if found := re.search(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
+            losses.append((second, float(found[1])))
+    return seconds, times, losses
 
 
-def lm(folder):
+def characters(folder):
     def theirs():
         seconds, _, losses = run_nanogpt(folder)
-        return seconds, list(losses.values())[-1]
+        return seconds, losses[-1][1]
 
     def mine(more, until=None):
-        seconds, rows = ours(folder / "lm", OURS + text + more, until=until)
+        seconds, rows = train(folder / "lm", OURS + text + more, until=until)
         return seconds, [row["val/loss"] for row in rows if "val/loss" in row][-1]
 
-    mine(" --max_steps=1 --eval_batches=1")  # our tokens are ready as well
+    mine(" --max_steps=1 --eval_batches=1")  # now our tokens are in the cache, as nanoGPT's are
     sides = {"nanoGPT": theirs, "ours": partial(mine, "")}
-    # the early one until its loss is known: what follows is not counted
+    # Stop the clock of the early run when its loss is known.
     sides["ours, early"] = partial(mine, EARLY, r"step (\d+)/\1 val/loss")
     compare("Shakespeare by characters, whole commands", ["s", "validation loss"], sides)
+    if plot:
+        plot_losses(folder)
+
+
+def plot_losses(folder):
+    """Run nanoGPT's command and ours with more evaluations, and draw their validation losses over time."""
+    import matplotlib.pyplot as plt
+
+    _, _, theirs = run_nanogpt(folder, "--eval_interval=200")
+    more = " --eval_interval=103 --eval_batches=20"
+    _, lines = execute(*f"{OURS}{text}{more} --out_dir={folder}/plot".split())
+    ours = []
+    for second, line in lines:
+        if found := re.search(r"val/loss ([\d.]+)", line):
+            ours.append((second, float(found[1])))
+    plt.figure(figsize=(7, 3.5))
+    plt.plot(*zip(*theirs), "o-", color="tab:gray", label="nanoGPT's command for laptops")
+    plt.plot(*zip(*ours), "o-", color="tab:blue", label="configs/shakespeare_char_cpu.py")
+    plt.xlabel("seconds since the command, on two CPU cores")
+    plt.ylabel("validation loss")
+    plt.ylim(1.4, 2.6)
+    plt.grid(alpha=0.3)
+    plt.legend(frameon=False)
+    plt.tight_layout()
+    plt.savefig(plot, dpi=110)
 
 
 def equal(folder):
-    shape = f"train_lm.py --dataset={text} --tokenizer=char --block_size=64 --batch_size=12 --n_layer=4"
-    shape += " --n_head=4 --n_kv_head=4 --n_embd=128 --optimizer=adamw --max_steps=400 --eval_interval=400"
+    shape = f"""train_lm.py --dataset={text} --tokenizer=char --block_size=64 --batch_size=12 --n_layer=4
+        --n_head=4 --n_kv_head=4 --n_embd=128 --optimizer=adamw --max_steps=400 --eval_interval=400"""
 
     def theirs():
         _, times, _ = run_nanogpt(folder, "--max_iters=400", "--eval_interval=400")
@@ -128,16 +192,71 @@ def equal(folder):
     compare("nanoGPT's shape for laptops, batch and AdamW in both", ["tokens/s"], sides)
 
 
+# ---- Beside an older version of this project ----
+
+
 def old_and_new(folder):
     def side(root, command):
         how = f"{command} --max_steps=100 --log_interval=1 --eval_interval=1000 --save_interval=1000"
-        seconds, rows = ours(folder / "side", how, root, until="step 1/100 train")
+        seconds, rows = train(folder / "side", how, root, until="step 1/100 train")
         column = "tokens_per_s" if "train_lm" in command else "images_per_s"
         return seconds, statistics.median(row[column] for row in rows[25:] if column in row)
 
     for command in ("train_lm.py", "train_diffusion.py"):
         sides = {"old": partial(side, old, command), "new": partial(side, ROOT, command)}
         compare(command, ["s to the first step", "tokens/s or images/s"], sides)
+
+
+def score(out):
+    """Return the bits per byte of a model, as transformers computes it, on the source of the package `code`.
+
+    Windows of 256 tokens overlap by half. Only their second halves count, so each token has a lead-in.
+    """
+    import importlib.util
+
+    import transformers
+
+    tok = transformers.AutoTokenizer.from_pretrained(out)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    package = Path(importlib.util.find_spec(code).origin).parent
+    files = sorted(package.rglob("*.py"))
+    np.random.default_rng(0).shuffle(files)
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    source = tok.eos_token.join(texts)[:600_000]
+    ids = torch.tensor(tok(source)["input_ids"])
+    bits = 0.0
+    n_bytes = 0
+    for batch in ids.unfold(0, 257, 128).split(16):
+        with torch.no_grad():
+            logits = lm(batch[:, :-1]).logits[:, 128:]
+        targets = batch[:, 129:]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        bits += loss.item() / math.log(2)
+        n_bytes += sum(len(text.encode()) for text in tok.batch_decode(targets, skip_special_tokens=True))
+    return bits / n_bytes
+
+
+def python(folder):
+    def side(root, seeds):
+        seconds, _ = train(folder / "side", f"train_lm.py --seed={next(seeds)}", root)
+        return seconds, score(folder / "side")
+
+    sides = {"old": partial(side, old, iter(range(pairs))), "new": partial(side, ROOT, iter(range(pairs)))}
+    compare(f"The default run, scored on {code}", ["s", "bits per byte"], sides)
+
+
+def glyphs(folder):
+    from test_glyphs import read_run
+
+    def side(root):
+        seconds, _ = train(folder / "side", "train_diffusion.py", root)
+        return [seconds]
+
+    compare("The default run on glyphs", ["s"], {"old": partial(side, old), "new": partial(side, ROOT)})
+    print(f"A classifier reads {read_run(folder / 'side'):.1%} of the new run's samples as their class.")
+
+
+# ---- Beside diffusers and transformers ----
 
 
 def lora(folder):
@@ -158,8 +277,38 @@ def lora(folder):
     compare("LoRA at the shape of SD 1.5, 256 x 256, bf16", ["images/s"], sides)
 
 
+def sampling(folder):
+    import transformers
+
+    import train_lm
+
+    ours, tok = train_lm.load(model, json.loads(Path(model, "run.json").read_text()), "")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    prompt = tok("def ")["input_ids"]
+    n = 200
+
+    def theirs():
+        began = time.monotonic()
+        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": True}
+        reference.generate(torch.tensor([prompt]), **options)
+        return [n / (time.monotonic() - began)]
+
+    def mine():
+        began = time.monotonic()
+        tokens = train_lm.generate(ours, prompt, n_samples=1, max_new_tokens=n, vocab_size=len(tok))
+        count = len(list(tokens))
+        return [count / (time.monotonic() - began)]
+
+    theirs()
+    mine()
+    compare(f"Sampling from {model}", ["tokens/s"], {"transformers": theirs, "ours": mine})
+
+
 def main():
-    functions = {"lm": lm, "equal": equal, "old": old_and_new, "lora": lora}
+    functions = {
+        function.__name__: function for function in (characters, equal, python, glyphs, lora, sampling)
+    }
+    functions["old"] = old_and_new
     for name in parts.split(","):
         with tempfile.TemporaryDirectory() as folder:
             functions[name](Path(folder))

@@ -34,9 +34,10 @@ def make_clip(width, layers, heads, kind=transformers.CLIPTextModelWithProjectio
     return tok, kind(transformers.CLIPTextConfig(**shape, **ids)).eval()
 
 
-def make_byte_tokenizer():
-    """Return a tokenizer of bytes with a chat template."""
-    vocabulary = {word: i for i, word in enumerate([*LETTERS, "<pad>"])}
+def make_byte_tokenizer(n_unused=0):
+    """Return a tokenizer of bytes with a chat template, and with more tokens that no text has."""
+    words = [*LETTERS, "<pad>", *(f"unused{i}" for i in range(n_unused))]
+    vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     core.decoder = decoders.ByteLevel()
@@ -127,6 +128,17 @@ def make_flux():
     return diffusers.FluxPipeline, parts
 
 
+def make_flux_part():
+    """Return a part of Flux.1 in its true width: 2 of its 19 double blocks, 4 of its 38 single ones, a tiny T5."""
+    shape = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
+    shape |= {"num_layers": 2, "num_single_layers": 4, "guidance_embeds": True}
+    vae = make_vae(16, widths=(128, 256, 512, 512), scaling_factor=0.3611, shift_factor=0.1159)
+    parts = make_parts(diffusers.FluxTransformer2DModel(**shape), vae)
+    parts["tokenizer"], parts["text_encoder"] = make_clip(768, 12, 12, transformers.CLIPTextModel)
+    parts["tokenizer_2"], parts["text_encoder_2"] = make_byte_tokenizer(), make_t5(4096)
+    return diffusers.FluxPipeline, parts
+
+
 def make_flux2():
     shape = {"in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (2, 2, 2, 2), "num_layers": 2}
     shape |= {"num_single_layers": 1, "guidance_embeds": False}
@@ -208,15 +220,18 @@ def make_scheduler(kind):
     if kind == "sana":
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
         return diffusers.DPMSolverMultistepScheduler(**flow)
-    dynamic = kind in ("flux", "flux2", "qwen_image")  # the shift depends on the resolution
+    dynamic = kind in ("flux", "flux_part", "flux2", "qwen_image")  # the shift depends on the resolution
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
 
 
-def make_pipeline(folder, kind):
-    """Write a pipeline of FAMILIES, or "sd15" or "sdxl10", to a folder. Return the folder."""
+def make_pipeline(folder, kind, device="cpu", dtype=torch.float32):
+    """Write a pipeline of FAMILIES, or "sd15", "sdxl10" or "flux_part", to a folder. Return the folder."""
     torch.manual_seed(0)
-    pipeline_class, parts = make_unet_pipeline(kind) if kind in ENCODERS else TRANSFORMERS[kind]()
-    pipeline_class(scheduler=make_scheduler(kind), **parts).save_pretrained(folder)
+    make = make_flux_part if kind == "flux_part" else TRANSFORMERS.get(kind)
+    with torch.device(device):  # a GPU draws the weights of the large ones much faster
+        pipeline_class, parts = make_unet_pipeline(kind) if kind in ENCODERS else make()
+    pipe = pipeline_class(scheduler=make_scheduler(kind), **parts)
+    pipe.to(dtype).save_pretrained(folder)
     return Path(folder)
 
 

@@ -82,11 +82,11 @@ CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
 REFUSED = [
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
     (["--resume=True", "--overwrite=True"], "choose one"),
-    (["--batch_size=16", "--micro_batch_size=5"], "must be a multiple of 5 rows x 1 processes"),
+    (["--batch_size=16", "--micro_batch_size=5"], "must be a multiple of micro_batch_size x processes = 5 x 1"),
     # data
     (["--dataset={data}/missing.txt"], "Couldn't find any data file"),
-    (["--dataset={data}/nothing"], "holds nothing that can be read"),
-    (["--dataset={data}/empty.txt"], "has nothing to learn from in its train split"),
+    (["--dataset={data}/nothing"], "holds no file of a supported kind"),
+    (["--dataset={data}/empty.txt"], "nothing to learn from (no text, or no answer)"),
     (["--dataset={data}/latin_later.txt"], "latin_later.txt is not UTF-8"),
     (["--dataset={data}/latin.csv"], "column 'text' is not UTF-8"),
     (["--dataset={data}/short.txt"], "train set will be empty"),
@@ -103,9 +103,9 @@ REFUSED = [
     # the run directory
     ([GOOD, "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
     ([GOOD, "--out_dir={data}/good.txt"], "out_dir="),
-    ([GOOD, "--out_dir={root}"], "is or holds {root}"),
-    ([GOOD, "--out_dir={data}", "--overwrite=True"], "is or holds {data}/good.txt"),
-    (["--init_from={models}/lm", "--out_dir={models}/lm", "--overwrite=True"], "is or holds {models}/lm"),
+    ([GOOD, "--out_dir={root}"], "contains {root}"),
+    ([GOOD, "--out_dir={data}", "--overwrite=True"], "contains {data}/good.txt"),
+    (["--init_from={models}/lm", "--out_dir={models}/lm", "--overwrite=True"], "contains {models}/lm"),
     # models and tokenizers
     ([GOOD, "--tokenizer={data}/nothing"], "tokenizer="),
     (["--init_from={models}/t5"], "init_from="),
@@ -113,7 +113,7 @@ REFUSED = [
     (["--init_from={models}/headless"], "has no weights for lm_head.weight"),
     (["--init_from={models}/young"], "init_from="),
     (["--init_from={models}/mute", "--block_size=32"], "tokenizer"),
-    (["--init_from={models}/endless", "--block_size=32"], "no end-of-text token (eos_token)"),
+    (["--init_from={models}/endless", "--block_size=32"], "has no end-of-text token"),
     (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own tokenizer"),
     (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
     (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),

@@ -27,11 +27,11 @@ REFUSED = [
     ("--resume=True --overwrite=True", "choose one"),
     ("--caption=x", "need a pretrained pipeline"),
     ("--image_size=15", "image_size=15 gives a side of 15, which must be a multiple of patch_size=2"),
-    ("--batch_size=64 --micro_batch_size=5", "batch_size=64 must be a multiple of 5 images x 1 processes"),
+    ("--batch_size=64 --micro_batch_size=5", "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1"),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),
     # data
     ("--dataset={data}/missing", "dataset='{data}/missing' cannot be used"),
-    ("--dataset={data}/nothing", "holds nothing that can be read"),
+    ("--dataset={data}/nothing", "holds no file of a supported kind"),
     ("--dataset={data}/empty.parquet", "empty.parquet' cannot be used"),
     ("--dataset={data}/broken", "no image of its train split can be read"),
     ("--dataset={data}/rows.parquet", "choose from picture, price, label, author"),
@@ -39,7 +39,7 @@ REFUSED = [
     ("--dataset={data}/rows.parquet --image_column=picture --label_column=author", "column 'author' holds"),
     ("--dataset={data}/unnamed", "metadata.jsonl, row 1 has no file_name"),
     ("--dataset={data}/commas", "metadata.csv, row 1 has more fields than the header"),
-    ("--dataset={data}/no_train", "has no split train, but test"),
+    ("--dataset={data}/no_train", "has no split named train, only test"),
     ("--dataset={data}/one --test_fraction=0.5", "dataset='{data}/one' cannot be used"),
     (SD + " --dataset={data}/half", "lacks captions for 3 images"),
     (SD + " --dataset={data}/mute", "1.txt is empty"),
@@ -59,7 +59,7 @@ REFUSED = [
     ("--caption=x --init_from={data}/adapter", "holds a LoRA adapter, not a pipeline"),
     ("--caption=x --init_from={data}/torn", "init_from='{data}/torn' cannot be used"),
     ("--caption=x --init_from={data}/StableDiffusionControlNetPipeline", "StableDiffusionControlNetPipeline"),
-    ("--caption=x --init_from={data}/two", "must have one denoiser"),
+    ("--caption=x --init_from={data}/two", "has not one denoiser"),
     ("--caption=x --image_size=16 --init_from={data}/edm", "its EDMEulerScheduler is not supported"),
     ("--caption=x --adapter=lora --init_from={data}/PixArtSigmaPipeline", "takes no LoRA"),
 ]
@@ -67,10 +67,10 @@ OTHERS = ["DDPMPipeline", "StableDiffusionImg2ImgPipeline", "AnimateDiffPipeline
 REFUSED += [(f"--caption=x --init_from={{data}}/{name}", "not a text-to-image pipeline") for name in OTHERS]
 OTHERS += ["StableDiffusionControlNetPipeline", "PixArtSigmaPipeline"]
 SAMPLES = [
-    ("--out_dir={runs}/classes --prompt=x", "draws without a prompt"),
+    ("--out_dir={runs}/classes --prompt=x", "takes no prompt"),
     ("--out_dir={runs}/classes --output={runs}/x.jpg", "must be a .png in a folder that exists"),
     ("--out_dir={runs}/torn", "torn' cannot be used"),
-    ("--out_dir={runs}/lora", "needs a prompt"),
+    ("--out_dir={runs}/lora", "needs a --prompt"),
     ("--out_dir={runs}/lora --prompt=x --base={data}/nothing", "base='{data}/nothing' cannot be used"),
     ("--out_dir={runs}/lora --prompt=x --base={sdxl}", "but the run needs a StableDiffusionPipeline"),
     ("--out_dir={runs}/lora --prompt=x --base={sd2}", "base='{sd2}' cannot be used"),

@@ -247,7 +247,7 @@ REFUSED = [
     ("text", "--prompt=FILE:{runs}/none.txt", "No such file"),
     ("text", "--temperature=-1", "at least 0"),
     ("text", f"--seed={2**63}", f"seed={2**63} must be below"),
-    ("text", "--chat=True", "no chat template"),
+    ("text", "--chat=True", "is not a chat model"),
     ("pictures", "--merge={runs}/merged", "no LoRA"),
     ("nothing", "--seed=1", "cannot be used"),
     ("torn", "--seed=1", "cannot be used"),
