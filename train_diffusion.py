@@ -1438,7 +1438,10 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
     n_mine = math.ceil(n_rows / WORLD)  # the same in all processes: under FSDP2, they run the model together
     for i in range(0, n_mine, micro_size):
         batch = mine[i : i + micro_size]
-        indices = batch or [0]  # a process without rows left takes row 0 with weight 0
+        # Fill the last batch with row 0, but without its loss. torch.compile would compile another size anew,
+        # and FSDP2 needs every process in every forward pass.
+        n_missing = micro_size - len(batch)
+        indices = batch + [0] * n_missing
         x_0, cond = collate([rows[j] for j in indices], unwrap(model).shape)
         x_0, cond = to_device(x_0, cond, accelerator.device)
         eps = noise_of(indices, x_0.shape[1:]).to(x_0.device)
@@ -1448,8 +1451,9 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
             t = (quarter + offset) / 4
             x_t, target = add_noise(unwrap(model), x_0, eps, t)
             with accelerator.autocast():
-                loss = F.mse_loss(model(x_t, t, cond), target)
-            losses[quarter] += loss.item() * len(batch)  # the mean times the number of images
+                errors = (model(x_t, t, cond) - target).square()
+            loss_per_image = errors.flatten(1).mean(dim=1)
+            losses[quarter] += loss_per_image[: len(batch)].sum().item()
     model.train()
     losses = np.sum(gather_object([losses]), axis=0) / n_rows
     values = {f"{name}/loss": losses.mean().item()}
@@ -1729,7 +1733,8 @@ def main():
     model.to(device)
     optimizers = make_optimizers(model, accelerator)
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
-    if compile and device.type == "cuda":
+    # The 8-bit weights are cast in a way that torch.compile cannot follow.
+    if compile and device.type == "cuda" and not frozen_fp8:
         model.compile()
     # The wrapped optimizers can skip a step in fp16, so they make the steps. Checkpoints hold the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)

@@ -88,9 +88,9 @@ init_from = "scratch"  # random weights; or a model like GPT to fine-tune: Hub n
 adapter = ""  # with init_from: "lora" or "p_tuning" trains only a few new weights; "": all weights
 block_size = 256  # context length in tokens
 dropout = 0.0  # fraction of activations set to 0 at random; try 0.1 if the same text is seen many times
-n_layer = 4  # number of transformer blocks
+n_layer = 3  # number of transformer blocks
 n_head = 2  # number of attention heads
-n_kv_head = 1  # number of heads for keys and values (grouped-query attention); 0: n_head
+n_kv_head = 0  # heads for keys and values; fewer than n_head: grouped-query attention; 0: n_head
 n_embd = 128  # width of the model; n_embd / n_head, the width of a head, must be even
 # adapter
 lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
@@ -100,7 +100,7 @@ virtual_tokens = 20  # p_tuning: number of learned vectors in front of every tex
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
 micro_batch_size = 0  # rows that a process computes at once; fewer save memory; 0: its share of the batch
-max_steps = 2000  # number of optimizer steps; 0: only evaluate
+max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
 optimizer = (
@@ -118,10 +118,10 @@ cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning 
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
 grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
-eval_interval = 200  # steps between evaluations; 0: only at the end
+eval_interval = 250  # steps between evaluations; 0: only at the end
 eval_batches = 20  # batches per evaluation, spread evenly over the validation split; 0: the whole split
 log_interval = 10  # steps between reports; 0: only at the end
-save_interval = 200  # steps between checkpoints; 0: only at the end
+save_interval = 250  # steps between checkpoints; 0: only at the end
 patience = 0  # stop early after this many evaluations without a better loss; 0: never
 tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
@@ -376,8 +376,10 @@ class GPT(nn.Module):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
-            nn.init.normal_(block.self_attn.q_proj.weight, std=std)
-            nn.init.normal_(block.self_attn.k_proj.weight, std=std)
+            # QK-norm removes the scale of queries and keys, but smaller weights change faster. With these, the
+            # default run learns sooner to copy from its context.
+            nn.init.normal_(block.self_attn.q_proj.weight, std=0.1 * std)
+            nn.init.normal_(block.self_attn.k_proj.weight, std=0.1 * std)
             nn.init.normal_(block.self_attn.v_proj.weight, std=std)
             nn.init.zeros_(block.self_attn.o_proj.weight)  # so each block starts as the identity
             nn.init.normal_(block.mlp.fc1.weight, std=std)
@@ -1357,11 +1359,11 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     model.eval()
     for i in range(0, rows_per_process, micro_size):
         batch = mine[i : i + micro_size]
-        # FSDP2 needs every process in every forward pass. One without rows takes row 0, but not its loss.
-        indices = batch or [0]
-        x, y, loss_positions = collate([rows[j] for j in indices])
-        if not batch:
-            y = torch.full_like(y, -100)
+        # Fill the last batch with row 0, but without its loss. torch.compile would compile another size anew,
+        # and FSDP2 needs every process in every forward pass.
+        n_missing = micro_size - len(batch)
+        x, y, loss_positions = collate([rows[j] for j in batch + [0] * n_missing])
+        y[len(batch) :] = -100
         inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
             loss = model(*inputs)

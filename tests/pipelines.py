@@ -129,7 +129,7 @@ def make_flux():
 
 
 def make_flux_part():
-    """Return a part of Flux.1 in its true width: 2 of its 19 double blocks, 4 of its 38 single ones, a tiny T5."""
+    """Return Flux.1 in its true width, but 2 of 19 double and 4 of 38 single blocks, and a tiny T5."""
     shape = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
     shape |= {"num_layers": 2, "num_single_layers": 4, "guidance_embeds": True}
     vae = make_vae(16, widths=(128, 256, 512, 512), scaling_factor=0.3611, shift_factor=0.1159)

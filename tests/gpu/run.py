@@ -82,12 +82,13 @@ ROWS = []  # of the table: [part, what, value, aim]
 FAILED = []  # the parts that failed
 SMI = "nvidia-smi --format=csv,noheader --query-gpu="
 
-# A config file for every run. It ends a run that hangs, and lets the memory in a row of metrics.jsonl be the
-# peak since the row before. It ends a run at last_step, without a checkpoint: that of a large model takes
-# longer to write than the steps that are measured. The last line that is printed is then the load of the GPU.
+# A config file for every run. It ends a run that hangs and says where, and lets the memory in a row of
+# metrics.jsonl be the peak since the row before. It ends a run at last_step, without a checkpoint: that of a
+# large model takes longer to write than the steps that are measured. The last line that is then printed is
+# the load of the GPU.
 HOOK = """
+import faulthandler
 import os
-import signal
 import torch
 from accelerate import Accelerator as _Accelerator
 
@@ -98,10 +99,10 @@ def _log(self, values, step=None, **kwargs):
         os.system("{SMI}utilization.gpu,memory.used,clocks.sm,power.draw")
         os._exit(0)
 
-signal.alarm({seconds})
+faulthandler.dump_traceback_later({seconds}, exit=True)
 _Accelerator.log = _log
-if torch.cuda.is_available():
-    torch.cuda.set_sync_debug_mode("{sync_mode}")
+if {shows_waits} and torch.cuda.is_available():
+    torch.cuda.set_sync_debug_mode("warn")
 """
 
 # ---- Helpers ----
@@ -140,7 +141,7 @@ def in_parallel(*functions):
         list(pool.map(lambda function: function(), functions))
 
 
-def train(name, arguments, launch="", is_resumed=False, last_step=-1, sync_mode="default"):
+def train(name, arguments, launch="", is_resumed=False, last_step=-1, shows_waits=False):
     """Run a trainer in the folder `name`. Return the rows of its metrics.jsonl, and what it printed.
 
     A run that several parts look at is made once. last_step: end at this step, which must be logged.
@@ -152,12 +153,12 @@ def train(name, arguments, launch="", is_resumed=False, last_step=-1, sync_mode=
         if seconds < 20:
             raise TimeoutError(f"{name} was not run: the time is up")
         hook = FOLDER / f"{name}_hook.py"
-        hook.write_text(HOOK.format(SMI=SMI, last_step=last_step, seconds=seconds, sync_mode=sync_mode))
+        hook.write_text(HOOK.format(SMI=SMI, last_step=last_step, seconds=seconds, shows_waits=shows_waits))
         script, *rest = arguments.split()
         if dry and "--init_from" not in arguments:
             rest += TINY_OF[script].split()
         env = {"TORCH_LOGS": "graph_breaks,recompiles"}
-        if sync_mode == "warn":
+        if shows_waits:
             env["PYTHONWARNINGS"] = "always"
         if launch and dry:
             env["ACCELERATE_USE_CPU"] = "true"
@@ -217,7 +218,7 @@ def run_default(script):
     """Run a trainer with its default model and three evaluations. Return what it printed."""
     # With 10 % of the data, all batches of an evaluation are full.
     arguments = f"{DEFAULTS[script]} --max_steps=40 --eval_interval=20 --save_interval=0 --val_fraction=0.1"
-    _, output = train(f"default_{script}", arguments, sync_mode="warn")
+    _, output = train(f"default_{script}", arguments, shows_waits=True)
     return output
 
 
@@ -398,7 +399,7 @@ def check_sampling():
 # ---- LoRA ----
 
 FLUX = "Flux.1 of true width with 2 of its 19 double blocks and 4 of its 38 single ones"
-# Kind of pipeline, also for a dry run; name; image size; images per step. The loop of diffusers is for the last.
+# Kind of pipeline, also for a dry run; name; image size; images per step. The loop of diffusers is for sd15.
 LORA = [
     ("flux_part", "flux", FLUX, 512, 1),
     ("sdxl10", "sdxl", "SDXL", 1024, 1),
