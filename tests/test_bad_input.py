@@ -82,7 +82,10 @@ CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
 REFUSED = [
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
     (["--resume=True", "--overwrite=True"], "choose one"),
-    (["--batch_size=16", "--micro_batch_size=5"], "must be a multiple of micro_batch_size x processes = 5 x 1"),
+    (
+        ["--batch_size=16", "--micro_batch_size=5"],
+        "must be a multiple of micro_batch_size x processes = 5 x 1",
+    ),
     # data
     (["--dataset={data}/missing.txt"], "Couldn't find any data file"),
     (["--dataset={data}/nothing"], "holds no file of a supported kind"),

@@ -27,7 +27,10 @@ REFUSED = [
     ("--resume=True --overwrite=True", "choose one"),
     ("--caption=x", "need a pretrained pipeline"),
     ("--image_size=15", "image_size=15 gives a side of 15, which must be a multiple of patch_size=2"),
-    ("--batch_size=64 --micro_batch_size=5", "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1"),
+    (
+        "--batch_size=64 --micro_batch_size=5",
+        "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1",
+    ),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),
     # data
     ("--dataset={data}/missing", "dataset='{data}/missing' cannot be used"),

@@ -27,7 +27,7 @@ def test_the_readme_tells_the_true_line_counts_and_what_ci_runs():
 
 
 def test_the_gpu_runner_says_loudly_that_there_is_none():
-    _, err = within("tests/gpu/run.py", "--shakespeare=none", code=1)
+    _, err = within("tests/gpu/run.py", code=1)
     assert "NO GPU WAS FOUND" in err
 
 

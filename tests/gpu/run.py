@@ -12,7 +12,6 @@ Check every claim that is made for GPUs, on one H100 or H200, in one command of 
   waits       how often ten steps wait for the GPU; the longest gap between two kernels
   sampling    our generate() and that of transformers on the same weights; images of a DiT
   lora        Stable Diffusion 1.5, SDXL and a part of Flux.1, in bf16 and with frozen_fp8
-  characters, images    two configs to their end: they take long, and run only if --parts= names them
 
 The first four run at the same time, the others one by one. The table is Markdown for the README. If a part
 fails, the others still run, and the exit code is 1.
@@ -41,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoModelForCausalLM
@@ -54,14 +53,12 @@ from pipelines import make_byte_tokenizer, make_pipeline
 
 from configurator import configure
 
-parts = ""  # with commas between them; "": all but the two that take long
+parts = ""  # with commas between them; "": all
 table = ""  # a file that the table is written to, too
 dry = False  # on a CPU, at tiny shapes
 minutes = 9.0  # of all parts; a run that has not ended by then is killed, and no other one is begun
-run_seconds = 200  # of a single run; the parts characters and images may need more
+run_seconds = 200  # of a single run
 nanogpt = ""  # a checkout of nanoGPT
-shakespeare = ""  # for the part characters: tinyshakespeare's input.txt
-cifar10 = ""  # for the part images: a folder with the parquet files of CIFAR-10, images in a column `image`
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path(tempfile.gettempdir(), f"gpu_run_{os.getpid()}")
@@ -492,58 +489,11 @@ def run_lora(what, name, command):
     note_run("lora", what, *train(name, command, last_step=10))
 
 
-# ---- The parts that take long ----
-
-
-def check_characters():
-    arguments = f"train_lm.py configs/shakespeare_char.py --dataset={shakespeare or FOLDER / 'text.txt'}"
-    rows, _ = train("characters", arguments + pick("", " --max_steps=12 --eval_interval=6"))
-    note_run("characters", "configs/shakespeare_char.py", rows)
-    losses = [(row["val/loss"], row["time"]) for row in rows if "val/loss" in row]
-    seconds = next((seconds for loss, seconds in losses if loss <= 1.4697), "never")
-    what = "configs/shakespeare_char.py: best val/loss; seconds to that which nanoGPT documents"
-    note("characters", what, f"{min(losses)[0]:.4f}; {seconds}", "1.4697")
-
-
-def check_images():
-    arguments = f"train_diffusion.py configs/cifar10.py --dataset={cifar10 or 'glyphs'} --image_column=image"
-    rows, _ = train("images", f"{arguments} --max_steps={pick(2000, 12)}")
-    losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    note_run("images", f"configs/cifar10.py (58 M), 2,000 steps, to val/loss {losses[-1]:.4f}", rows)
-    what = "the loop of diffusers' train_unconditional.py (36 M)"
-    note_calls("images", what, unconditional_loop(), pick(50, 1), pick(128, 4), "images")
-
-
-def unconditional_loop():
-    """Return a step of diffusers' train_unconditional.py, at the shape of DDPM's model for CIFAR-10."""
-    accelerator = Accelerator(mixed_precision="bf16")
-    scheduler = diffusers.DDPMScheduler()
-    width = pick(128, 32)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
-    blocks["up_block_types"] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    blocks["block_out_channels"] = (width, 2 * width, 2 * width, 2 * width)
-    model = diffusers.UNet2DModel(sample_size=32, **blocks)
-    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
-    ema.to(accelerator.device)
-    x = torch.randn(pick(128, 4), 3, 32, 32, device=accelerator.device)
-
-    def step():
-        noise = torch.randn_like(x)
-        t = torch.randint(1000, (len(x),), device=x.device)
-        output = model(scheduler.add_noise(x, noise, t), t).sample
-        learn(accelerator, F.mse_loss(output.float(), noise), model.parameters(), optimizer)
-        ema.step(model.parameters())
-
-    return step
-
-
 # ---- The order of the parts, and the table ----
 
 TOGETHER = {"compile": check_compile, "resume": check_resume, "fsdp2": check_fsdp2, "fp16": check_fp16}
 ALONE = {"speed": check_speed, "waits": check_waits, "sampling": check_sampling, "lora": check_lora}
-LONG = {"characters": check_characters, "images": check_images}
-PARTS = TOGETHER | ALONE | LONG
+PARTS = TOGETHER | ALONE
 
 
 def write_table():
@@ -560,7 +510,7 @@ def write_table():
 def main():
     if DEVICE == "cpu" and not dry:
         sys.exit("NO GPU WAS FOUND: nothing was tested; --dry=True tries it on a CPU")
-    chosen = parts.split(",") if parts else [*TOGETHER, *ALONE]
+    chosen = parts.split(",") if parts else list(PARTS)
     if not set(chosen) <= PARTS.keys():
         sys.exit(f"--parts= takes some of {','.join(PARTS)}")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{FOLDER}/cache"}
