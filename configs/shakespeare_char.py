@@ -3,8 +3,7 @@
 #     accelerate launch train_lm.py configs/shakespeare_char.py
 #     python sample.py --out_dir=out/shakespeare-char --prompt="ROMEO:"
 #
-# Time:   not measured; `python tests/gpu/run.py` does. nanoGPT documents 3 minutes on an A100 for 5,000
-#         steps.
+# Time:   not measured. nanoGPT documents 3 minutes on an A100 for 5,000 steps.
 # Memory: not measured
 # Result: not measured. nanoGPT documents a validation loss of 1.4697. The model overfits before the end, and
 #         the weights with the lowest val/loss are kept. Batches and blocks are nanoGPT's, the steps are
