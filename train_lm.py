@@ -112,6 +112,7 @@ head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
+qk_weight_decay = 0.2  # with muon: that of queries and keys
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
@@ -139,6 +140,7 @@ PATHS = ("out_dir", "dataset", "init_from", "tokenizer")
 FIXED = """
     seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets
     virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay
+    qk_weight_decay
 """.split()
 
 # ---- Process helpers ----
@@ -1092,6 +1094,7 @@ def make_optimizers(model, accelerator):
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}]
         return [adamw(groups, lr=lr)]
 
+    queries_and_keys = []
     matrices = []
     embeddings = []
     vectors_and_head = []
@@ -1099,6 +1102,8 @@ def make_optimizers(model, accelerator):
         # The model has no vectors. This is also for those that you add, such as biases.
         if p.ndim != 2 or name == "lm_head.weight":
             vectors_and_head.append(p)
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            queries_and_keys.append(p)
         elif name.startswith("model.layers."):
             matrices.append(p)
         else:
@@ -1106,12 +1111,17 @@ def make_optimizers(model, accelerator):
     groups = [{"params": embeddings, "lr": embed_lr}]
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
+    # QK-norm removes the scale of queries and keys. A strong decay keeps their matrices small, so that steps of
+    # the same length turn them further. The default run then learns much sooner to copy from its context.
+    block_groups = [{"params": matrices}]
+    if queries_and_keys:
+        block_groups.append({"params": queries_and_keys, "weight_decay": qk_weight_decay})
     muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
-        return [torch.optim.Muon(matrices, **muon), adamw(groups)]
+        return [torch.optim.Muon(block_groups, **muon), adamw(groups)]
     # Where the hardware has no bf16, computing in it is slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return [Muon(matrices, dtype, **muon), adamw(groups)]
+    return [Muon(block_groups, dtype, **muon), adamw(groups)]
 
 
 def lr_at(step, total_steps):

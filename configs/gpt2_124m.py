@@ -31,6 +31,7 @@ learning_rate = 0.025  # of Muon
 embed_lr = 0.7
 head_lr = 0.004
 weight_decay = 0.05
+qk_weight_decay = 0.05
 max_steps = 3250
 warmup_steps = 0
 cooldown = 0.7
