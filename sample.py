@@ -28,7 +28,7 @@ from configurator import UserError, comments, configure, fail, named, settings
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt (0: one); without prompts, images in all (0: one per class, or 16)
+num_samples = 0  # samples per prompt (0: one); without prompts: images in total (0: one per class, else 16)
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text
@@ -44,7 +44,7 @@ class_label = ""  # name of a class (default: all classes in turn)
 negative_prompt = ""  # what the images should not show
 lora_scale = 1.0  # strength of the LoRA adapter (0: the base model alone)
 steps = 0  # steps from noise to image (0: sample_steps of the run)
-guidance = -1.0  # how strongly images follow the class or prompt (1: plainly; -1: guidance of the run)
+guidance = -1.0  # strength of guidance by class or prompt (1: none; -1: the guidance of the run)
 output = "sample.png"  # file for a grid of all images
 # demo
 demo = False  # open a web demo on http://127.0.0.1:<port>
@@ -89,7 +89,7 @@ def choose_script(run):
     A run keeps a copy of its script. The script beside this file will do, unless the copy has another model.
     """
     if run.get("kind") not in ("lm", "diffusion"):
-        fail(f"{out_dir}/run.json was written by another program: its kind is {run.get('kind')!r}")
+        fail(f"{out_dir} is not a run of these scripts: its run.json has kind={run.get('kind')!r}")
     script = Path(__file__).with_name(f"train_{run['kind']}.py")
     copy = Path(out_dir, script.name)
     is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # then a library defines the model
@@ -98,7 +98,9 @@ def choose_script(run):
     if model_section(copy) == model_section(script):
         return script
     if not trust_run_code:
-        fail(f"{copy} has another model than {script}. If you trust its author, add --trust_run_code=True")
+        fail(
+            f"the model in {copy} is not that in {script}: if you trust its author, add --trust_run_code=True"
+        )
     return copy
 
 
@@ -286,7 +288,7 @@ def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
     conditions = [line for line in prompt.splitlines() if line.strip()]
     if hasattr(model, "class_names"):
         if conditions:
-            fail(f"{out_dir} takes no prompt; its classes are chosen by class_label")
+            fail(f"{out_dir} takes no prompt: choose a class with --class_label")
         if class_label:
             conditions = [class_label]
         else:

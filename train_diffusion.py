@@ -70,12 +70,10 @@ resume = False  # continue from the checkpoint in out_dir, or start if there is 
 overwrite = False  # delete the run in out_dir and start a new one
 seed = 1337  # random seed for the initial weights, the order of the data, the noise and its levels
 # data
-dataset = "glyphs"  # letters, digits; or a folder of images, .parquet, Hugging Face name[:config][@revision]
+dataset = "glyphs"  # letters and digits; or an image folder, .parquet, Hugging Face name[:config][@revision]
 image_column = "image"  # column with the images, if the data is a table
 label_column = "label"  # column with the class (in a folder, the subfolder is the class); "": no classes
-caption_column = (
-    "text"  # with init_from: column with the caption (in a folder: a .txt file beside each image)
-)
+caption_column = "text"  # with init_from: column with the captions (in a folder: .txt files beside images)
 caption = ""  # with init_from: one caption for all images
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
@@ -100,11 +98,9 @@ prediction = "flow"  # what the model predicts: "flow", "v", "eps" (noise), "x0"
 label_dropout = 0.1  # how often the class or caption is hidden in training; guidance needs more than 0
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
-sampler = (
-    "dpm++"  # how images are drawn: "dpm++" (second order, better), "ddim" (first order; for flow: Euler)
-)
+sampler = "dpm++"  # turns noise into images: "dpm++" (second order) or "ddim" (first order; for flow: Euler)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
-guidance = -1.0  # how strongly samples follow the class or caption; 1: plainly; -1: 2, or as in the pipeline
+guidance = -1.0  # strength of guidance by class or caption; 1: none; -1: the default (2, or the pipeline's)
 sample_prompts = ""  # with init_from: prompts for the samples, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
@@ -112,11 +108,9 @@ micro_batch_size = 0  # images that a process computes at once; fewer save memor
 max_steps = 700  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = (
-    "muon"  # "muon" (for the matrices in the blocks; AdamW for the rest), or "adamw"; with init_from adamw
-)
+optimizer = "muon"  # "muon" (for matrices in the blocks; AdamW for the rest) or "adamw"; with init_from adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
-adamw_lr = 0.005  # with muon: peak learning rate of what AdamW trains
+adamw_lr = 0.005  # with muon: peak learning rate of all other parameters, which AdamW trains
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
@@ -736,7 +730,7 @@ def read_metadata(files):
             metadata[os.path.normpath(file.parent / row["file_name"])] = row
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
-        log(f"the metadata file has {n_missing} images that do not exist")
+        log(f"the metadata file names {n_missing} images that do not exist")
     return metadata
 
 
@@ -986,7 +980,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename one of them")
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: name one of them so")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1044,7 +1038,7 @@ def prepare_data(accelerator, pipeline=None):
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
-        fail(f"{image_size=} gives a side of {shape[-1]}, which must be a multiple of {patch_size=}")
+        fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
 
     for split, (images, texts) in splits.items():
         if split == "train":
@@ -1273,7 +1267,7 @@ def open_run_dir():
     for path in (os.getcwd(), init_from, vae, dataset):
         exists = os.path.exists(path)  # the last three may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} contains {path}, but a run may delete files in it: choose another --out_dir")
+            fail(f"{out_dir=} contains {path}, which a run could delete: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1301,7 +1295,7 @@ def open_run_dir():
 def check_fixed(name, before, now):
     """Refuse to resume a run if what must stay fixed has changed since it began."""
     if before != now:
-        fail(f"{out_dir=} holds a run with {name}={before!r}, which a resume cannot change to {now!r}")
+        fail(f"{out_dir=} holds a run with {name}={before!r}, which --resume cannot change to {now!r}")
 
 
 def evenly_spread(n, n_rows):
@@ -1398,7 +1392,9 @@ def load_checkpoint(model, optimizers, ema, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} is of another model: undo your edit, or choose another --out_dir")
+            fail(
+                f"{out_dir}/{name} does not fit the model: undo your edit of it, or choose another --out_dir"
+            )
     # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -2364,7 +2360,7 @@ def log_cut_captions(pipe, keywords, captions):
             limit = keywords["max_sequence_length"].default
         n_cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)
         if n_cut:
-            log(f"{n_cut} of {len(captions)} captions are longer than the {limit} tokens of {name}, and cut")
+            log(f"{n_cut} of {len(captions)} captions have more than the {limit} tokens of {name}: cut")
 
 
 def open_pipeline(name, dtype, device, setting):
@@ -2376,7 +2372,7 @@ def open_pipeline(name, dtype, device, setting):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if os.path.isfile(name):
-        fail(f"{setting}={name!r} is a single file: load it with from_single_file(), save it as a folder")
+        fail(f"{setting}={name!r} is a file: load it with diffusers' from_single_file() and save a folder")
     is_lora = Path(name, "pytorch_lora_weights.safetensors").exists()
     if is_lora and not Path(name, "model_index.json").exists():
         fail(f"{setting}={name!r} holds a LoRA adapter: name the pipeline that it was made for")
@@ -2391,7 +2387,7 @@ def open_pipeline(name, dtype, device, setting):
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
-        fail(f"{setting}={name!r}: a {kind.__name__} has not one denoiser and a text encoder, as it must")
+        fail(f"{setting}={name!r}: a {kind.__name__} must have one denoiser and a text encoder")
     if adapter and not hasattr(kind, "save_lora_weights"):
         fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA: leave out --adapter")
     files = list(Path(name).glob("*/*.safetensors"))

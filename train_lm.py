@@ -71,20 +71,18 @@ resume = False  # continue from the checkpoint in out_dir, or start if there is 
 overwrite = False  # delete the run in out_dir and start a new one
 seed = 1337  # random seed for the initial weights, the order of the data and dropout
 # data
-dataset = "python"  # its source code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
+dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; with prompts or chats, the loss is that of the answers
+prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers count in the loss
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = (
-    ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe:1024
-)
+tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
 num_workers = 0  # processes that load data; use 2 or more if a GPU waits for data
 # model; with init_from, the model brings its own shape, and only block_size has an effect
-init_from = "scratch"  # random weights; or a model like GPT to fine-tune: Hub name, folder, earlier run
+init_from = "scratch"  # random weights; or a causal LM (like GPT) to fine-tune: Hub name, folder, earlier run
 adapter = ""  # with init_from: "lora" or "p_tuning" trains only a few new weights; "": all weights
 block_size = 256  # context length in tokens
 dropout = 0.0  # fraction of activations set to 0 at random; try 0.1 if the same text is seen many times
@@ -95,7 +93,7 @@ n_embd = 128  # width of the model; n_embd / n_head, the width of a head, must b
 # adapter
 lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
 lora_alpha = 32.0  # lora: strength; what the new weights add is multiplied by lora_alpha / lora_rank
-lora_targets = "all-linear"  # lora: layers that get new weights; or names, such as q_proj,v_proj
+lora_targets = "all-linear"  # lora: layers that get new weights: all linear ones, or by name: q_proj,v_proj
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
@@ -103,16 +101,14 @@ micro_batch_size = 0  # rows that a process computes at once; fewer save memory;
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = (
-    "muon"  # "muon" (for the matrices in the blocks; AdamW for the rest), or "adamw"; with init_from adamw
-)
+optimizer = "muon"  # "muon" (for matrices in the blocks; AdamW for the rest) or "adamw"; with init_from adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
 head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters that you add)
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-qk_weight_decay = 0.2  # with muon: that of queries and keys
+qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
@@ -378,7 +374,7 @@ class GPT(nn.Module):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
-            # QK-norm removes the scale of queries and keys, but smaller weights change faster. With these, the
+            # QK-norm removes the scale of queries and keys, but small weights turn faster. With these, the
             # default run learns sooner to copy from its context.
             nn.init.normal_(block.self_attn.q_proj.weight, std=0.1 * std)
             nn.init.normal_(block.self_attn.k_proj.weight, std=0.1 * std)
@@ -903,7 +899,7 @@ def load_tokenizer(splits):
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
-        fail(f"the tokenizer of {name} is not supported: it must have a tokenizer.json (a fast one)")
+        fail(f"the tokenizer of {name} is not supported: it must be fast (have a tokenizer.json)")
     return tok
 
 
@@ -1111,8 +1107,8 @@ def make_optimizers(model, accelerator):
     groups = [{"params": embeddings, "lr": embed_lr}]
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
-    # QK-norm removes the scale of queries and keys. A strong decay keeps their matrices small, so that steps of
-    # the same length turn them further. The default run then learns much sooner to copy from its context.
+    # QK-norm removes the scale of queries and keys. A strong decay keeps their matrices small, so that a step
+    # turns them further. The default run then learns much sooner to copy from its context.
     block_groups = [{"params": matrices}]
     if queries_and_keys:
         block_groups.append({"params": queries_and_keys, "weight_decay": qk_weight_decay})
@@ -1178,7 +1174,7 @@ def open_run_dir():
     for path in (os.getcwd(), init_from, dataset):
         exists = os.path.exists(path)  # init_from and dataset may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
-            fail(f"{out_dir=} contains {path}, but a run may delete files in it: choose another --out_dir")
+            fail(f"{out_dir=} contains {path}, which a run could delete: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1206,7 +1202,7 @@ def open_run_dir():
 def check_fixed(name, before, now):
     """Refuse to resume a run if what must stay fixed has changed since it began."""
     if before != now:
-        fail(f"{out_dir=} holds a run with {name}={before!r}, which a resume cannot change to {now!r}")
+        fail(f"{out_dir=} holds a run with {name}={before!r}, which --resume cannot change to {now!r}")
 
 
 def evenly_spread(n, n_rows):
@@ -1292,7 +1288,9 @@ def load_checkpoint(model, optimizers, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} is of another model: undo your edit, or choose another --out_dir")
+            fail(
+                f"{out_dir}/{name} does not fit the model: undo your edit of it, or choose another --out_dir"
+            )
     # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -2208,7 +2206,7 @@ def check_ids(model, splits):
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
-            fail(f"{dataset=} has token {largest}, but {init_from} has only {model.config.vocab_size} tokens")
+            fail(f"{dataset=} has the id {largest}, but {init_from} has only {model.config.vocab_size} ids")
 
 
 if __name__ == "__main__":

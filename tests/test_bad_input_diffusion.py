@@ -26,7 +26,7 @@ LORA = SD + " --adapter=lora --caption=x"
 REFUSED = [
     ("--resume=True --overwrite=True", "choose one"),
     ("--caption=x", "need a pretrained pipeline"),
-    ("--image_size=15", "image_size=15 gives a side of 15, which must be a multiple of patch_size=2"),
+    ("--image_size=15", "inputs are 15 wide, which is not a multiple of patch_size=2"),
     (
         "--batch_size=64 --micro_batch_size=5",
         "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1",
@@ -62,7 +62,7 @@ REFUSED = [
     ("--caption=x --init_from={data}/adapter", "holds a LoRA adapter, not a pipeline"),
     ("--caption=x --init_from={data}/torn", "init_from='{data}/torn' cannot be used"),
     ("--caption=x --init_from={data}/StableDiffusionControlNetPipeline", "StableDiffusionControlNetPipeline"),
-    ("--caption=x --init_from={data}/two", "has not one denoiser"),
+    ("--caption=x --init_from={data}/two", "must have one denoiser"),
     ("--caption=x --image_size=16 --init_from={data}/edm", "its EDMEulerScheduler is not supported"),
     ("--caption=x --adapter=lora --init_from={data}/PixArtSigmaPipeline", "takes no LoRA"),
 ]

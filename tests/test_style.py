@@ -3,6 +3,7 @@ Validates the tree: ruff is content, the README tells the true line counts, CI r
 of the same name stand in the same order in both trainers.
 """
 
+import importlib
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT, run, within
 
 import train_diffusion
 import train_lm
-from configurator import settings
+from configurator import comments, settings
 
 
 @pytest.mark.parametrize("how", [["check"], ["format", "--check"]], ids=" ".join)
@@ -29,6 +30,12 @@ def test_the_readme_tells_the_true_line_counts_and_what_ci_runs():
 def test_the_gpu_runner_says_loudly_that_there_is_none():
     _, err = within("tests/gpu/run.py", code=1)
     assert "NO GPU WAS FOUND" in err
+
+
+@pytest.mark.parametrize("script", ["train_lm", "train_diffusion", "sample"])
+def test_every_setting_is_explained(script):
+    module = importlib.import_module(script)
+    assert settings(vars(module)).keys() <= comments(module.__file__).keys()
 
 
 def test_settings_of_the_same_name_stand_in_the_same_order():
