@@ -230,7 +230,7 @@ def check_settings():
         fail(f"{label_dropout=} must be at most 1")
     if guidance < 0 and guidance != -1:
         fail(f"{guidance=} must be at least 0, or -1 for the default")
-    if seed >= 2**63:  # torch.manual_seed() takes no more
+    if seed >= 2**63:  # more does not fit into 64 bits with a sign
         fail(f"{seed=} must be below 2**63")
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
@@ -1477,7 +1477,7 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
                 write_file("model.safetensors", weights)
             elif MAIN:
                 unwrap(model).save_weights(weights)
-            if "test" in splits:  # the test at the end loads the best weights from here
+            if "test" in splits and "validation" in splits:  # the test at the end loads the best weights
                 save_checkpoint(model, [], None, progress, "best.pt")
     draw_samples(model, progress["step"])
     if MAIN and adapter and progress["step"] > 0 and "validation" not in splits:
@@ -1785,7 +1785,8 @@ def main():
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
-        if step > 0 and (is_stopped or is_done or is_due(step, save_interval)):
+        may_run_out = patience > 0 and is_due(step, eval_interval)  # the evaluation may end the run
+        if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(model, optimizers, ema, progress, "checkpoint.pt")

@@ -220,7 +220,7 @@ def check_settings():
             fail(f"{name}={value} must be greater than 0")
         if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
-    if seed >= 2**63:  # torch.manual_seed() takes no more
+    if seed >= 2**63:  # more does not fit into 64 bits with a sign
         fail(f"{seed=} must be below 2**63")
     # Rotary embeddings rotate pairs of dimensions, so the width of a head must be even.
     if n_embd % (2 * n_head) != 0:
@@ -608,9 +608,11 @@ def find_files():
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
+    if not root.exists():  # a pattern: its folders without wildcards name no splits
+        root = Path(re.split(r"[*?[]", dataset)[0] + "x").parent
     paths = defaultdict(list)
     for path in used:
-        split = split_of(path.relative_to(root)) if root.is_dir() else "train"
+        split = "train" if path == root else split_of(path.relative_to(root))
         paths[split].append(path)
     return kind, paths
 
@@ -825,9 +827,10 @@ def bos_prefix(tok):
 def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
-    Every token but the very first is predicted once. For that, a row begins with <bos> where the tokenizer
-    writes one, or else with the last token of the row before. After the rows comes a footer with a note for
-    the log. It is stored with the rows, so that a run that reads them from the cache logs the same.
+    Every token is predicted once (without <bos>, all but the very first). For that, a row begins with <bos>
+    where the tokenizer writes one, or else with the last token of the row before. After the rows comes a
+    footer with a note for the log. It is stored with the rows, so that a run that reads them from the cache
+    logs the same.
     """
     begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -837,7 +840,8 @@ def encode_texts(documents, tok):
     while batch := list(itertools.islice(pieces, 16)):  # a fast tokenizer encodes several texts in parallel
         texts = [text for text, _ in batch]
         # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
-        encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with named("dataset", dataset):  # a tokenizer of characters may not know one of them
+            encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for (text, is_last), tokens in zip(batch, encoded):
             ids += tokens
             if text == "":  # an empty document
@@ -854,10 +858,21 @@ def encode_texts(documents, tok):
     yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
 
 
+def first_texts(documents, n_characters):
+    """Yield the texts of documents, until they have n_characters."""
+    n_read = 0
+    for text, _ in read_pieces(documents):
+        yield text
+        n_read += len(text)
+        if n_read >= n_characters:
+            return
+
+
 def learn_tokenizer(name, splits):
     """Yield one row with a tokenizer as JSON. (It is a generator because cached() stores rows.)
 
-    "char" learns the characters of all splits, "bpe:N" learns from 100 MB of train, "bytes" learns nothing.
+    "char" learns the characters of all splits, "bpe:N" learns from the first 100 million characters of train,
+    and "bytes" learns nothing.
     """
     if name == "char":
         letters = set()
@@ -873,8 +888,7 @@ def learn_tokenizer(name, splits):
         n_given = 256 + 1  # the bytes and END, which need no text
         n_tokens = n_given if name == "bytes" else int(name.removeprefix("bpe:"))
         documents = splits["train"] if n_tokens > n_given else []
-        pieces = itertools.islice(read_pieces(documents), 100_000_000 // PIECE_SIZE)
-        texts = (text for text, _ in pieces)
+        texts = first_texts(documents, 100_000_000)
         core = ByteLevelBPETokenizer()
         core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
     yield {"json": core.to_str()}
@@ -894,7 +908,7 @@ def load_tokenizer(splits):
     with named("tokenizer", name):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
-    if not tok("a")["input_ids"]:
+    if set(tok.get_vocab()) <= set(tok.all_special_tokens):
         fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
@@ -1404,7 +1418,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
             save_weights(unwrap(model), weights)
-        if "test" in splits:  # the test at the end loads the best weights from here
+        if "test" in splits and "validation" in splits:  # the test at the end loads the best weights
             save_checkpoint(model, [], progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1432,7 +1446,7 @@ def write_sample(model, tok, row, step):
 
 
 # Peak FLOPS in bf16 without sparsity, from NVIDIA's data sheets. For other GPUs, no mfu is reported.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 
 def speed(tokens_per_s, model):
@@ -1528,7 +1542,7 @@ def choose_precision():
 
 def set_up_fsdp2(accelerator):
     """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
-    options = {"cast_forward_inputs": False}  # the tables of cos and sin stay in fp32
+    options = {"cast_forward_inputs": False}  # autocast chooses their precision
     if accelerator.mixed_precision == "bf16":
         options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = torch.distributed.fsdp.MixedPrecisionPolicy(**options)
@@ -1672,7 +1686,8 @@ def main():
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
-        if step > 0 and (is_stopped or is_done or is_due(step, save_interval)):
+        may_run_out = patience > 0 and is_due(step, eval_interval)  # the evaluation may end the run
+        if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(model, optimizers, progress, "checkpoint.pt")
@@ -1947,7 +1962,8 @@ def encode_answers(documents, tok):
     for document in documents:
         n_rows = 0
         for text, spans in texts_with_answers(document, tok):
-            encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+            with named("dataset", dataset):  # a tokenizer of characters may not know one of them
+                encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = begin + encoding["input_ids"]
             labels = [-100] * len(begin)
             token_ends = [end for _, end in encoding["offset_mapping"]]
@@ -2013,7 +2029,7 @@ class Pretrained(nn.Module):
             out = lm(input_ids=idx, use_cache=True, **cache)  # passes past_key_values, if there are any
             if out.get("past_key_values") is not None:
                 cache["past_key_values"] = out.past_key_values
-            return out.logits[:, -1:]
+            return out.logits[:, -1:].float()
         if targets is None:
             out = self.lm(input_ids=idx, use_cache=False)
             return out.logits[:, -T:].float()  # without those of virtual tokens
@@ -2027,7 +2043,7 @@ class Pretrained(nn.Module):
             hidden = hidden[loss_positions]
             targets = targets[loss_positions]
         head = self.lm.get_output_embeddings()
-        trained = [p for p in head.parameters() if p.requires_grad]
+        trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
         # Take so many positions at a time that their logits take 128 MB, with 4 bytes each.
         chunk_size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
         return SumOfLosses.apply(hidden, targets, self.logits, chunk_size, *trained)
@@ -2163,7 +2179,10 @@ def load_pretrained(precision):
         dtype = dtypes[precision]
     model = load_model(init_from, dtype)
     is_adapter = isinstance(model, Pretrained) and hasattr(model.lm, "peft_config")
-    if is_adapter and adapter != "lora":
+    is_lora = is_adapter and model.lm.active_peft_config.peft_type == "LORA"
+    if is_adapter and not is_lora:
+        fail(f"{init_from=} is an adapter that cannot be trained further: only LoRA can")
+    if is_lora and adapter != "lora":
         fail(f"{init_from=} is an adapter: add --adapter=lora, or first merge it: sample.py --merge=FOLDER")
     if adapter and not is_adapter:
         import peft
