@@ -906,6 +906,7 @@ def draw_glyphs(size):
 
 def cached(key, features, generator, *args):
     """Return the rows of generator(*args) as a Dataset, from a cache if key and code are the same."""
+    # The code is the text of the section of this file that makes rows. It is found by its heading.
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith("Pixels")]
     state = repr([key, generator.__name__, code])
@@ -1160,7 +1161,7 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
-    # Weights do not decay, unless their group sets a weight_decay of its own.
+    # By default, weights do not decay. A group of parameters can set its own weight_decay.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
     if init_from != "scratch":
@@ -1520,8 +1521,8 @@ def start_accelerator():
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one downloads the data or encodes captions, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. With gradients that are views of its buckets,
-    # DDP needs no second copy of them. Some pipelines have weights without any effect on the output.
+    # The buffers never change, so DDP need not broadcast them. Gradients that are views of DDP's buckets need no
+    # second copy there. Some pipelines have weights without any effect on the output.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=init_from != "scratch"
     )
@@ -1732,7 +1733,7 @@ def main():
     # The 8-bit weights are cast in a way that torch.compile cannot follow.
     if compile and device.type == "cuda" and not frozen_fp8:
         model.compile()
-    # The wrapped optimizers can skip a step in fp16, so they make the steps. Checkpoints hold the plain ones.
+    # Steps are made by the wrapped optimizers, which can skip one in fp16. Checkpoints hold the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
     ema = EMA(unwrap(model))
 
@@ -1781,7 +1782,7 @@ def main():
     n_skipped = 0  # skipped steps in a row
     is_stopped = False  # by a signal
     while True:
-        # Here, `step` steps are done. Save and evaluate if that is due, then take the next step.
+        # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take the next step.
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
@@ -1827,7 +1828,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() even then: the scaler itself skips the update, and lowers its scale.
+            # In fp16, call step() also if it is not finite: the scaler skips the update and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()

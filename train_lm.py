@@ -427,7 +427,7 @@ class GPT(nn.Module):
         x = x.flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if loss_positions is not None:
-            # Skip the output layer, which is the largest matrix, where there is no loss.
+            # Apply the output layer, which is the largest matrix, only where there is a loss.
             x = x[loss_positions]
             targets = targets[loss_positions]
         return F.cross_entropy(self.logits(x), targets, reduction="sum")
@@ -446,8 +446,8 @@ def count_ids(tok):
 def make_gpt(tok):
     """Return a new GPT of the shape in the settings, for the vocabulary of a tokenizer."""
     vocab_size = count_ids(tok)
-    # GPUs multiply matrices faster if their sizes are multiples of 64. The ids added here stand for nothing
-    # and generate() never draws them. They would be a large part of a vocabulary of bytes or characters.
+    # GPUs multiply matrices faster if their sizes are multiples of 64. The ids added here are never used. For
+    # bytes or characters they would be a large part of the vocabulary, so none are added.
     if tokenizer not in ("bytes", "char"):
         vocab_size = 64 * math.ceil(vocab_size / 64)
     config = transformers.NanoChatConfig(
@@ -756,7 +756,7 @@ def cached(key, features, generator, *args):
 
     The key must stand for all that the rows depend on beside the code.
     """
-    # The code is the text of the two sections of this file whose functions make rows.
+    # The code is the text of the two sections of this file that make rows. They are found by their headings.
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith(("Data", "Answers"))]
     state = repr([key, generator.__name__, code])
@@ -1008,9 +1008,9 @@ def collate(rows):
 def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
     """Yield the indices of the rows in each micro-batch of a process, for all steps before last_step.
 
-    The rows of a step depend on seed and step only, so a resumed run gets the same ones, also with another
-    number of processes or size of micro-batches. An epoch is a permutation of the rows in which rows of
-    similar length share a batch, which saves padding.
+    The rows of a step depend on seed and step only, so a resumed run gets the same ones, even if the
+    number of processes or micro_batch_size has changed. An epoch is a permutation of the rows, in which rows
+    of similar length share a batch, which saves padding.
     """
     batches_per_epoch = max(1, len(lengths) // batch_size)
     shuffled_epoch = None
@@ -1091,7 +1091,7 @@ class Muon(torch.optim.Muon):
 
 def make_optimizers(model, accelerator):
     """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
-    # Weights do not decay, unless their group sets a weight_decay of its own.
+    # By default, weights do not decay. A group of parameters can set its own weight_decay.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
     if init_from != "scratch":
@@ -1385,7 +1385,7 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
         # and FSDP2 needs every process in every forward pass.
         n_missing = micro_size - len(batch)
         x, y, loss_positions = collate([rows[j] for j in batch + [0] * n_missing])
-        y[len(batch) :] = -100
+        y[len(batch) :] = -100  # loss_positions may still name them, but -100 has no loss
         inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
             loss = model(*inputs)
@@ -1481,8 +1481,8 @@ def start_accelerator():
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one tokenizes the data, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. With gradients that are views of its buckets,
-    # DDP needs no second copy of them.
+    # The buffers never change, so DDP need not broadcast them. Gradients that are views of DDP's buckets need no
+    # second copy there.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -1632,7 +1632,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
     if compile and device.type == "cuda":
         model.compile()
-    # The wrapped optimizers can skip a step in fp16, so they make the steps. Checkpoints hold the plain ones.
+    # Steps are made by the wrapped optimizers, which can skip one in fp16. Checkpoints hold the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1682,7 +1682,7 @@ def main():
     n_skipped = 0  # skipped steps in a row
     is_stopped = False  # by a signal
     while True:
-        # Here, `step` steps are done. Save and evaluate if that is due, then take the next step.
+        # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take the next step.
         is_done = step >= total_steps
 
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
@@ -1709,7 +1709,7 @@ def main():
         n_targets = sum(counts).float().to(device, non_blocking=True)
         n_targets = accelerator.reduce(n_targets, "sum")
         loss = torch.zeros((), device=device)
-        torch.manual_seed(hash((seed, step, RANK)))  # a resumed run draws the same dropout
+        torch.manual_seed(hash((seed, step, RANK)))  # for dropout: a resumed run draws the same
         for i, batch in enumerate(micro_batches):
             batch = send_to_device(batch, device, non_blocking=True)
             is_last = i == accumulation_steps - 1
@@ -1731,7 +1731,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() even then: the scaler itself skips the update, and lowers its scale.
+            # In fp16, call step() also if it is not finite: the scaler skips the update and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -2050,7 +2050,7 @@ class Pretrained(nn.Module):
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        no_positions = idx.new_empty(0)  # ask for the logits of no position: this skips the output layer
+        no_positions = idx.new_empty(0)  # the logits of no position: this skips the output layer
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_positions)
         return out.hidden_states[-1][:, -idx.size(1) :]  # without those of virtual tokens
 
@@ -2123,7 +2123,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     is_gpt = False
-    # For an adapter, peft needs the model of transformers that computes the same as a GPT.
+    # peft cannot wrap our GPT. With an adapter, load its weights as transformers' NanoChat instead.
     if not adapter and Path(name, "run.json").exists():
         is_gpt = read_json(setting, name, "run.json")["model"] == "GPT"
     if is_gpt:
@@ -2200,7 +2200,7 @@ def load_pretrained(precision):
     if isinstance(model, Pretrained):
         check_model(model)
     if block_size > model.context:
-        fail(f"{block_size=} is longer than the context of {init_from}: use at most {model.context}")
+        fail(f"{block_size=} is too long for {init_from}: at most --block_size={model.context}")
     return model.train()
 
 

@@ -53,6 +53,15 @@ def test_tokens_decode_to_the_very_text(prepare, tmp_path, tokenizer):
     assert texts["train"] == text.replace("\r\n", "\n") + tok.eos_token  # as Python reads lines
 
 
+def test_a_vocabulary_is_learned_from_all_documents(prepare, tmp_path):
+    """There are as many short documents as there would be pieces in a hundred million characters, and more."""
+    common = json.dumps({"text": "abab"}) + "\n"
+    rare = json.dumps({"text": "xyzw" * 20}) + "\n"
+    (tmp_path / "t.jsonl").write_text(600 * common + rare)
+    tok, _, _ = prepare(dataset=tmp_path / "t.jsonl", tokenizer="bpe:300", **WHOLE)
+    assert len(tok("xyzw")["input_ids"]) == 1
+
+
 @pytest.mark.parametrize("space", [" ", "\n", ""])
 def test_a_long_text_gives_the_tokens_of_the_whole(prepare, monkeypatch, tmp_path, space):
     """It is tokenized in pieces. Without white space, a word may be cut, which gives other tokens of the same text."""
@@ -153,6 +162,8 @@ def test_splits_are_known_by_name(prepare, tmp_path, capfd):
     out, _ = capfd.readouterr()
     for split, n in sizes.items():
         assert f"{split}: {n} rows" in out
+    _, _, of_pattern = prepare(dataset=tmp_path / "data/**/*.txt", val_fraction=0.1, test_fraction=0.1)
+    assert of_pattern == sizes
     _, _, sizes = prepare(dataset=tmp_path / "data", train_split="validation", **WHOLE)
     assert list(sizes) == ["train"]  # no row is in two splits
 

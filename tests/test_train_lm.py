@@ -197,7 +197,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path, tiny):
         return [row["val/loss"] for row in rows(tmp_path / "run", "val/loss")][1:]
 
     noisy = ("--learning_rate=3", "--embed_lr=30", "--lr_schedule=constant", "--warmup_steps=0")
-    how = (tiny, *noisy, "--max_steps=400", "--patience=2")
+    how = (tiny, *noisy, "--max_steps=400", "--patience=2", "--save_interval=0")
     within("train_lm.py", *how)
     val = val_losses()
     assert len(val) < 40
