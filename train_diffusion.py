@@ -1521,7 +1521,7 @@ def start_accelerator():
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one downloads the data or encodes captions, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. Gradients that are views of DDP's buckets need no
+    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need no
     # second copy there. Some pipelines have weights without any effect on the output.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=init_from != "scratch"
@@ -1782,9 +1782,8 @@ def main():
     n_skipped = 0  # skipped steps in a row
     is_stopped = False  # by a signal
     while True:
-        # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take the next step.
+        # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take one step.
         is_done = step >= total_steps
-
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
         may_run_out = patience > 0 and is_due(step, eval_interval)  # the evaluation may end the run
         if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
