@@ -1521,8 +1521,8 @@ def start_accelerator():
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one downloads the data or encodes captions, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need no
-    # second copy there. Some pipelines have weights without any effect on the output.
+    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need
+    # no second copy there. Some pipelines have weights without any effect on the output.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=init_from != "scratch"
     )

@@ -1481,8 +1481,8 @@ def start_accelerator():
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one tokenizes the data, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need no
-    # second copy there.
+    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need
+    # no second copy there.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
