@@ -376,8 +376,8 @@ class GPT(nn.Module):
         for block in self.model.layers:
             # QK-norm removes the scale of queries and keys, but small weights turn faster. With these, the
             # default run learns sooner to copy from its context.
-            nn.init.normal_(block.self_attn.q_proj.weight, std=0.1 * std)
-            nn.init.normal_(block.self_attn.k_proj.weight, std=0.1 * std)
+            nn.init.normal_(block.self_attn.q_proj.weight, std=0.01 * std)
+            nn.init.normal_(block.self_attn.k_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.v_proj.weight, std=std)
             nn.init.zeros_(block.self_attn.o_proj.weight)  # so each block starts as the identity
             nn.init.normal_(block.mlp.fc1.weight, std=std)
