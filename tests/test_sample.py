@@ -187,7 +187,7 @@ def test_a_page_of_pictures(runs, tmp_path):
         for name in ("class_label", "num_samples", "steps", "guidance", "seed"):
             for value in ("no such thing", 2**70):
                 refusal(client, "", **PICTURES | {name: value})
-        assert "without a prompt" in refusal(client, "a cat", **PICTURES)
+        assert "takes no prompt" in refusal(client, "a cat", **PICTURES)
         assert len(ask(client, "", **PICTURES | {"num_samples": 17, "steps": 1})) == 17  # of two batches
 
 
@@ -248,7 +248,7 @@ REFUSED = [
     ("text", "--temperature=-1", "at least 0"),
     ("text", f"--seed={2**63}", f"seed={2**63} must be below"),
     ("text", "--chat=True", "is not a chat model"),
-    ("pictures", "--merge={runs}/merged", "no LoRA"),
+    ("pictures", "--merge={runs}/merged", "nothing to merge"),
     ("nothing", "--seed=1", "cannot be used"),
     ("torn", "--seed=1", "cannot be used"),
     ("weightless", "--seed=1", "no weights"),
