@@ -1,12 +1,12 @@
-# Shakespeare, one character at a time, on a laptop. 0.7 M parameters.
+# Shakespeare, one character at a time, on a laptop. 0.6 M parameters.
 #
 #     accelerate launch train_lm.py configs/shakespeare_char_cpu.py
 #     python sample.py --out_dir=out/shakespeare-char-cpu --prompt="ROMEO:"
 #
-# Time:   66.5 and 139 s on two cores of two AMD EPYCs with bfloat16, 275 s on two of a Xeon without
+# Time:   102 s, measured on two cores of an AMD EPYC with bfloat16
 # Memory: 0.65 GB of main memory, measured on the EPYC
-# Result: val/loss 1.47 to 1.49, depending on the seed. nanoGPT's setting for laptops (0.8 M parameters, 2,000
-#         steps of 12 x 64 characters) gets to 1.89 in 67.5, 102 and 116 s on these machines.
+# Result: val/loss 1.48. In the same measurement, nanoGPT's setting for laptops (0.8 M parameters, 2,000 steps of
+#         12 x 64 characters) got to 1.89 in 89 s.
 # Data:   Shakespeare's plays, 1.1 MB, is downloaded. Without a network: --dataset=path/to/input.txt
 # Try:    --n_layer=6 --n_embd=256 --max_steps=2000 --dropout=0.1
 
