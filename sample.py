@@ -165,14 +165,12 @@ def generate_tokens(ids, n, **sampling):
     """Continue a prompt n times in parallel. After each token, yield the n continuations so far.
 
     ids and each continuation are lists of token ids.
-
     sampling: max_new_tokens, temperature, top_k, top_p and seed, as the settings have them.
     """
     texts = [[] for _ in range(n)]
     has_ended = [False] * n
     ends = trainer.end_tokens(model)
-    # generate() must draw no id that the tokenizer lacks. If some are unused, len(tok) would be too small.
-    n_ids = max(tok.get_vocab().values()) + 1
+    n_ids = trainer.count_ids(tok)  # the model may have more, which generate() must not draw
     for tokens in trainer.generate(model, ids, n, vocab_size=n_ids, **sampling):  # tokens: (n,)
         for i, token in enumerate(tokens.tolist()):
             if token in ends:

@@ -1302,9 +1302,7 @@ def load_checkpoint(model, optimizers, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(
-                f"{out_dir}/{name} does not fit the model: undo your edit of it, or choose another --out_dir"
-            )
+            fail(f"{out_dir}/{name} does not fit the model: undo your edit, or choose another --out_dir")
     # It is not strict, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1

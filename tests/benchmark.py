@@ -15,6 +15,7 @@ A peer is a checkout that lies anywhere; what it needs must be installed (--plot
   sampling    our generate() and that of transformers, with the run in --model=: tokens/s
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -212,8 +213,6 @@ def score(out):
 
     Windows of 256 tokens overlap by half. Only their second halves count, so each token has a lead-in.
     """
-    import importlib.util
-
     import transformers
 
     tok = transformers.AutoTokenizer.from_pretrained(out)

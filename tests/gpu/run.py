@@ -65,8 +65,7 @@ FOLDER = Path(tempfile.gettempdir(), f"gpu_run_{os.getpid()}")
 DATA = f"--dataset={FOLDER}/text.txt --test_fraction=0"
 GPT2 = f"train_lm.py {DATA} --tokenizer={FOLDER} --block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12"
 GPT2 += " --n_embd=768"
-BILLION = f"train_lm.py {DATA} --tokenizer={FOLDER} --block_size=2048 --n_layer=18 --n_head=16 --n_kv_head=16"
-BILLION += " --n_embd=2048 --optimizer=adamw"  # the shape of configs/gpt_1b.py
+BILLION = f"train_lm.py configs/gpt_1b.py {DATA} --tokenizer={FOLDER}"
 DEFAULTS = {
     "train_lm.py": f"train_lm.py {DATA}",
     "train_diffusion.py": "train_diffusion.py --test_fraction=0",
