@@ -44,8 +44,8 @@ def named(setting, value):
         yield
     except Exception as error:
         reason = str(error) or type(error).__name__
-        cause = str(error.__cause__ or "")  # often the real reason
-        if cause not in reason:
+        cause = error.__cause__  # often the real reason
+        if cause and str(cause) not in reason:
             reason += f" {cause}"
         fail(f"{setting}={value!r} cannot be used: {reason}")
 
@@ -62,7 +62,8 @@ def settings(namespace):
 
 def comments(path):
     """Return {name: comment} for the settings in a script. --help and the demo show these comments."""
-    setting = r"^([a-z]\w*) = .*?  # (.*)$"  # name = value  # comment
+    # A line such as: top_k = 0  # keep only the k most likely tokens
+    setting = r"^([a-z]\w*) = .*?  # (.*)$"
     with open(path, encoding="utf-8") as f:
         return dict(re.findall(setting, f.read(), re.MULTILINE))
 
@@ -77,7 +78,7 @@ def print_help(namespace):
 
 
 def parse(text, default):
-    """Return the text after `--name=` as a value. Strings stay as they are, numbers are Python's."""
+    """Return the text after `--name=` as a value. If the default is a string, it stays as it is."""
     if isinstance(default, str):
         return text
     if text.lower() in ("true", "false"):
@@ -89,12 +90,13 @@ def parse(text, default):
 
 
 def read_config(path, values):
-    """Run a config file, which can read and assign settings. Return {name: value} of them afterwards."""
+    """Run a config file, which can read and assign settings. Return {name: value} as it leaves them."""
     if not os.path.isfile(path):
         fail(f"there is no config file {path}")
     namespace = runpy.run_path(path, init_globals=dict(values))
     assigned = {}
     for name, value in namespace.items():
+        # A config may import modules, and use names such as _n for itself.
         if name[0] != "_" and not isinstance(value, types.ModuleType):
             assigned[name] = value
     return assigned
@@ -123,7 +125,7 @@ def configure(namespace, arguments=None):
                 [nearest] = difflib.get_close_matches(name, values, n=1, cutoff=0)
                 fail(f"{argument}: {name} is not a setting; did you mean {nearest}?")
             kind = type(values[name])
-            # float() would raise an error for larger numbers.
+            # Take 1 for 1.0. float() would raise an error for numbers of 2**1024 and more.
             if kind is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
             if type(value) is not kind:

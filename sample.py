@@ -13,7 +13,6 @@ adapter of peft. Generated text goes to stdout, everything else to stderr.
 import contextlib
 import glob
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from configurator import UserError, comments, configure, fail, named, settings
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt (0: one); without prompts: images in total (0: one per class, else 16)
+num_samples = 0  # per prompt; without prompts: images in total; 0: one per prompt or class, else 16
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text
@@ -52,7 +51,7 @@ compare = ""  # runs to plot in the demo, such as 'out/*' (default: this one)
 port = 7860  # port of the web demo
 share = False  # also give the demo a public address, through Gradio's servers
 
-# In these settings, configure() expands ~.
+# In these settings, configure() replaces a ~ at the beginning by the home folder.
 PATHS = ("out_dir", "base", "merge", "output", "compare")
 # Smallest value, largest value and step of the demo's controls. The command line allows larger values.
 RANGES = {
@@ -86,20 +85,21 @@ def model_section(script):
 def choose_script(run):
     """Return the path of the training script to load a run with; run is the content of its run.json.
 
-    A run keeps a copy of its script. The script beside this file will do, unless the copy has another model.
+    A run keeps a copy of its script. If the script beside this file has the same model, it is used instead.
     """
     if run.get("kind") not in ("lm", "diffusion"):
-        fail(f"{out_dir} is not a run of these scripts: its run.json has kind={run.get('kind')!r}")
+        fail(f"{out_dir} is not a run of train_lm.py or train_diffusion.py: it has kind={run.get('kind')!r}")
     script = Path(__file__).with_name(f"train_{run['kind']}.py")
     copy = Path(out_dir, script.name)
-    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # then a library defines the model
+    is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # a library defines the model, not the script
     if is_pretrained or not copy.exists():
         return script
     if model_section(copy) == model_section(script):
         return script
     if not trust_run_code:
         fail(
-            f"the model in {copy} is not that in {script}: if you trust its author, add --trust_run_code=True"
+            f"the model in {copy} differs from that in {script}: to execute {copy},"
+            " add --trust_run_code=True, but only if you trust who wrote it"
         )
     return copy
 
@@ -111,16 +111,6 @@ def import_script(path):
     sys.modules[path.stem] = module  # as the import statement does
     spec.loader.exec_module(module)
     return module
-
-
-def supports_bf16(device):
-    """Tell whether the hardware computes in bf16; emulation would be slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":  # for example, an Apple GPU
-        return False
-    features = torch.cpu.get_capabilities()
-    return features.get("avx512_bf16") or features.get("amx_bf16")
 
 
 def load_run():
@@ -147,7 +137,8 @@ def load_run():
     if merge:  # stay on the CPU, which has the most memory, and in fp32, which rounds least
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if sum(p.numel() for p in model.parameters()) > 10e6 and supports_bf16(device):
+    is_large = sum(p.numel() for p in model.parameters()) > 10_000_000
+    if is_large and trainer.choose_precision() == "bf16":
         # A large model spends most of its time reading its weights: halve them. Buffers, such as rotary
         # frequencies, stay in fp32.
         for p in model.parameters():
@@ -167,17 +158,17 @@ def generate_tokens(ids, n, **sampling):
     ids and each continuation are lists of token ids.
     sampling: max_new_tokens, temperature, top_k, top_p and seed, as the settings have them.
     """
-    texts = [[] for _ in range(n)]
+    continuations = [[] for _ in range(n)]
     has_ended = [False] * n
     ends = trainer.end_tokens(model)
-    n_ids = trainer.count_ids(tok)  # the model may have more, which generate() must not draw
+    n_ids = trainer.count_ids(tok)  # the model may have more, as padding, which must not be sampled
     for tokens in trainer.generate(model, ids, n, vocab_size=n_ids, **sampling):  # tokens: (n,)
         for i, token in enumerate(tokens.tolist()):
             if token in ends:
                 has_ended[i] = True
             if not has_ended[i]:
-                texts[i].append(token)
-        yield texts
+                continuations[i].append(token)
+        yield continuations
 
 
 def decode(ids):
@@ -186,18 +177,18 @@ def decode(ids):
 
 
 def complete(prompt, num_samples, **sampling):
-    """Yield the prompt with its first continuation so far, and in the end with all num_samples of them."""
+    """Yield the prompt with its first continuation, as it grows, and at last with all continuations."""
     with named("prompt", prompt[:100]):  # a tokenizer may not know a character
         ids = tok(prompt)["input_ids"]
     # Some tokenizers put an end token behind every text, but this one is to be continued.
-    ends_itself = tok.eos_token is not None and prompt.endswith(tok.eos_token)
-    if ids and ids[-1] == tok.eos_token_id and not ends_itself:
+    user_wrote_end = tok.eos_token is not None and prompt.endswith(tok.eos_token)
+    if ids and ids[-1] == tok.eos_token_id and not user_wrote_end:
         ids.pop()
     if not 1 <= len(ids) <= model.context:
         fail(f"the prompt has {len(ids)} tokens: it must have at least 1 and at most {model.context}")
-    for texts in generate_tokens(ids, num_samples or 1, **sampling):
-        yield decode(ids + texts[0])
-    yield "\n".join(decode(ids + text) for text in texts)
+    for continuations in generate_tokens(ids, num_samples or 1, **sampling):
+        yield decode(ids + continuations[0])
+    yield "\n".join(decode(ids + continuation) for continuation in continuations)
 
 
 def encode_chat(messages):
@@ -217,8 +208,8 @@ def reply(messages, seed, **sampling):
         fail("the message is empty")
     ids = encode_chat(messages)
     seed += len(messages)  # a question that is repeated may get another answer
-    for texts in generate_tokens(ids, 1, seed=seed, **sampling):
-        yield decode(texts[0]).strip()
+    for continuations in generate_tokens(ids, 1, seed=seed, **sampling):
+        yield decode(continuations[0]).strip()
 
 
 def print_text(texts, file):
@@ -233,38 +224,47 @@ def print_text(texts, file):
     return shown
 
 
-def chat_in_terminal(message, sampling, file):
-    """Answer the first message, if there is one, and then each line that is typed."""
+def typed_messages(first):
+    """Yield the first message, unless it is empty, and then each line that is typed, until Ctrl-D."""
+    if first.strip():
+        yield first
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def chat_in_terminal(first, sampling, file):
+    """Answer the first message, unless it is empty, and then each line that is typed."""
     messages = []
-    while True:
-        if not message.strip():
-            try:
-                message = input("> ")
-            except EOFError:  # Ctrl-D
-                return
+    for message in typed_messages(first):
         question = {"role": "user", "content": message}
         with contextlib.suppress(UserError):  # raised by fail(), which has printed the reason
             answer = print_text(reply([*messages, question], **sampling), file)
             messages += [question, {"role": "assistant", "content": answer}]
-        message = ""
 
 
-def merge_lora():
-    """Merge the LoRA adapter into the model and write it to the folder `merge`."""
-    peft_model = getattr(model, "lm", None)  # only a causal language model of a library has one
-    config = getattr(peft_model, "active_peft_config", None)
-    if config is None or config.peft_type != "LORA":
-        fail(f"{out_dir} is not a language model with a LoRA adapter, so there is nothing to merge")
-    lm = peft_model.get_base_model()
+def untie_embeddings(lm):
+    """Give the two embeddings of a model matrices of their own, if it has one for both and a LoRA on one.
+
+    Otherwise, merging the LoRA would change both.
+    """
     embedding = lm.get_input_embeddings()
     head = lm.get_output_embeddings()
     plain_embedding = getattr(embedding, "base_layer", embedding)  # without LoRA
     plain_head = getattr(head, "base_layer", head)
     has_lora = embedding is not plain_embedding or head is not plain_head
     if has_lora and plain_head.weight is plain_embedding.weight:
-        # The two matrices are one, but the LoRA changes only one of them. Untie them, or both would change.
         plain_head.weight = torch.nn.Parameter(plain_head.weight.detach().clone())
         lm.config.tie_word_embeddings = False
+
+
+def merge_lora():
+    """Merge the LoRA adapter into the model and write it to the folder `merge`."""
+    peft_model = getattr(model, "lm", None)  # only a pretrained model has one
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None or config.peft_type != "LORA":
+        fail(f"{out_dir} is not a language model with a LoRA adapter, so there is nothing to merge")
+    untie_embeddings(peft_model.get_base_model())
     with named("merge", merge):
         Path(merge).mkdir(parents=True)
         peft_model.merge_and_unload().save_pretrained(merge)
@@ -307,11 +307,11 @@ def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
         yield images
 
 
-def save_images(values):
+def save_images(**sampling):
     """Draw, and write a grid of all images to the file `output`."""
     if not output.endswith(".png") or not Path(output).parent.is_dir():
         fail(f"{output=} must be a .png in a folder that exists")
-    images = list(draw(**values))[-1]  # the last list has all images
+    images = list(draw(**sampling))[-1]  # the last list has all images
     trainer.make_grid(images).save(output)
 
 
@@ -323,9 +323,9 @@ def losses():
     import pandas as pd
 
     names = ["val/loss"] if compare else ["train/loss", "val/loss"]
-    folders = compare or glob.escape(out_dir)  # compare is a pattern, out_dir the name of one folder
+    pattern = compare or glob.escape(out_dir)  # out_dir is the name of one folder
     rows = []
-    for file in sorted(glob.glob(f"{folders}/metrics.jsonl")):
+    for file in sorted(glob.glob(f"{pattern}/metrics.jsonl")):
         lines = Path(file).read_text(encoding="utf-8").split("\n")
         for line in lines[:-1]:  # the last line may be half written
             values = json.loads(line)
@@ -338,18 +338,14 @@ def losses():
 def reply_in_demo(message, history, **sampling):
     """Yield the answer so far to a message; history: the messages before it, as Gradio keeps them."""
     messages = []
-    for turn in history:
+    for turn in [*history, {"role": "user", "content": message}]:
         content = turn["content"]
         if isinstance(content, list):  # a browser sends a list of parts, a program a string
-            content = content[0]["text"]
+            content = "".join(part.get("text", "") for part in content)
+        if messages and messages[-1]["role"] == turn["role"]:
+            messages.pop()  # Gradio also keeps questions that were refused, which have no answer
         messages.append({"role": turn["role"], "content": content})
-    messages.append({"role": "user", "content": message})
-    # Gradio also keeps questions that were refused. Drop them: another question follows, not an answer.
-    answered = []
-    for turn, next_turn in itertools.pairwise(messages):
-        if turn["role"] != next_turn["role"]:
-            answered.append(turn)
-    yield from reply([*answered, messages[-1]], **sampling)
+    yield from reply(messages, **sampling)
 
 
 def make_control(name, value, is_visible):
@@ -365,7 +361,10 @@ def make_control(name, value, is_visible):
             return gr.Number(**options)
         return gr.Slider(**options)
     if name == "class_label":
-        choices = [("all", ""), *getattr(model, "class_names", [])]  # a label and its value, or both in one
+        choices = [
+            ("all", ""),
+            *getattr(model, "class_names", []),
+        ]  # ("all", ""): the label "all" for the value ""
         return gr.Dropdown(choices, **options)
     return gr.Textbox(**options)
 
@@ -377,7 +376,7 @@ def make_form(respond, controls):
     with gr.Row():
         with gr.Column():
             for control in controls:
-                control.render()  # here in the layout
+                control.render()  # places it here in the layout
             start = gr.Button("Generate", variant="primary")
             stop = gr.Button("Stop")
         if tok is None:
@@ -385,7 +384,7 @@ def make_form(respond, controls):
             progress = "full"
         else:
             shown = gr.Textbox(label="text", lines=20)
-            progress = "hidden"  # after Stop it would hide the text so far
+            progress = "hidden"  # "full" would still hide the text after Stop
     click = start.click(respond, controls, shown, api_name="generate", show_progress=progress)
     stop.click(None, cancels=click)
 
@@ -408,13 +407,14 @@ def serve(generate, values):
     def respond(*arguments):
         """Yield what generate() yields for the values of the controls. Show mistakes of users on the page."""
         try:
-            for name, value in zip(names, arguments):
-                if value is None:
+            values = dict(zip(names, arguments))
+            for name, value in values.items():
+                if value is None:  # a number field that was cleared
                     fail(f"{name} must have a value")
                 # A longer text would keep other visitors waiting.
                 if isinstance(value, str) and len(value) > 20_000:
                     fail(f"{name} has {len(value)} characters: at most 20,000 are allowed")
-            yield from generate(**dict(zip(names, arguments)))
+            yield from generate(**values)
         except UserError as error:
             if not chat:
                 raise gr.Error(error.message, print_exception=False) from None
@@ -428,8 +428,8 @@ def serve(generate, values):
         table = losses()
         plot = gr.LinePlot(table, "step", "loss", color="curve", visible=not table.empty)
         # Read the losses again every 10 seconds. With queue=False, this does not wait until samples are done.
-        gr.Timer(10).tick(losses, None, plot, queue=False, show_progress="hidden", api_visibility="private")
-    page.queue(max_size=32, api_open=False)  # programs, too, must wait in the queue
+        gr.Timer(10).tick(losses, outputs=plot, queue=False, show_progress="hidden", api_visibility="private")
+    page.queue(max_size=32, api_open=False)  # programs must wait in the queue, too
     # The default theme would load fonts from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with named("port", port):
@@ -440,7 +440,7 @@ def serve(generate, values):
 
 
 def check_settings():
-    """End the program for numbers that are out of range."""
+    """End the program for numbers that are too small or, in the case of seed, too large."""
     values = settings(globals())
     for name, (smallest, _, _) in RANGES.items():
         if values[name] < smallest:
@@ -457,7 +457,7 @@ def main():
             text = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8")
     stdout = sys.stdout
     sys.stdout = sys.stderr  # libraries print notices; with "> file", the file gets only the text
-    if hasattr(stdout, "reconfigure"):
+    if hasattr(stdout, "reconfigure"):  # not if a program has replaced it
         stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
 
     load_run()
@@ -500,7 +500,7 @@ def main():
     elif chat:
         chat_in_terminal(text, values, stdout)
     elif tok is None:
-        save_images(values)
+        save_images(**values)
     else:
         print_text(complete(**values), stdout)
 

@@ -13,7 +13,7 @@ with --resume=True goes on from it.
 
 import os
 
-# Read before the slow imports. If the launcher dies during them, catch_signals() notices it and ends the run.
+# The launcher. Read before the slow imports, so that stop_with_launcher() notices if it dies during them.
 PARENT = os.getppid()
 
 import contextlib
@@ -51,14 +51,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
-from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
-# ends the program with a message. named() turns an error of a library into a message about one setting.
+# ends the program with a message. named() does so if a library raises an error: the message blames a setting.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
@@ -83,7 +82,7 @@ num_workers = 0  # processes that load data; use 2 or more if a GPU waits for da
 # model; with init_from, the pipeline brings its own
 init_from = "scratch"  # random weights; or a text-to-image pipeline to fine-tune: Hub name or folder
 adapter = ""  # with init_from: "lora" trains only a few new weights; "": all of the denoiser
-vae = ""  # train on images compressed by this autoencoder (AutoencoderKL: Hub name, folder); "": on pixels
+vae = ""  # autoencoder (AutoencoderKL: Hub name, folder) that first compresses the images; "": none
 patch_size = 2  # patch_size x patch_size pixels or latents are one token; smaller is better and slower
 n_layer = 6  # number of transformer blocks
 n_head = 2  # number of attention heads
@@ -92,31 +91,31 @@ n_embd = 128  # width of the model, a multiple of 4 and of n_head
 lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
 lora_alpha = 16.0  # lora: strength; what the new weights add is multiplied by lora_alpha / lora_rank
 lora_targets = ""  # lora: layers that get new weights, such as to_q,to_v; "": all linear ones in the blocks
-frozen_fp8 = False  # lora: store all other weights in 8 bits, to save memory; needs gradient_checkpointing
+frozen_fp8 = False  # lora: store all other weights in 8 bits; saves memory if gradient_checkpointing is on
 # diffusion
-prediction = "flow"  # what the model predicts: "flow", "v", "eps" (noise), "x0" (image); table in this script
-label_dropout = 0.1  # how often the class or caption is hidden in training; guidance needs more than 0
+prediction = "flow"  # what the model predicts: "flow" (noise - image), "v", "eps" (noise) or "x0" (image)
+label_dropout = 0.1  # fraction of the classes or captions that training hides; guidance needs such examples
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
 sampler = "dpm++"  # turns noise into images: "dpm++" (second order) or "ddim" (first order; for flow: Euler)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
 guidance = -1.0  # strength of guidance by class or caption; 1: none; -1: the default (2, or the pipeline's)
-sample_prompts = ""  # with init_from: prompts for the samples, separated by |; "": the first captions
+sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
-micro_batch_size = 0  # images that a process computes at once; fewer save memory; 0: its share of the batch
+micro_batch_size = 0  # images that a process computes at once; a small number saves memory; 0: its share
 max_steps = 700  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (for matrices in the blocks; AdamW for the rest) or "adamw"; with init_from adamw
+optimizer = "muon"  # "muon" (matrices in the blocks; AdamW for the rest) or "adamw"; init_from: adamw only
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
-adamw_lr = 0.005  # with muon: peak learning rate of all other parameters, which AdamW trains
+adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matrices in the blocks
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
+cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
 grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
@@ -135,7 +134,7 @@ detect_anomaly = False  # stops at the first NaN in a gradient and shows where i
 profile = False  # writes a trace of steps 6 to 8, when compilation is over, for chrome://tracing
 
 DEFAULT_LR = {"muon": 0.02, "adamw": 0.001, "fine-tuning": 1e-5, "lora": 1e-4}
-# In these settings, configure() expands ~.
+# In these settings, configure() replaces a ~ at the beginning by the home folder.
 PATHS = ("out_dir", "dataset", "init_from", "vae")
 # Settings that a resumed run may not change. If you add a setting that shapes the model, add its name.
 FIXED = """
@@ -174,7 +173,7 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets ACCELERATE_MIXED_PRECISION for one process, TORCHELASTIC_RUN_ID for several.
+    # `accelerate launch` sets the first of these variables for one process, the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         stop_with_launcher()
@@ -230,12 +229,12 @@ def check_settings():
         fail(f"{label_dropout=} must be at most 1")
     if guidance < 0 and guidance != -1:
         fail(f"{guidance=} must be at least 0, or -1 for the default")
-    if seed >= 2**63:  # more does not fit into 64 bits with a sign
+    if seed >= 2**63:  # torch keeps seeds as 64-bit integers with a sign
         fail(f"{seed=} must be below 2**63")
     if n_embd % 4 != 0 or n_embd % n_head != 0:
         fail(f"{n_embd=} must be a multiple of 4 and of {n_head=}")
     if init_from == "scratch" and (adapter or caption):
-        fail("adapter and caption need a pretrained pipeline: add --init_from=")
+        fail("--adapter and --caption need a pretrained pipeline: name one by --init_from=")
     if frozen_fp8 and not (adapter and gradient_checkpointing):
         fail(f"{frozen_fp8=} saves memory only with --adapter=lora and --gradient_checkpointing=True")
     if init_from != "scratch" and vae:
@@ -247,7 +246,7 @@ def check_settings():
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
     if resume and overwrite:
-        fail("resume continues the run that overwrite would delete: choose one")
+        fail("--resume=True continues the run that --overwrite=True would delete: use only one of them")
     if not dataset:
         fail("dataset has no value: name a folder of images, a .parquet file or a dataset of the Hub")
 
@@ -262,7 +261,7 @@ def norm(x):
 
 
 def sinusoidal_embedding(x, lowest, n):
-    """Return cosines and sines of x (...) at n frequencies (..., 2 n), as in arXiv:1706.03762."""
+    """Return (..., 2 n): cosines and sines of x (...) at n frequencies, as in arXiv:1706.03762."""
     exponents = torch.arange(n, device=x.device) / n  # from 0 up to nearly 1
     frequencies = lowest**exponents  # from 1 down to nearly `lowest`
     angles = x[..., None] * frequencies
@@ -337,8 +336,6 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """The whole model, for images or latents of a shape (channels, size, size)."""
 
-    _no_split_modules = ("Block",)  # read by accelerate: FSDP2 gathers the weights of one Block at a time
-
     def __init__(self, shape, class_names):
         super().__init__()
         channels, size, _ = shape
@@ -346,12 +343,12 @@ class DiT(nn.Module):
         self.shape = shape
         self.class_names = class_names  # for draw()
         self.no_class = len(class_names)  # index of one more embedding, used if the class is hidden
-        self.prediction = prediction  # here, because a Pipeline has one of its own
+        self.prediction = prediction  # an attribute, because the scheduler of a Pipeline decides its own
 
         self.patch_in = nn.Linear(channels * patch_size**2, n_embd)
         # Position embeddings: sinusoids of rows and columns at first, then learned.
         grid = torch.cartesian_prod(torch.arange(n_side), torch.arange(n_side))  # (T, 2)
-        # The frequencies are 2 down to 0.1 radians per patch.
+        # The frequencies are 2 down to 0.1 radians per patch: waves of 3 to 63 patches.
         sinusoids = sinusoidal_embedding(2 * grid, lowest=0.05, n=n_embd // 4)
         self.position = nn.Parameter(sinusoids.flatten(1))  # (T, C)
         self.time_mlp = nn.Sequential(nn.Linear(256, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
@@ -389,7 +386,7 @@ class DiT(nn.Module):
                 x = block(x, c)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, C)
         x = self.patch_out(norm(x) * (1 + scale) + shift).float()  # (B, T, channels p p)
-        x = x.mT.reshape(patches.shape)  # as pixel_unshuffle() has it
+        x = x.mT.reshape(patches.shape)  # (B, channels p p, size / p, size / p)
         return F.pixel_shuffle(x, patch_size)
 
     def alpha_sigma(self, t):
@@ -482,8 +479,8 @@ def sample(model, cond, seeds, steps, scale):
         h = torch.log(alpha_next / sigma_next) - torch.log(alpha / sigma)  # the length of the step
         x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, alpha = 0 makes
-        # it infinite in the first step, too. Then the second step gets no correction: h / (2 h_before) = 0.
+        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, h is infinite
+        # in the first step, too (alpha = 0). Then the second step has no correction: h / (2 h_before) = 0.
         if sampler == "dpm++" and 0 < i < steps - 1:
             x_0_before, h_before = before
             estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
@@ -520,9 +517,10 @@ SPLITS = {
 
 
 def list_files(path, seen):
-    """Yield the file, or the files below the folder, that are not hidden. seen: real paths of those before.
+    """Yield the path itself if it is a file, or else all files below it that are not hidden.
 
-    Links are followed, but each file is yielded once, and a folder that holds a link to itself is read once.
+    Links are followed. `seen` is the set of the real paths so far: it makes sure that each file is yielded
+    once and that a folder with a link to itself is read once.
     """
     real_path = os.path.realpath(path)
     if real_path in seen:
@@ -622,7 +620,9 @@ def read_tables(tables):
     class_names = []
     for split, table in tables.items():
         if image_column not in table.features:
-            fail(f"{dataset=} has no {image_column=}: it must be one of {', '.join(table.features)}")
+            fail(
+                f"{dataset=} has no {image_column=}: --image_column= takes one of {', '.join(table.features)}"
+            )
         texts = [caption or None] * len(table)
         if column in table.features and not caption:
             feature = table.features[column]
@@ -691,11 +691,13 @@ def read_folder(paths, descriptions):
         log(f"left out: {n_left_out} images that are not in the metadata file")
 
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
-    file = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
+    file_columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
     splits = {}
     for split, pairs in found.items():
         column_of_images = [{"bytes": None, "path": os.fsencode(path)} for path, _ in pairs]
-        images = datasets.Dataset.from_dict({"image": column_of_images}, datasets.Features({"image": file}))
+        images = datasets.Dataset.from_dict(
+            {"image": column_of_images}, datasets.Features({"image": file_columns})
+        )
         splits[split] = (images, [text for _, text in pairs])
     return splits
 
@@ -730,7 +732,7 @@ def read_metadata(files):
             metadata[os.path.normpath(file.parent / row["file_name"])] = row
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
-        log(f"the metadata file names {n_missing} images that do not exist")
+        log(f"{n_missing} images that the metadata file lists do not exist")
     return metadata
 
 
@@ -740,7 +742,7 @@ IMAGES_PER_FILE = 10_000
 ROW = {
     "x": datasets.Value("binary"),  # pixels or latents in fp16; empty if the image cannot be read
     "index": datasets.Value("int32"),  # of the image
-    # The original height and width of the image, if the model is told them
+    # [original height, original width] for models that are told them (SDXL), else []
     "size": datasets.List(datasets.Value("int32")),
     "is_gray": datasets.Value("bool"),
     "crc32": datasets.Value("int64"),  # checksum of the pixels, by which a resumed run recognizes its data
@@ -786,7 +788,7 @@ def scale_to_8_bits(image):
         # The range is unknown, so the darkest value becomes black and the brightest white.
         low = values.min()
         high = values.max()
-        values = (values - low) / max(1, high - low)  # all pixels may be equal
+        values = (values - low) / ((high - low) or 1)  # all pixels may be equal
     return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
@@ -818,7 +820,7 @@ def encode_images(images, indices, to_latents, wants_size):
     function from images (B, 3, S, S) in [-1, 1] to what the model is trained on. wants_size: whether to store
     the original size.
     """
-    pixels_at_once = 2**18
+    pixels_at_once = 2**18  # for example, 1,024 images of 16 x 16; limits the memory of the autoencoder
     n_at_once = max(1, pixels_at_once // image_size**2)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), n_at_once):
@@ -911,7 +913,7 @@ def cached(key, features, generator, *args):
     code = [section for section in sections if section.startswith("Pixels")]
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
-    # With gen_kwargs instead, datasets would look for lists among the arguments and split them into shards.
+    # Bind the arguments here: from_generator() would split lists among its gen_kwargs into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
@@ -962,7 +964,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
 
 
 def checksums(module):
-    """Return sums of some weights of a module, as a fingerprint that tells two of the same shape apart."""
+    """Return sums of some weights of a module. They tell it from another one of the same shape."""
     return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
@@ -973,7 +975,7 @@ def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part). An image and its mirror image stay together."""
     n_views = 2 if flip else 1
     n_images = math.ceil(fraction * len(rows) / n_views)
-    with named("dataset", dataset):  # an empty part is an error
+    with named("dataset", dataset):  # raises an error if a part would be empty
         parts = rows.train_test_split(n_images * n_views, shuffle=False)
     return parts["train"], parts["test"]
 
@@ -981,7 +983,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split named train, only {', '.join(found)}: name one of them so")
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename the one to train on")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1153,14 +1155,14 @@ class Muon(torch.optim.Muon):
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
-                # Tall matrices take larger steps. This is adjust_lr_fn="original" of torch.optim.Muon.
+                # Tall matrices take larger steps, as in torch.optim.Muon.
                 scale = max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
-    """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
+    """Return [Muon, AdamW], or [AdamW] if it trains all. Each trained parameter is in one of them."""
     # By default, weights do not decay. A group of parameters can set its own weight_decay.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
@@ -1181,9 +1183,7 @@ def make_optimizers(model, accelerator):
             matrices.append(p)
         else:
             others.append(p)
-    muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
-    if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
-        return [torch.optim.Muon(matrices, **muon), adamw(others, lr=adamw_lr)]
+    muon = {"lr": lr, "weight_decay": weight_decay}
     # Where the hardware has no bf16, computing in it is slow.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
@@ -1200,28 +1200,30 @@ def lr_at(step, total_steps):
     elif lr_schedule == "wsd":
         cooldown_steps = max(1, cooldown * total_steps)
         decay = min(1.0, (total_steps - step) / cooldown_steps)
-    return min(warmup, min_lr + (1 - min_lr) * decay)
+    after_warmup = min_lr + (1 - min_lr) * decay
+    return min(warmup, after_warmup)
 
 
 class EMA:
     """The exponential moving average of the trained weights, with which images become much better."""
 
     def __init__(self, model):
-        self.weights = [p.detach() for p in model.parameters() if p.requires_grad]
-        self.averages = [weight.clone() for weight in self.weights] if ema_decay else []
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = trained if ema_decay else {}
+        self.averages = {name: weight.clone() for name, weight in self.weights.items()}
 
     def update(self, step):
         """Move the averages towards the weights."""
         # The decay is small at first, to forget the random initial weights.
         decay = min(ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        torch._foreach_lerp_([*self.averages.values()], [*self.weights.values()], 1 - decay)
 
     def swap(self):
         """Exchange the weights and the averages; a second call undoes it."""
-        for weight, average in zip(self.weights, self.averages):
+        for name, weight in self.weights.items():
             kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+            weight.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
 
 
 # ---- Checkpoints and the run directory ----
@@ -1352,64 +1354,57 @@ def unwrap(model):
     return getattr(model, "module", model)
 
 
-def gather(model, optimizers=(), with_frozen=False):
-    """Return ({name: weight}, state of the optimizers), collected from all processes.
-
-    Frozen weights are left out unless with_frozen. Every process must call this.
-    """
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    options.ignore_frozen_params = not with_frozen
-    weights, state = dcp.get_state_dict(model, optimizers, options=options)
-    # dcp still returns some frozen weights, and tied weights under both of their names. Remove these.
-    kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
-    all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
-    if adapter:  # the buffers of the frozen model stay as they are
-        all_names |= {name for name, _ in unwrap(model).named_buffers()}
-    left_out = all_names - kept
-    weights = {name: weight for name, weight in weights.items() if name not in left_out}
-    return weights, state
+def weights_of(model):
+    """Return {name: tensor} for all weights and buffers or, with an adapter, for its weights alone."""
+    kept = [name for name, p in model.named_parameters() if p.requires_grad or not adapter]
+    if not adapter:
+        kept += [name for name, _ in model.named_buffers()]
+    state = model.state_dict()  # has tied weights twice, and only the buffers that are to be saved
+    return {name: state[name] for name in kept if name in state}
 
 
-def save_checkpoint(model, optimizers, ema, progress, name):
-    """Write a checkpoint to out_dir. With optimizers=[] and ema=None, it cannot be resumed."""
-    averages = {}
-    if ema:
-        ema.swap()
-        averages, _ = gather(model)
-        # On a CPU, gather() returns the weights themselves, which swap() overwrites.
-        averages = {key: average.clone() for key, average in averages.items()}
-        ema.swap()
-    weights, state = gather(model, optimizers)
+def save_checkpoint(model, optimizers, ema, progress):
+    """Write checkpoint.pt, from which a run can be resumed."""
     if MAIN:
-        write_file(name, {"model": weights, "ema": averages, "optimizers": state, "progress": progress})
+        states = [o.state_dict() for o in optimizers]
+        content = {"model": weights_of(model), "ema": ema.averages, "optimizers": states}
+        write_file("checkpoint.pt", content | {"progress": progress})
 
 
-def load_checkpoint(model, optimizers, ema, name):
-    """Load a checkpoint into the model, the optimizers and ema of every process. Return its progress."""
-    state = {"model": {}, "ema": {}, "optimizers": {}, "progress": {}}
-    weights, _ = gather(model)  # a collective operation: all processes must call it
-    if MAIN:  # only the main process reads the file; the others get its content below
-        with named("checkpoint", f"{out_dir}/{name}"):
-            state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
-        saved_shapes = {key: p.shape for key, p in state["model"].items()}
-        if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} does not fit the model: undo your edit, or choose another --out_dir")
-    # It is not strict, because frozen weights are not in the checkpoint.
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-    options.broadcast_from_rank0 = WORLD > 1
-    if ema:  # load the averages as if they were the weights, then swap them into ema
-        dcp.set_model_state_dict(model, state["ema"], options=options)
-        ema.swap()
-    dcp.set_model_state_dict(model, state["model"], options=options)
-    if optimizers:
-        dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-        # For weights without any effect on the loss, dcp has made a state that was not in the checkpoint.
-        saved = from_main(list(state["optimizers"].get("state", {})))
-        for key, p in unwrap(model).named_parameters():
-            for o in optimizers:
-                if key not in saved:
-                    o.state.pop(p, None)
-    return from_main(state["progress"])
+def load_checkpoint(model, optimizers, ema):
+    """Load checkpoint.pt in every process. Return the progress of the run."""
+    with named("checkpoint", f"{out_dir}/checkpoint.pt"):
+        state = torch.load(Path(out_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    saved_shapes = {name: p.shape for name, p in state["model"].items()}
+    if saved_shapes != {name: p.shape for name, p in weights_of(model).items()}:
+        fail(
+            f"{out_dir}/checkpoint.pt does not fit the model as it is now: undo your edit, or choose another"
+        )
+    model.load_state_dict(state["model"], strict=False)  # frozen weights are not in the checkpoint
+    for o, optimizer_state in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(optimizer_state)
+    for name, average in ema.averages.items():
+        average.copy_(state["ema"][name])
+    return state["progress"]
+
+
+def save_best(model, splits):
+    """Write the weights for drawing and, if they will be tested at the end, best.pt for load_best()."""
+    weights = weights_of(model)
+    if init_from == "scratch":
+        write_file("model.safetensors", weights)
+    else:
+        model.save_weights(weights)
+    if "test" in splits and "validation" in splits:  # without validation, the last weights are tested
+        write_file("best.pt", weights)
+
+
+def load_best(model):
+    """Load best.pt into the model of every process."""
+    if MAIN:
+        weights = torch.load(Path(out_dir, "best.pt"), map_location="cpu", weights_only=True)
+        model.load_state_dict(weights, strict=False)  # frozen weights are not in it
+    broadcast(weights_of(model))  # in place
 
 
 # ---- Evaluation ----
@@ -1430,11 +1425,9 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
     mine = chosen[RANK::WORLD]
     losses = np.zeros(4)  # sums over images, one for each quarter
     model.eval()
-    n_mine = math.ceil(n_rows / WORLD)  # the same in all processes: under FSDP2, they run the model together
-    for i in range(0, n_mine, micro_size):
+    for i in range(0, len(mine), micro_size):
         batch = mine[i : i + micro_size]
-        # Fill the last batch with row 0, but without its loss. torch.compile would compile another size anew,
-        # and FSDP2 needs every process in every forward pass.
+        # Fill the last batch with row 0, whose loss is not counted. torch.compile would compile another size.
         n_missing = micro_size - len(batch)
         indices = batch + [0] * n_missing
         x_0, cond = collate([rows[j] for j in indices], unwrap(model).shape)
@@ -1465,20 +1458,16 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
         report(values)
         is_best = values["val/loss"] <= progress["best"]
-    if progress["step"] > 0:
+    if progress["step"] > 0:  # before training there is nothing to save
         progress["evals_since_best"] += 1
         if is_best:
             progress["evals_since_best"] = 0
             if "validation" in splits:
                 progress["best"] = values["val/loss"]
-            weights, _ = gather(model, with_frozen=not adapter)
-            if MAIN and init_from == "scratch":
-                write_file("model.safetensors", weights)
-            elif MAIN:
-                unwrap(model).save_weights(weights)
-            if "test" in splits and "validation" in splits:  # the test at the end loads the best weights
-                save_checkpoint(model, [], None, progress, "best.pt")
-    draw_samples(model, progress["step"])
+            if MAIN:
+                save_best(unwrap(model), splits)
+    if MAIN:
+        draw_samples(unwrap(model), progress["step"])
     if MAIN and adapter and progress["step"] > 0 and "validation" not in splits:
         # Keep every adapter beside its samples, so that the best can be chosen by eye.
         kept = Path(out_dir, f"samples/step_{progress['step']:08d}.safetensors")
@@ -1487,16 +1476,15 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
 
 
 def draw_samples(model, step):
-    """Save a grid of samples, always from the same noise. All processes draw, as FSDP2 needs it."""
+    """Save a grid of samples, always from the same noise."""
     model.eval()
-    conditions = sample_conditions(unwrap(model))
+    conditions = sample_conditions(model)
     seeds = range(seed, seed + len(conditions))
     with torch.compiler.set_stance("force_eager"):  # compiling for this batch size would take a minute
-        images = draw(unwrap(model), conditions, seeds)
+        images = draw(model, conditions, seeds)
     model.train()
-    if MAIN:
-        Path(out_dir, "samples").mkdir(exist_ok=True)
-        make_grid(images).save(Path(out_dir, f"samples/step_{step:08d}.png"))
+    Path(out_dir, "samples").mkdir(exist_ok=True)
+    make_grid(images).save(Path(out_dir, f"samples/step_{step:08d}.png"))
 
 
 def sample_conditions(model):
@@ -1515,7 +1503,6 @@ def start_accelerator():
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # with FSDP2, every process builds the whole model
     warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
     # The other processes wait while one downloads the data or encodes captions, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
@@ -1533,9 +1520,12 @@ def start_accelerator():
         kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"accelerate did not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
-    if accelerator.is_fsdp2:
-        set_up_fsdp2(accelerator)
+        fail(
+            f"accelerate did not connect the {WORLD} processes:"
+            " on CPUs, set the environment variable ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        fail(f"{accelerator.distributed_type.value} is not supported: use configs/accelerate/ddp.yaml")
     if on_cpu:
         # `accelerate launch` gives each process one thread. Use this process's share of the cores instead.
         n_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -1583,48 +1573,8 @@ def choose_precision():
     return "bf16" if has_bf16 else "no"
 
 
-def set_up_fsdp2(accelerator):
-    """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
-    options = {"cast_forward_inputs": False}  # images and times stay in fp32
-    if accelerator.mixed_precision == "bf16":
-        options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    policy = torch.distributed.fsdp.MixedPrecisionPolicy(**options)
-    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    torch.set_autocast_cache_enabled(False)  # autocast would keep a bf16 copy of all weights
-
-
-def prepare(accelerator, model, optimizers):
-    """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    if accelerator.is_fsdp2:
-        # Free gathered weights after every forward pass. Those that are kept would be out of date after
-        # EMA is swapped or a checkpoint is loaded.
-        model.set_reshard_after_forward(True)
-        model._get_fsdp_state()._lazy_init()  # makes it FSDP2's root, before drawing calls a part of it
-    return model, optimizers
-
-
-def gradient_sync(accelerator, model, is_last):
-    """Return a context for a backward pass, in which DDP all-reduces the gradients only if is_last.
-
-    FSDP2 reduces them in every backward pass, because unsharded gradients would not fit.
-    """
-    if is_last or accelerator.is_fsdp2:
-        return contextlib.nullcontext()
-    return accelerator.no_sync(model)
-
-
-def clip_gradients(accelerator, model):
-    """Scale the gradients down to a norm of grad_clip. Return the norm that they had."""
-    max_norm = grad_clip or math.inf  # inf: only measure the norm
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if accelerator.is_fsdp2:  # it is a DTensor
-        grad_norm = grad_norm.full_tensor()
-    return grad_norm
-
-
 def open_metrics(n_bytes):
-    """Open metrics.jsonl to append to its first n_bytes. What follows them will be written again."""
+    """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
     metrics.truncate(n_bytes)
     metrics.seek(0, os.SEEK_END)
@@ -1675,7 +1625,7 @@ def make_noisy_batches(model, micro_batches, step, device):
     noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
         # Guidance needs a model that has also learned images without their class or caption.
-        cond[is_dropped[i], 0] = model.no_class  # see collate()
+        cond[is_dropped[i], 0] = model.no_class  # column 0 has the class or caption
         x_0, cond = to_device(x_0, cond, device)
         x_t, target = add_noise(model, x_0, eps[i], times[i])
         noisy_batches.append((x_t, times[i], cond, target))
@@ -1727,19 +1677,19 @@ def main():
     run = start_run(model, splits, data, captions, old_run) if MAIN else None
     model.to(device)
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # resuming will change them
     # The 8-bit weights are cast in a way that torch.compile cannot follow.
     if compile and device.type == "cuda" and not frozen_fp8:
         model.compile()
-    # Steps are made by the wrapped optimizers, which can skip one in fp16. Checkpoints hold the plain ones.
-    model, wrapped_optimizers = prepare(accelerator, model, optimizers)
+    # Call step() on the wrapped optimizers, which can skip one in fp16. Save and load the plain ones.
+    model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     ema = EMA(unwrap(model))
 
     # ---- resume the run, if there is one ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     is_resumed = from_main(old_run is not None)  # only the main process reads out_dir
     if is_resumed:
-        progress = load_checkpoint(model, optimizers, ema, "checkpoint.pt")
+        progress = load_checkpoint(unwrap(model), optimizers, ema)
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
@@ -1774,7 +1724,7 @@ def main():
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
     write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # started with the setting profile only
     timer = time.monotonic()
     steps_since = 0  # steps since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1787,7 +1737,7 @@ def main():
         if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
-            save_checkpoint(model, optimizers, ema, progress, "checkpoint.pt")
+            save_checkpoint(unwrap(model), optimizers, ema, progress)
         if not is_stopped and (is_done or is_due(step, eval_interval)):
             evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
@@ -1806,13 +1756,16 @@ def main():
         torch.manual_seed(hash((seed, step, RANK)))  # for the dropout that some pipelines have
         for i, (x_t, t, cond, target) in enumerate(noisy_batches):
             is_last = i == accumulation_steps - 1
-            with gradient_sync(accelerator, model, is_last):
+            # DDP averages the gradients over the processes, but only in the last backward pass of a step.
+            sync = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
+            with sync:
                 with accelerator.autocast():
                     output = model(x_t, t, cond)
                     micro_loss = F.mse_loss(output, target) / accumulation_steps
-                accelerator.backward(micro_loss)  # DDP and FSDP2 average the gradients over processes
+                accelerator.backward(micro_loss)
             loss += micro_loss.detach()
-        norm_before_clipping = clip_gradients(accelerator, model)
+        max_norm = grad_clip or math.inf  # inf: only measure the norm
+        norm_before_clipping = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         # Load the next micro-batches while the GPU still computes.
         micro_batches = list(itertools.islice(batches, accumulation_steps))
 
@@ -1820,12 +1773,12 @@ def main():
         n_received = torch.full((), float(len(RECEIVED)), device=device)
         sums = accelerator.reduce(torch.stack([loss / WORLD, n_received]), "sum")
         numbers = torch.stack([*sums, norm_before_clipping])
-        # This is the only line in a step where the CPU waits for the GPU.
+        # All numbers are in one tensor, so that the CPU waits for the GPU only here, once a step.
         train_loss, n_signals, grad_norm = numbers.tolist()
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() also if it is not finite: the scaler skips the update and lowers its scale.
+            # In fp16, call step() in any case: if it is not finite, the scaler skips it and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -1863,9 +1816,9 @@ def main():
             summary["val/loss"] = progress["best"]
         if "test" in splits:
             if has_best:
-                load_checkpoint(model, [], None, "best.pt")
+                load_best(unwrap(model))
             else:
-                ema.swap()
+                ema.swap()  # the averages of the last weights
             values = evaluate(accelerator, model, "test", splits["test"], micro_size)
             report(values)
             summary |= values
@@ -1943,9 +1896,9 @@ def make_grid(images):
 
 # ---- Fine-tuning: only with init_from ----
 # Training needs the output of the denoiser for noisy latents. A pipeline hands that output to its scheduler.
-# So we call the pipeline for one step, with a scheduler that raises ModelOutput with it. In this way, the
-# pipeline itself does what each family of models does in its own way: signs, units of time, packing of
-# latents into tokens, position ids, additional conditions.
+# So we call the pipeline for one step, with a scheduler that ends the call by an exception, ModelOutput,
+# which carries the output. In this way, the pipeline itself does what each family of models does in its own
+# way: signs, units of time, packing of latents into tokens, position ids, additional conditions.
 
 
 class ModelOutput(Exception):
@@ -2020,7 +1973,7 @@ def join(outputs):
 
 
 def tensor_shapes(output):
-    """Return the shapes of the tensors in an output of encode_prompt(). Those in lists may differ."""
+    """Return the shapes of the tensors in an output of encode_prompt(), and None for its lists."""
     if isinstance(output, tuple):
         return [tensor_shapes(part) for part in output]
     return getattr(output, "shape", None)
@@ -2055,9 +2008,6 @@ class Pipeline(nn.Module):
         self.dtype = dtype
         self.device = device
         self.compile = self.denoiser.compile  # compiles the denoiser only
-        # What FSDP2 shards as units. The denoiser is one of them because drawing calls it directly.
-        parts = {*(self.denoiser._no_split_modules or ()), type(self.denoiser).__name__}
-        self._no_split_modules = parts & {type(m).__name__ for m in self.modules()}
 
         self.scheduler = pipe.scheduler
         config = self.scheduler.config
@@ -2073,11 +2023,11 @@ class Pipeline(nn.Module):
         self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad()
         self.keywords = inspect.signature(self.call).parameters
         self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
-        self.takes_batches = False  # see probe()
-        # What encode_prompt() returned for each caption and each prompt of a sample; see prepare()
+        self.takes_batches = False  # until probe() has shown that a batch gives the same as its images alone
+        # What encode_prompt() returned, call by call, for each caption and for each prompt of a sample
         self.outputs = []
         self.prompt_outputs = {}
-        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1, and ask whether it is on.
+        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1, and ask if that is still on.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         n_steps = sample_steps or self.keywords["num_inference_steps"].default  # Flux.2 shifts times by it
@@ -2170,7 +2120,7 @@ class Pipeline(nn.Module):
         """Shift times as the pipeline does when it draws: larger images need more noise."""
         config = self.one_step.config
         if config.get("use_dynamic_shifting"):
-            mu = self.one_step.mu  # set by the pipeline in its first call
+            mu = self.one_step.mu  # set by the call of the pipeline in probe()
             return self.scheduler.time_shift(mu, 1.0, t)
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         return shift * t / (1 + (shift - 1) * t)
@@ -2200,7 +2150,7 @@ class Pipeline(nn.Module):
             return output
 
         self.pipe.encode_prompt = record
-        self.one_step.times = None
+        self.one_step.times = None  # end before the denoiser
         self.run(self.one_step, prompt=prompt, **kwargs)
         if not outputs:
             fail(f"{init_from=}: {type(self.pipe).__name__} encodes captions in a way that is not supported")
@@ -2245,7 +2195,7 @@ class Pipeline(nn.Module):
         if not file.exists():
             for encoder in self.encoders.values():
                 encoder.to(self.device)
-            with named("image_size", image_size):  # a call only to let the pipeline check the size
+            with named("image_size", image_size):  # this call makes the pipeline check the size
                 self.record_prompt("", **self.unguided)
             outputs = [self.record_prompt(text, **self.unguided) for text in captions]
             outputs.append(self.encode_unconditional())
@@ -2273,15 +2223,18 @@ class Pipeline(nn.Module):
         shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
-            # Batches work if their output nearly equals that of the images one by one: the difference must be
-            # far smaller than the one that swapped captions make. A pipeline that takes a single time fails.
+            # Batches work if their output nearly equals that of the images one by one. The difference must be
+            # far smaller than that of swapped captions. A pipeline that takes only one time raises an error.
             is_same = False
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
                 difference = (self(x, t, cond[::-1]) - alone).norm()
                 is_same = (error < 0.1 * difference).item()
             self.takes_batches = is_same
-        log("the pipeline computes images " + ("together" if self.takes_batches else "one by one"))
+        log(
+            "the pipeline computes the images of a batch "
+            + ("together" if self.takes_batches else "one by one")
+        )
 
     # ---- sampling and saving ----
 
@@ -2291,7 +2244,8 @@ class Pipeline(nn.Module):
         if steps > 0:
             options["num_inference_steps"] = steps
         true_cfg_scale = self.keywords.get("true_cfg_scale")
-        has_true_cfg = true_cfg_scale is not None and true_cfg_scale.default > 1  # Qwen-Image
+        # Qwen-Image has its guidance under this name; its guidance_scale does something else.
+        has_true_cfg = true_cfg_scale is not None and true_cfg_scale.default > 1
         if negative_prompt:
             options["negative_prompt"] = negative_prompt
         elif has_true_cfg:
@@ -2312,7 +2266,7 @@ class Pipeline(nn.Module):
         options = self.drawing_options(steps, scale, negative_prompt)
         images = []
         for prompt, image_seed in zip(prompts, seeds):
-            if self.prompt_outputs:
+            if self.prompt_outputs:  # in training, when the text encoders are gone
                 self.replay(self.prompt_outputs[prompt])
             rng = torch.Generator().manual_seed(image_seed)  # the same noise on every device
             images += self.run(self.scheduler, prompt=prompt, generator=rng, **options)
@@ -2359,7 +2313,7 @@ def log_cut_captions(pipe, keywords, captions):
             limit = keywords["max_sequence_length"].default
         n_cut = sum(len(tokenizer(text)["input_ids"]) > limit for text in captions)
         if n_cut:
-            log(f"{n_cut} of {len(captions)} captions have more than the {limit} tokens of {name}: cut")
+            log(f"{n_cut} of {len(captions)} captions are cut to {limit} tokens, the most that {name} takes")
 
 
 def open_pipeline(name, dtype, device, setting):
@@ -2371,7 +2325,9 @@ def open_pipeline(name, dtype, device, setting):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if os.path.isfile(name):
-        fail(f"{setting}={name!r} is a file: load it with diffusers' from_single_file() and save a folder")
+        fail(
+            f"{setting}={name!r} is a file: load it by diffusers' from_single_file(), and save it as a folder"
+        )
     is_lora = Path(name, "pytorch_lora_weights.safetensors").exists()
     if is_lora and not Path(name, "model_index.json").exists():
         fail(f"{setting}={name!r} holds a LoRA adapter: name the pipeline that it was made for")
@@ -2386,7 +2342,7 @@ def open_pipeline(name, dtype, device, setting):
         fail(f"{setting}={name!r} is a {kind.__name__}, not a text-to-image pipeline")
     denoisers = [part for part in config if part.startswith(("transformer", "unet")) and config[part][0]]
     if len(denoisers) != 1 or not hasattr(kind, "encode_prompt"):
-        fail(f"{setting}={name!r}: a {kind.__name__} must have one denoiser and a text encoder")
+        fail(f"{setting}={name!r}: only pipelines with one denoiser and a text encoder are supported")
     if adapter and not hasattr(kind, "save_lora_weights"):
         fail(f"{setting}={name!r}: a {kind.__name__} takes no LoRA: leave out --adapter")
     files = list(Path(name).glob("*/*.safetensors"))
@@ -2428,8 +2384,8 @@ def load_pipeline(device):
     if frozen_fp8:  # after add_adapter(), which would put the adapter in 8 bits, too
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype)
         # peft does not cast the inputs of these layers. Autocast does, also for samples and in probe().
-        is_half = frozen_dtype != torch.float32
-        autocast = torch.autocast(device.type, frozen_dtype, enabled=is_half)
+        has_half = frozen_dtype != torch.float32
+        autocast = torch.autocast(device.type, frozen_dtype, enabled=has_half)
         denoiser.forward = autocast(denoiser.forward)
     if gradient_checkpointing:
         # With frozen_fp8, weights change their dtype between two uses, which the default check would reject.
@@ -2454,7 +2410,7 @@ def find_targets(model):
 
 
 def load_trained_pipeline(folder, run, base, device):
-    """Load the pipeline of a run for drawing. base: where that under an adapter is, if it has moved."""
+    """Load the pipeline of a run for drawing. base: where the pipeline under a LoRA is, if it has moved."""
     if not adapter:
         setting = "out_dir"
         source = str(folder)

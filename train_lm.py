@@ -12,7 +12,7 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-# Read before the slow imports. If the launcher dies during them, catch_signals() notices it and ends the run.
+# The launcher. Read before the slow imports, so that stop_with_launcher() notices if it dies during them.
 PARENT = os.getppid()
 
 import bz2
@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint as recompute  # the forward pass a
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
-# ends the program with a message. named() turns an error of a library into a message about one setting.
+# ends the program with a message. named() does so if a library raises an error: the message blames a setting.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
@@ -74,9 +74,9 @@ seed = 1337  # random seed for the initial weights, the order of the data and dr
 dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers count in the loss
+prompt_column = "prompt"  # column with prompts; the loss then counts the answers only, as it does for chats
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe
+tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": bpe, or init_from's
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -97,21 +97,21 @@ lora_targets = "all-linear"  # lora: layers that get new weights: all linear one
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows that a process computes at once; fewer save memory; 0: its share of the batch
+micro_batch_size = 0  # rows that a process computes at once; a small number saves memory; 0: its share
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (for matrices in the blocks; AdamW for the rest) or "adamw"; with init_from adamw
+optimizer = "muon"  # "muon" (matrices in the blocks; AdamW for the rest) or "adamw"; init_from: adamw only
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
-head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters that you add)
+head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters, if you add some)
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
 warmup_steps = 20  # steps until the learning rate reaches its peak
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
-cooldown = 0.9  # wsd: fraction of the steps, at the end, in which the learning rate falls
+cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
 grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
@@ -130,7 +130,7 @@ detect_anomaly = False  # stops at the first NaN in a gradient and shows where i
 profile = False  # writes a trace of steps 6 to 8, when compilation is over, for chrome://tracing
 
 DEFAULT_LR = {"muon": 0.03, "adamw": 0.001, "fine-tuning": 5e-5, "lora": 2e-4, "p_tuning": 0.001}
-# In these settings, configure() expands ~.
+# In these settings, configure() replaces a ~ at the beginning by the home folder.
 PATHS = ("out_dir", "dataset", "init_from", "tokenizer")
 # Settings that a resumed run may not change. If you add a setting that shapes the model, add its name.
 FIXED = """
@@ -170,7 +170,7 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets ACCELERATE_MIXED_PRECISION for one process, TORCHELASTIC_RUN_ID for several.
+    # `accelerate launch` sets the first of these variables for one process, the second for several.
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and sys.platform == "linux":
         stop_with_launcher()
@@ -220,7 +220,7 @@ def check_settings():
             fail(f"{name}={value} must be greater than 0")
         if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
-    if seed >= 2**63:  # more does not fit into 64 bits with a sign
+    if seed >= 2**63:  # torch keeps seeds as 64-bit integers with a sign
         fail(f"{seed=} must be below 2**63")
     # Rotary embeddings rotate pairs of dimensions, so the width of a head must be even.
     if n_embd % (2 * n_head) != 0:
@@ -229,8 +229,8 @@ def check_settings():
         fail(f"{n_head=} must be a multiple of {n_kv_head=}")
     if fold:
         k, _, n = fold.partition("/")
-        are_numbers = k.isdecimal() and n.isdecimal()
-        if not are_numbers or not 1 <= int(k) <= int(n) or int(n) == 1:
+        is_valid = k.isdecimal() and n.isdecimal() and int(n) > 1 and 1 <= int(k) <= int(n)
+        if not is_valid:
             fail(f"{fold=} must look like 2/5 (the second of five parts)")
     if adapter and init_from == "scratch":
         fail(f"{adapter=} needs a pretrained model, such as --init_from=gpt2")
@@ -243,7 +243,7 @@ def check_settings():
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
     if resume and overwrite:
-        fail("resume continues the run that overwrite would delete: choose one")
+        fail("--resume=True continues the run that --overwrite=True would delete: use only one of them")
     if not dataset:
         fail("dataset has no value: name a file, a folder, a URL or a dataset of the Hugging Face Hub")
 
@@ -268,13 +268,14 @@ def rotate(x, cos, sin):
 def attention(q, k, v, dropout_p):
     """Return causal attention: softmax(q k^T / sqrt(D)) v, in which no token sees a later one.
 
-    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, T or more, D), with those in a cache.
+    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, S, D), where S >= T includes cached tokens.
     """
     T = q.size(2)
     # On a CPU, torch's kernel is slower for up to 512 tokens. This makes the default run 1.2 times as fast.
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, dropout_p)
-    is_causal = T > 1  # a single new token may see all tokens in the cache, so it needs no causal mask
+    # Several tokens come only with an empty cache. A single new token may see all others, without a mask.
+    is_causal = T > 1
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=True)
 
 
@@ -348,7 +349,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    # accelerate reads this: FSDP2 shards and gathers the weights block by block.
+    # accelerate reads this for training with FSDP2, which shards and gathers the weights block by block.
     _no_split_modules = ("Block",)
 
     def __init__(self, config):
@@ -374,8 +375,8 @@ class GPT(nn.Module):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
-            # QK-norm removes the scale of queries and keys, but small weights turn faster. With these, the
-            # default run learns sooner to copy from its context.
+            # QK-norm removes their scale, but a step changes the direction of a small matrix more. The
+            # default run then learns sooner to copy from its context.
             nn.init.normal_(block.self_attn.q_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.k_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.v_proj.weight, std=std)
@@ -471,7 +472,7 @@ def make_gpt(tok):
 
 # ---- Data: files -> documents -> rows of block_size + 1 token ids -> splits ----
 
-# The kinds of tables by the suffixes of their files. All other files are text, or cannot be read.
+# The kinds of tables by the suffixes of their files. Any other suffix counts as text, if not in NOT_TEXT.
 TABLE_KINDS = {
     ".json": "json",
     ".jsonl": "json",
@@ -504,7 +505,7 @@ SPLITS = {
 # Shard numbers and a hash, which may follow such a name: test-00000-of-00001-a09b74b3ef9c3b56
 SHARD_SUFFIX = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
 END = "<|endoftext|>"  # the end-of-text token of tokenizers that are learned here
-# Texts are read and tokenized in pieces of so many characters. A character takes about 100 bytes of memory.
+# So many characters are read and tokenized at a time. Each needs about 100 bytes of memory.
 PIECE_SIZE = 200_000
 
 
@@ -553,7 +554,8 @@ def list_files(path, seen):
 def open_text(path, newline=None):
     """Open a text file, which may be compressed.
 
-    Bytes that are not UTF-8 raise no error here. They become lone surrogates, which check_unicode() refuses.
+    Bytes that are not UTF-8 raise no error here. They become placeholders (lone surrogates), which
+    check_unicode() refuses.
     """
     opener = OPENERS.get(path.suffix.lower(), open)
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
@@ -584,7 +586,7 @@ def find_files():
     if root.exists():
         files = list(list_files(root, seen=set()))
     else:
-        # This is a glob pattern, or the name of a dataset of the Hub, which matches no files.
+        # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
     if not files and not root.is_dir():
@@ -608,8 +610,9 @@ def find_files():
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
-    if not root.exists():  # a pattern: its folders without wildcards name no splits
-        root = Path(re.split(r"[*?[]", dataset)[0] + "x").parent
+    if not root.exists():  # a pattern: look for names of splits from the first wildcard on
+        before_wildcard = re.split(r"[*?[]", dataset)[0]
+        root = Path(before_wildcard + "x").parent  # the x keeps the last folder of "texts/"
     paths = defaultdict(list)
     for path in used:
         split = "train" if path == root else split_of(path.relative_to(root))
@@ -799,12 +802,12 @@ def read_pieces(documents):
             where = os.fsdecode(document["path"])
             file = open_text(Path(where))
         elif "messages" in document:
-            # Only a tokenizer is learned from this text. It looks like what PLAIN_CHAT_TEMPLATE below writes.
+            # This text is only used to learn a tokenizer. It looks like what PLAIN_CHAT_TEMPLATE writes.
             messages = json.loads(document["messages"])
             lines = [f"{m['role']}: {m['content']}\n" for m in messages]
             file = io.StringIO("".join(lines))
         else:
-            file = io.StringIO("".join(document.values()))  # of the text, or the prompt and the completion
+            file = io.StringIO("".join(document.values()))  # {"text"}, or {"prompt", "completion"}
         # Hold one piece back until more is read, to know which one is the last.
         piece = file.read(PIECE_SIZE)
         while more := file.read(PIECE_SIZE):
@@ -819,7 +822,7 @@ def read_pieces(documents):
 def bos_prefix(tok):
     """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
     if not tok("")["input_ids"]:
-        return []  # a tokenizer that knows characters only also ends here; it may not know the "a" below
+        return []  # nothing is written in front; a tokenizer of characters might not know "a"
     first = tok("a")["input_ids"][:1]
     return first if first == [tok.bos_token_id] else []
 
@@ -827,8 +830,8 @@ def bos_prefix(tok):
 def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
-    Every token is predicted once (without <bos>, all but the very first). For that, a row begins with <bos>
-    where the tokenizer writes one, or else with the last token of the row before. After the rows comes a
+    Every token is a target once. For that, a row begins with <bos> where the tokenizer writes one, or else
+    with the last token of the row before; then the very first token is no target. After the rows comes a
     footer with a note for the log. It is stored with the rows, so that a run that reads them from the cache
     logs the same.
     """
@@ -909,17 +912,17 @@ def load_tokenizer(splits):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
     if set(tok.get_vocab()) <= set(tok.all_special_tokens):
-        fail(f"the tokenizer of {name} has no vocabulary: put its tokenizer.json into the folder")
+        fail(f"the tokenizer of {name} has no vocabulary: its tokenizer.json is missing")
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
-        fail(f"the tokenizer of {name} is not supported: it must be fast (have a tokenizer.json)")
+        fail(f"the tokenizer of {name} is not supported, because it has no tokenizer.json: choose another")
     return tok
 
 
 def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part)."""
-    with named("dataset", dataset):  # an empty part is an error
+    with named("dataset", dataset):  # raises an error if a part would be empty
         parts = rows.train_test_split(fraction, shuffle=False)
     return parts["train"], parts["test"]
 
@@ -951,12 +954,12 @@ def tokenize(documents, tok, split):
     key = [state_of(documents), block_size]
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
     rows = cached(key, features, encode, documents, tok)
-    n_rows = len(rows) - 1  # without the footer
+    n_rows = len(rows) - 1  # the last one is the footer with the note
     note = rows[n_rows]["note"]
     if note:
         log(f"{split}: {note}")
     if n_rows == 0:
-        fail(f"the {split} split of {dataset=} has nothing to learn from (no text, or no answer)")
+        fail(f"the {split} split of {dataset=} has nothing to learn from: no text or, for chats, no answers")
     rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
@@ -1083,14 +1086,14 @@ class Muon(torch.optim.Muon):
                 directions = torch._foreach_lerp(grads, averages, group["momentum"])
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
-                # Tall matrices take larger steps. This is adjust_lr_fn="original" of torch.optim.Muon.
+                # Tall matrices take larger steps, as in torch.optim.Muon.
                 scale = max(1, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, accelerator):
-    """Return [Muon, AdamW] with optimizer="muon", else [AdamW]. Each trained parameter is in one of them."""
+    """Return [Muon, AdamW], or [AdamW] if it trains all. Each trained parameter is in one of them."""
     # By default, weights do not decay. A group of parameters can set its own weight_decay.
     adamw = functools.partial(torch.optim.AdamW, betas=(beta1, beta2), weight_decay=0.0, fused=True)
     kind = optimizer  # a key of DEFAULT_LR
@@ -1122,11 +1125,11 @@ def make_optimizers(model, accelerator):
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
     # QK-norm removes the scale of queries and keys. A strong decay keeps their matrices small, so that a step
-    # turns them further. The default run then learns much sooner to copy from its context.
+    # changes their direction more. The default run then learns much sooner to copy from its context.
     block_groups = [{"params": matrices}]
     if queries_and_keys:
         block_groups.append({"params": queries_and_keys, "weight_decay": qk_weight_decay})
-    muon = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "original"}
+    muon = {"lr": lr, "weight_decay": weight_decay}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(block_groups, **muon), adamw(groups)]
     # Where the hardware has no bf16, computing in it is slow.
@@ -1145,7 +1148,8 @@ def lr_at(step, total_steps):
     elif lr_schedule == "wsd":
         cooldown_steps = max(1, cooldown * total_steps)
         decay = min(1.0, (total_steps - step) / cooldown_steps)
-    return min(warmup, min_lr + (1 - min_lr) * decay)
+    after_warmup = min_lr + (1 - min_lr) * decay
+    return min(warmup, after_warmup)
 
 
 # ---- Checkpoints and the run directory ----
@@ -1302,8 +1306,8 @@ def load_checkpoint(model, optimizers, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} does not fit the model: undo your edit, or choose another --out_dir")
-    # It is not strict, because frozen weights are not in the checkpoint.
+            fail(f"{out_dir}/{name} does not fit the model as it is now: undo your edit, or choose another")
+    # With strict=False, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
     dcp.set_model_state_dict(model, state["model"], options=options)
@@ -1322,12 +1326,12 @@ def save_weights(model, weights):
     folder.mkdir()
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model):  # keep transformers from loading it: it would compute something else
+        if not is_native(model):  # transformers must not load it: its own GPT computes something else
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     else:
-        # The model is a Pretrained (see the section on fine-tuning), with the model of the library as its lm.
+        # A Pretrained (see the section on fine-tuning) has the model of transformers or peft as its lm.
         # Without save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
@@ -1354,7 +1358,7 @@ def is_native(gpt):
             theirs.load_state_dict(dict(ours.named_parameters()))
             is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
     if not is_same:
-        log("note: the model was edited: sample.py and --init_from can load it, but transformers cannot")
+        log("note: the model is edited: sample.py and --init_from can load it, but not transformers")
     return is_same
 
 
@@ -1491,7 +1495,10 @@ def start_accelerator():
         kwargs_handlers=[process_group, ddp],
     )
     if accelerator.num_processes != WORLD:
-        fail(f"accelerate did not connect the {WORLD} processes: on CPUs, set ACCELERATE_USE_CPU=true")
+        fail(
+            f"accelerate did not connect the {WORLD} processes:"
+            " on CPUs, set the environment variable ACCELERATE_USE_CPU=true"
+        )
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:
@@ -1540,7 +1547,7 @@ def choose_precision():
 
 def set_up_fsdp2(accelerator):
     """Let FSDP2 keep weights in fp32, gather them in bf16 (half the traffic) and reduce gradients in fp32."""
-    options = {"cast_forward_inputs": False}  # autocast chooses their precision
+    options = {"cast_forward_inputs": False}  # autocast chooses the precision of inputs
     if accelerator.mixed_precision == "bf16":
         options |= {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = torch.distributed.fsdp.MixedPrecisionPolicy(**options)
@@ -1578,7 +1585,7 @@ def clip_gradients(accelerator, model):
 
 
 def open_metrics(n_bytes):
-    """Open metrics.jsonl to append to its first n_bytes. What follows them will be written again."""
+    """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
     metrics.truncate(n_bytes)
     metrics.seek(0, os.SEEK_END)
@@ -1627,10 +1634,10 @@ def main():
     check_ids(model, splits)  # every id must have an embedding in the model
     set_generation_config(model, tok, splits["train"])  # which tokens end a text
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # the schedule overwrites "lr"
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # resuming will change them
     if compile and device.type == "cuda":
         model.compile()
-    # Steps are made by the wrapped optimizers, which can skip one in fp16. Checkpoints hold the plain ones.
+    # Call step() on the wrapped optimizers, which can skip one in fp16. Save and load the plain ones.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1674,7 +1681,7 @@ def main():
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
     write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # started with the setting profile only
     timer = time.monotonic()
     tokens_since = 0  # target tokens since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1723,12 +1730,12 @@ def main():
         n_received = torch.full((), float(len(RECEIVED)), device=device)
         sums = accelerator.reduce(torch.stack([loss, n_received]), "sum")
         numbers = torch.stack([*sums, norm_before_clipping, n_targets])
-        # This is the only line in a step where the CPU waits for the GPU.
+        # All numbers are in one tensor, so that the CPU waits for the GPU only here, once a step.
         train_loss, n_signals, grad_norm, n_tokens = numbers.tolist()
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() also if it is not finite: the scaler skips the update and lowers its scale.
+            # In fp16, call step() in any case: if it is not finite, the scaler skips it and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -1794,13 +1801,13 @@ def generate(
     cache = {}
     for _ in range(max_new_tokens):
         if idx.size(1) > model.context:
-            # Keep half a context of the text, and fill the cache anew.
+            # Keep half a context of the text, so that the cache is filled anew only now and then.
             n_kept = max(1, model.context // 2)
             idx = idx[:, -n_kept:]
             cache = {}
         new = idx[:, -1:] if cache else idx  # once there is a cache, only the last token is new
         logits = model(new, cache=cache)  # (n_samples, 1, V)
-        logits = logits[:, -1, :vocab_size].float().cpu()
+        logits = logits[:, -1, :vocab_size].float().cpu()  # on every device, a seed gives the same tokens
         if temperature < 1e-3:
             token = logits.argmax(dim=-1)
         else:
@@ -2047,7 +2054,8 @@ class Pretrained(nn.Module):
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        no_positions = idx.new_empty(0)  # the logits of no position: this skips the output layer
+        # The logits of no position: this skips the output layer. (0 would stand for all positions.)
+        no_positions = idx.new_empty(0)
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_positions)
         return out.hidden_states[-1][:, -idx.size(1) :]  # without those of virtual tokens
 
@@ -2104,7 +2112,7 @@ def check_model(model):
     # Rounding errors are far smaller than this tolerance, and the effect of a later token is far larger.
     tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()
     if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
-        fail(f"{init_from=} is not a causal language model: its tokens see later ones")
+        fail(f"{init_from=} is not a causal language model: its tokens attend to later ones, as in BERT")
     # These errors mean that a model has no output layer, or does not take the arguments of hidden_states().
     with contextlib.suppress(TypeError, AttributeError):
         difference = (model.logits(model.hidden_states(idx)) - logits).abs().max()
@@ -2138,7 +2146,8 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
 
     with named(setting, name):
         config = peft.PeftConfig.from_pretrained(name)
-    config.inference_mode = adapter != "lora"  # if it is to be trained further, peft must not freeze it
+    is_trained_further = adapter == "lora"
+    config.inference_mode = not is_trained_further  # in this mode, peft freezes an adapter
     if base:
         config.base_model_name_or_path = base
     lm = load_causal_lm(config.base_model_name_or_path, dtype, setting)
@@ -2148,7 +2157,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         lm = peft.get_peft_model(lm, config)
         keys = lm.load_adapter(name, "default")
     wrong_keys = keys.missing_keys + keys.unexpected_keys
-    if any("lora_" in key for key in wrong_keys):
+    if any("lora_" in key for key in wrong_keys):  # the weights of the base model are not in the file
         fail(f"{setting}={name!r} is an adapter for another model, not for {lm.name_or_path}")
     return Pretrained(lm)
 
@@ -2180,7 +2189,10 @@ def load_pretrained(precision):
     if is_adapter and not is_lora:
         fail(f"{init_from=} is an adapter that cannot be trained further: only LoRA can")
     if is_lora and adapter != "lora":
-        fail(f"{init_from=} is an adapter: add --adapter=lora, or first merge it: sample.py --merge=FOLDER")
+        fail(
+            f"{init_from=} is an adapter: train it further with --adapter=lora,"
+            f" or first merge it: python sample.py --out_dir={init_from} --merge=FOLDER"
+        )
     if adapter and not is_adapter:
         import peft
 
@@ -2222,7 +2234,8 @@ def check_ids(model, splits):
         ids = pyarrow.compute.list_flatten(rows.data["ids"])
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
-            fail(f"{dataset=} has the id {largest}, but {init_from} has only {model.config.vocab_size} ids")
+            n_ids = model.config.vocab_size
+            fail(f"{dataset=} has the token id {largest}, but {init_from} has only {n_ids} tokens")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 #     accelerate launch train_lm.py configs/shakespeare_char_cpu.py
 #     python sample.py --out_dir=out/shakespeare-char-cpu --prompt="ROMEO:"
 #
-# Time:   102 s, measured on two cores of an AMD EPYC with bfloat16
+# Time:   119 s, measured on two cores of an AMD EPYC with bfloat16 (median of three runs)
 # Memory: 0.65 GB of main memory, measured on the EPYC
 # Result: val/loss 1.48. In the same measurement, nanoGPT's setting for laptops (0.8 M parameters, 2,000 steps of
-#         12 x 64 characters) got to 1.89 in 89 s.
+#         12 x 64 characters) got to 1.89 in 103 s.
 # Data:   Shakespeare's plays, 1.1 MB, is downloaded. Without a network: --dataset=path/to/input.txt
 # Try:    --n_layer=6 --n_embd=256 --max_steps=2000 --dropout=0.1
 

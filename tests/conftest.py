@@ -319,7 +319,7 @@ def forked(script, *arguments, code=0, more=(), **env):
 
 
 def in_parts(trainer, *arguments):
-    """As forked(), with FSDP2 as configs/accelerate/fsdp2.yaml has it."""
+    """Run a command as forked() does, with FSDP2 as configs/accelerate/fsdp2.yaml has it."""
     config = yaml.safe_load((ROOT / "configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
     env = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in config.items()}
     return forked(ROOT / "tests/fsdp2.py", ROOT / trainer, *arguments, **env)

@@ -81,7 +81,7 @@ LORA, GOOD = ("--adapter=lora", "--block_size=32"), "--dataset={data}/good.txt"
 CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
 REFUSED = [
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
-    (["--resume=True", "--overwrite=True"], "choose one"),
+    (["--resume=True", "--overwrite=True"], "use only one of them"),
     (
         ["--batch_size=16", "--micro_batch_size=5"],
         "must be a multiple of micro_batch_size x processes = 5 x 1",
@@ -89,7 +89,7 @@ REFUSED = [
     # data
     (["--dataset={data}/missing.txt"], "Couldn't find any data file"),
     (["--dataset={data}/nothing"], "holds no file of a supported kind"),
-    (["--dataset={data}/empty.txt"], "nothing to learn from (no text, or no answer)"),
+    (["--dataset={data}/empty.txt"], "nothing to learn from: no text"),
     (["--dataset={data}/latin_later.txt"], "latin_later.txt is not UTF-8"),
     (["--dataset={data}/latin.csv"], "column 'text' is not UTF-8"),
     (["--dataset={data}/short.txt"], "train set will be empty"),
@@ -120,7 +120,7 @@ REFUSED = [
     (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own tokenizer"),
     (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
     (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
-    (["--init_from={models}/words", "--block_size=32"], "{models}/words has only 290 ids"),
+    (["--init_from={models}/words", "--block_size=32"], "{models}/words has only 290 tokens"),
     (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "has no layer 'qkv'"),
     (["--init_from={models}/strict", *CHATS], "no system message"),
 ]

@@ -24,7 +24,7 @@ NUMBERS += " sampler=euler dataset= adapter=lora frozen_fp8=True mixed_precision
 SD = "--init_from={data}/sd --image_size=16"
 LORA = SD + " --adapter=lora --caption=x"
 REFUSED = [
-    ("--resume=True --overwrite=True", "choose one"),
+    ("--resume=True --overwrite=True", "use only one of them"),
     ("--caption=x", "need a pretrained pipeline"),
     ("--image_size=15", "inputs are 15 wide, which is not a multiple of patch_size=2"),
     (
@@ -37,7 +37,7 @@ REFUSED = [
     ("--dataset={data}/nothing", "holds no file of a supported kind"),
     ("--dataset={data}/empty.parquet", "empty.parquet' cannot be used"),
     ("--dataset={data}/broken", "no image of its train split can be read"),
-    ("--dataset={data}/rows.parquet", "must be one of picture, price, label, author"),
+    ("--dataset={data}/rows.parquet", "takes one of picture, price, label, author"),
     ("--dataset={data}/rows.parquet --image_column=price", "image_column='price' cannot be used"),
     ("--dataset={data}/rows.parquet --image_column=picture --label_column=author", "column 'author' holds"),
     ("--dataset={data}/unnamed", "metadata.jsonl, row 1 has no file_name"),
@@ -60,12 +60,12 @@ REFUSED = [
     (LORA + " --frozen_fp8=True", "saves memory only with"),
     (
         "--caption=x --init_from={data}/sd/unet/diffusion_pytorch_model.safetensors",
-        "is a file: load it with diffusers",
+        "is a file: load it by diffusers",
     ),
     ("--caption=x --init_from={data}/adapter", "holds a LoRA adapter: name the pipeline"),
     ("--caption=x --init_from={data}/torn", "init_from='{data}/torn' cannot be used"),
     ("--caption=x --init_from={data}/StableDiffusionControlNetPipeline", "StableDiffusionControlNetPipeline"),
-    ("--caption=x --init_from={data}/two", "must have one denoiser"),
+    ("--caption=x --init_from={data}/two", "only pipelines with one denoiser"),
     ("--caption=x --image_size=16 --init_from={data}/edm", "its EDMEulerScheduler is not supported"),
     ("--caption=x --adapter=lora --init_from={data}/PixArtSigmaPipeline", "takes no LoRA"),
 ]
