@@ -1452,9 +1452,10 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
 
 def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report):
     """Evaluate, save the weights if they are the best so far, and draw samples."""
-    is_best = "validation" not in splits  # without a validation split, the last weights count as the best
+    has_validation = "validation" in splits
+    is_best = not has_validation  # without a validation split, the last weights count as the best
     ema.swap()
-    if "validation" in splits:
+    if has_validation:
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
         report(values)
         is_best = values["val/loss"] <= progress["best"]
@@ -1462,13 +1463,13 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
         progress["evals_since_best"] += 1
         if is_best:
             progress["evals_since_best"] = 0
-            if "validation" in splits:
+            if has_validation:
                 progress["best"] = values["val/loss"]
             if MAIN:
                 save_best(unwrap(model), splits)
     if MAIN:
         draw_samples(unwrap(model), progress["step"])
-    if MAIN and adapter and progress["step"] > 0 and "validation" not in splits:
+    if MAIN and adapter and progress["step"] > 0 and not has_validation:
         # Keep every adapter beside its samples, so that the best can be chosen by eye.
         kept = Path(out_dir, f"samples/step_{progress['step']:08d}.safetensors")
         shutil.copy(Path(out_dir, "pytorch_lora_weights.safetensors"), kept)

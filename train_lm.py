@@ -697,22 +697,22 @@ def load_documents():
         or "prompt" and "completion",
         or "messages" and "tools", both as JSON; a system message is the first of the messages.
     """
-    kind, sources = find_files()  # a source is a list of paths
-    columns = {}
+    kind, sources = find_files()  # {split: source}; here, a source is a list of paths
+    columns = {}  # stay empty for text files
     if kind == "hub":
         name, _, revision = dataset.partition("@")
         name, _, config = name.partition(":")
         with named("dataset", dataset):
             sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
-        first_source = next(iter(sources.values()))  # here a source is a Dataset
+        first_source = next(iter(sources.values()))  # now, a source is a Dataset
         columns = choose_columns(first_source.column_names)
     elif kind != "text":
         paths = itertools.chain.from_iterable(sources.values())
         columns = choose_columns(column_names(paths, kind))
-    if columns:
-        features = dict.fromkeys(columns, datasets.Value("string"))
-    else:
+    if kind == "text":
         features = {"path": datasets.Value("binary")}
+    else:
+        features = dict.fromkeys(columns, datasets.Value("string"))
 
     documents = {}
     for split, source in sources.items():
@@ -1405,8 +1405,9 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
 
 def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report):
     """Report the validation loss, save the weights if they are the best so far, and write a sample."""
-    is_best = "validation" not in splits  # without a validation split, the last weights count as the best
-    if "validation" in splits:
+    has_validation = "validation" in splits
+    is_best = not has_validation  # without a validation split, the last weights count as the best
+    if has_validation:
         values = evaluate(accelerator, model, tok, "val", splits["validation"], micro_size, eval_batches)
         report(values)
         is_best = values["val/loss"] <= progress["best"]
@@ -1415,12 +1416,12 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
     progress["evals_since_best"] += 1
     if is_best:
         progress["evals_since_best"] = 0
-        if "validation" in splits:
+        if has_validation:
             progress["best"] = values["val/loss"]
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
             save_weights(unwrap(model), weights)
-        if "test" in splits and "validation" in splits:  # the test at the end loads the best weights
+        if "test" in splits and has_validation:  # the test at the end loads the best weights
             save_checkpoint(model, [], progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1436,8 +1437,15 @@ def write_sample(model, tok, row, step):
     # Run without torch.compile, which would take a minute for each new length.
     with torch.compiler.set_stance("force_eager"):
         # generate() is in the section on sampling.
-        sampling = {"max_new_tokens": 200, "vocab_size": count_ids(tok), "temperature": 0.8, "seed": seed}
-        continuation = generate(unwrap(model), prompt, n_samples=1, **sampling)
+        continuation = generate(
+            unwrap(model),
+            prompt,
+            n_samples=1,
+            max_new_tokens=200,
+            vocab_size=count_ids(tok),
+            temperature=0.8,
+            seed=seed,
+        )
         tokens = [token.item() for token in continuation]
     model.train()
     if MAIN:

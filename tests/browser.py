@@ -30,7 +30,7 @@ def check(what, fact):
 
 @contextlib.contextmanager
 def demo(browser, folder, *arguments):
-    """-> a page for the run; in the end it must have asked no other machine for anything."""
+    """Yield a page for the run. In the end, it must not have asked another machine for anything."""
     command = [sys.executable, SAMPLE, f"--out_dir={folder}", "--demo=True", f"--port={PORT}", *arguments]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     asked, url = [], f"http://127.0.0.1:{PORT}/"

@@ -266,7 +266,7 @@ def execute(script, arguments, out, err):
 
 
 def within(script, *arguments, code=0, stdin=""):
-    """As run(), in this process: it saves the seconds that the imports of a new one take."""
+    """Run a command as run() does, but in this process, which saves the seconds of its imports."""
     out, err, where = io.StringIO(), io.StringIO(), os.getcwd()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     trainers = {name: module for name, module in sys.modules.items() if name.startswith("train_")}
@@ -283,7 +283,7 @@ def within(script, *arguments, code=0, stdin=""):
 
 
 def refusal(script, *arguments):
-    """-> the one line by which a command refuses its arguments"""
+    """Return the one line by which a command refuses its arguments."""
     out, err = within(script, *arguments, code=2)
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and "Traceback" not in out + err, err
@@ -291,7 +291,7 @@ def refusal(script, *arguments):
 
 
 def forked(script, *arguments, code=0, more=(), **env):
-    """As run() with two processes, forked from this one, one with more arguments; -> what the other printed."""
+    """Run a command in two forks of this process, the second with `more` arguments. Return what the first printed."""
     # as under the launcher, the meeting place outlives whichever process ends first
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "ACCELERATE_USE_CPU": "true"}
@@ -336,7 +336,7 @@ class Hostile:
 
 
 def contents(*folders):
-    """-> {file: what is in it}, but the lock that a run takes"""
+    """Return {file: its content}, without the lock that a run takes."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files if path.name != "lock"}
 
@@ -375,7 +375,7 @@ def differences(a, b, path=""):
 
 
 def lost(unbroken, out):
-    """-> what of an unbroken run is not, bit for bit, in another: state, metrics, weights, samples"""
+    """Return what differs, bit for bit, between an unbroken run and another: state, metrics, weights, samples."""
     found = differences(last_state(unbroken), last_state(out))
     found += ["metrics.jsonl"] * (rows(unbroken) != rows(out))
     load = {".safetensors": load_file, ".png": Path.read_bytes, ".txt": Path.read_bytes}

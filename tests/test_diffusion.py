@@ -33,7 +33,7 @@ def sampler(request, defaults):
 
 
 def schedule(prediction, t):
-    """-> alpha and sigma"""
+    """Return alpha and sigma."""
     angle = 0.99 * math.pi / 2 * t
     return (1 - t, t) if prediction == "flow" else (torch.cos(angle), torch.sin(angle))
 
@@ -46,7 +46,7 @@ def as_model(function, prediction, shape, no_class=0):
 
 
 def points(n, rng):
-    """-> of the mixture, as images (n, 2, 1, 1)"""
+    """Return n samples of the mixture, as images (n, 2, 1, 1)."""
     k = torch.multinomial(WEIGHTS, n, replacement=True, generator=rng)
     noise = torch.randn(n, 2, generator=rng, dtype=torch.float64)
     return (MEANS[k] + STDS[k, None] * noise).view(n, 2, 1, 1).float()
@@ -130,7 +130,7 @@ def test_noise_and_targets_are_those_of_diffusers(prediction):
 
 
 def diffusers_scheduler(prediction, sampler, alpha, sigma):
-    """-> one that goes through these alphas and sigmas, from noise to time 0"""
+    """Return a scheduler that goes through these alphas and sigmas, from noise to time 0."""
     steps = len(alpha) - 1
     kind = {"flow": "flow_prediction", "v": "v_prediction", "eps": "epsilon", "x0": "sample"}[prediction]
     if sampler == "dpm++":

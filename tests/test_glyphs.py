@@ -17,7 +17,7 @@ import train_diffusion as td
 
 
 def train_reader():
-    """-> a classifier that has learned from the default data and reads what it has not seen of it"""
+    """Return a classifier that has learned from the default data and reads the rest of it well."""
     splits, data, _ = td.prepare_data(Accelerator(cpu=True))
     x, y = td.collate(list(splits["train"]), data["shape"])
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def accuracy(net, x, y):
 
 
 def read_run(out):
-    """-> the share of 108 images drawn by a run that are read as the class asked for"""
+    """Return the share of 108 images drawn by a run that are read as the class asked for."""
     before = td.settings(vars(td))
     net = train_reader()
     model = td.load(out, json.loads((out / "run.json").read_text()))

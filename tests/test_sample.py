@@ -54,7 +54,7 @@ def runs(tmp_path_factory, finished, picture_folder, pretrained):
 
 @contextlib.contextmanager
 def served(tmp_path, folder, *arguments):
-    """-> (its address, a client) of the page of a run; SIGTERM ends it, also where SIGINT is ignored."""
+    """Yield (address, client) of the page of a run. SIGTERM ends it, also where SIGINT is ignored."""
     from gradio_client import Client
 
     with socket.socket() as free:

@@ -43,14 +43,14 @@ def prepare(defaults, picture_folder, capsys):
 
 
 def content(splits, data):
-    """-> all images of all splits in an order of their own: [(bytes of the pixels, class)]"""
+    """Return all images of all splits, sorted: [(bytes of the pixels, class)]."""
     x, cond = td.collate([row for split in splits.values() for row in split], data["shape"])
     pixels = ((x + 1) * 127.5).round().byte().numpy()
     return sorted((p.tobytes(), c) for p, c in zip(pixels, cond[:, 0].tolist()))
 
 
 def named(split, names):
-    """-> the sorted classes, or captions, of the images of a split"""
+    """Return the sorted classes, or captions, of the images of a split."""
     return sorted(str([*names, None][number]) for number in split["cond"])
 
 
