@@ -104,7 +104,7 @@ sample_prompts = ""  # with init_from: what to draw at each evaluation, separate
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
 micro_batch_size = 0  # images that a process computes at once; a small number saves memory; 0: its share
-max_steps = 700  # number of optimizer steps; 0: only evaluate
+max_steps = 600  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
 optimizer = "muon"  # "muon" (matrices in the blocks; AdamW for the rest) or "adamw"; init_from: adamw only
@@ -119,10 +119,10 @@ cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the 
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
 grad_clip = 1.0  # larger gradients are scaled down to this norm; 0: never
 # evaluation, saving, reports
-eval_interval = 350  # steps between evaluations; 0: only at the end
+eval_interval = 300  # steps between evaluations; 0: only at the end
 eval_batches = 4  # batches per evaluation, spread evenly over the validation split; 0: the whole split
 log_interval = 10  # steps between reports; 0: only at the end
-save_interval = 350  # steps between checkpoints; 0: only at the end
+save_interval = 300  # steps between checkpoints; 0: only at the end
 patience = 0  # stop early after this many evaluations without a better loss; 0: never
 tracker = ""  # "wandb" or "tensorboard": log there, too; metrics.jsonl is always written
 # the machine
@@ -687,6 +687,8 @@ def read_folder(paths, descriptions):
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
+    if not found:
+        fail(f"{dataset=}: its metadata file lists none of the images")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
 
@@ -714,6 +716,7 @@ def read_caption(path):
 def read_metadata(files):
     """Return {path of an image: its row} of metadata files, which have a column file_name."""
     metadata = {}
+    n_repeated = 0
     for file in files:
         with named("dataset", str(file)):
             if file.suffix == ".parquet":
@@ -729,7 +732,11 @@ def read_metadata(files):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
             if None in row:  # DictReader puts surplus fields under the key None
                 fail(f"{dataset=}: {file}, row {n} has too many fields: quote fields that have commas")
-            metadata[os.path.normpath(file.parent / row["file_name"])] = row
+            path = os.path.normpath(file.parent / row["file_name"])
+            n_repeated += path in metadata
+            metadata[path] = row
+    if n_repeated:
+        log(f"{n_repeated} rows of the metadata file name an image again: only its last row is used")
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
         log(f"{n_missing} images that the metadata file lists do not exist")
@@ -756,19 +763,21 @@ def read_image(source):
     """
     try:
         image = open_image(source)
-        image = ImageOps.exif_transpose(image)  # turn photos upright; this also reads all of the file
+        image.load()  # reads all of the file
     except Exception as error:  # Pillow raises errors of many kinds
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
         log(f"left out: the image {where}, which cannot be read ({error})")
         return None
+    white = white_value(image)
+    with contextlib.suppress(Exception):  # damaged EXIF data
+        image = ImageOps.exif_transpose(image)  # turn photos upright
     if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
-        image = scale_to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.info = image.info  # with its color profile
-        image = Image.alpha_composite(white, image).convert("RGB")
-    image = ImageOps.fit(to_srgb(image), (image_size, image_size))
+        image = scale_to_8_bits(image, white)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(image)
+    if alpha:  # lay it on white
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    image = ImageOps.fit(image, (image_size, image_size))
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -779,23 +788,43 @@ def open_image(source):
     return Image.open(os.fsdecode(source["path"]))
 
 
-def scale_to_8_bits(image):
+def white_value(image):
+    """Return the value of white in an image of 16 or 32 bits; None if its format does not tell."""
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        BITS_PER_SAMPLE = 258  # the number of this tag
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
+        return 2**bits - 1
+    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales all PPM files to 16 bits
+        return 65535
+    return None
+
+
+def scale_to_8_bits(image, white):
     """Return an image of 16 or 32 bits, or of floats, in 8 bits. Pillow would clip all values above 255."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32))
-    if image.mode.startswith("I;16"):
-        values = values / 65535
-    elif image.mode == "I" or values.min() < 0 or values.max() > 1:
-        # The range is unknown, so the darkest value becomes black and the brightest white.
-        low = values.min()
-        high = values.max()
-        values = (values - low) / ((high - low) or 1)  # all pixels may be equal
-    return Image.fromarray((255 * values).round().astype(np.uint8))
+    values = np.asarray(image).astype(np.float32)
+    finite = values[np.isfinite(values)]
+    if white is not None:
+        low = 0
+        high = white
+    elif image.mode == "F" and (finite >= 0).all() and (finite <= 1).all():
+        low = 0
+        high = 1
+    else:  # the darkest value becomes black and the brightest white
+        low = finite.min()
+        high = finite.max()
+    values = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
+    scaled = Image.fromarray((255 * values).round().astype(np.uint8))
+    if "icc_profile" in image.info:
+        scaled.info["icc_profile"] = image.info["icc_profile"]
+    return scaled
 
 
 def to_srgb(image):
     """Return an image in the color space sRGB, converted by its ICC profile if it has one."""
     profile = image.info.get("icc_profile")
-    if image.mode not in ("L", "RGB", "CMYK"):  # only these have profiles
+    if image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "CMYK"):  # only these have profiles
         image = image.convert("RGB")
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit is ignored
@@ -808,7 +837,11 @@ def original_size(source):
     """Return the (height, width) of an image before it is scaled, from the header of its file."""
     image = open_image(source)
     width, height = image.size
-    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # the camera was held sideways
+    orientation = None
+    with contextlib.suppress(Exception):  # damaged EXIF data
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    is_turned = orientation in (5, 6, 7, 8)  # the camera was held sideways
+    if is_turned and image.format != "TIFF":  # Pillow turns TIFF files itself
         return width, height
     return height, width
 
@@ -1040,6 +1073,8 @@ def prepare_data(accelerator, pipeline=None):
         key += [str(autoencoder.config), checksums(autoencoder)]
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
+    if image_size % shape[-1] != 0 and pipeline is None:
+        fail(f"{image_size=} must be a multiple of {image_size // shape[-1]}, by which {vae=} divides it")
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
 
@@ -1335,9 +1370,9 @@ def start_run(model, splits, data, captions, old_run):
             for path in Path(out_dir).glob(pattern):
                 if path.is_file():
                     path.unlink()
-        if init_from != "scratch" and not adapter:
-            model.save_pipeline()  # the parts that are not trained are written once, here
     write_file("run.json", run)
+    if init_from != "scratch" and not adapter and not old_run:
+        model.save_pipeline()  # the parts that are not trained are written once, here
     with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
         shutil.copy(__file__, out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
@@ -1363,15 +1398,20 @@ def weights_of(model):
     return {name: state[name] for name in kept if name in state}
 
 
-def save_checkpoint(model, optimizers, ema, progress):
-    """Write checkpoint.pt, from which a run can be resumed."""
+def save_checkpoint(model, optimizers, scaler, ema, progress):
+    """Write checkpoint.pt, from which a run can be resumed. scaler: that of fp16, or None."""
     if MAIN:
-        states = [o.state_dict() for o in optimizers]
-        content = {"model": weights_of(model), "ema": ema.averages, "optimizers": states}
-        write_file("checkpoint.pt", content | {"progress": progress})
+        content = {
+            "model": weights_of(model),
+            "ema": ema.averages,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "scaler": scaler.state_dict() if scaler else {},
+            "progress": progress,
+        }
+        write_file("checkpoint.pt", content)
 
 
-def load_checkpoint(model, optimizers, ema):
+def load_checkpoint(model, optimizers, scaler, ema):
     """Load checkpoint.pt in every process. Return the progress of the run."""
     with named("checkpoint", f"{out_dir}/checkpoint.pt"):
         state = torch.load(Path(out_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
@@ -1383,26 +1423,29 @@ def load_checkpoint(model, optimizers, ema):
     model.load_state_dict(state["model"], strict=False)  # frozen weights are not in the checkpoint
     for o, optimizer_state in zip(optimizers, state["optimizers"]):
         o.load_state_dict(optimizer_state)
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
     for name, average in ema.averages.items():
-        average.copy_(state["ema"][name])
+        average.copy_(state["ema"].get(name, state["model"][name]))  # the weights, if ema_decay was 0 before
     return state["progress"]
 
 
-def save_best(model, splits):
-    """Write the weights for drawing and, if they will be tested at the end, best.pt for load_best()."""
+def save_best(model, has_validation):
+    """Write the weights for drawing and, with a validation split, best.pt for load_best()."""
     weights = weights_of(model)
     if init_from == "scratch":
         write_file("model.safetensors", weights)
     else:
         model.save_weights(weights)
-    if "test" in splits and "validation" in splits:  # without validation, the last weights are tested
+    if has_validation:
         write_file("best.pt", weights)
 
 
 def load_best(model):
     """Load best.pt into the model of every process."""
     if MAIN:
-        weights = torch.load(Path(out_dir, "best.pt"), map_location="cpu", weights_only=True)
+        with named("checkpoint", f"{out_dir}/best.pt"):
+            weights = torch.load(Path(out_dir, "best.pt"), map_location="cpu", weights_only=True)
         model.load_state_dict(weights, strict=False)  # frozen weights are not in it
     broadcast(weights_of(model))  # in place
 
@@ -1466,7 +1509,7 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
             if has_validation:
                 progress["best"] = values["val/loss"]
             if MAIN:
-                save_best(unwrap(model), splits)
+                save_best(unwrap(model), has_validation)
     if MAIN:
         draw_samples(unwrap(model), progress["step"])
     if MAIN and adapter and progress["step"] > 0 and not has_validation:
@@ -1598,6 +1641,15 @@ def finish(accelerator, step, is_stopped):
     sys.exit(code)
 
 
+def divide_batch():
+    """Return (images per process and forward pass, forward passes per optimizer step)."""
+    micro_size = micro_batch_size or max(1, batch_size // WORLD)
+    accumulation_steps = batch_size // (micro_size * WORLD)
+    if accumulation_steps * micro_size * WORLD != batch_size:
+        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
+    return micro_size, accumulation_steps
+
+
 def is_due(step, interval):
     """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
@@ -1667,10 +1719,7 @@ def main():
     check_settings()
     accelerator = start_accelerator()
     device = accelerator.device
-    micro_size = micro_batch_size or max(1, batch_size // WORLD)  # images per process and forward pass
-    accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
-    if accumulation_steps * micro_size * WORLD != batch_size:
-        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
+    micro_size, accumulation_steps = divide_batch()
     old_run = open_run_dir()
 
     # ---- model and data ----
@@ -1688,9 +1737,12 @@ def main():
 
     # ---- resume the run, if there is one ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
-    is_resumed = from_main(old_run is not None)  # only the main process reads out_dir
-    if is_resumed:
-        progress = load_checkpoint(unwrap(model), optimizers, ema)
+    old_run = from_main(old_run)  # only the main process has read it
+    if old_run:
+        progress = load_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema)
+        # If the run had ended, its last evaluation came after its checkpoint.
+        best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
+        progress["best"] = min(progress["best"], best_at_end)
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
@@ -1725,7 +1777,7 @@ def main():
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
     write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # started with the setting profile only
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # only started if `profile` is set
     timer = time.monotonic()
     steps_since = 0  # steps since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1738,7 +1790,7 @@ def main():
         if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
-            save_checkpoint(unwrap(model), optimizers, ema, progress)
+            save_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema, progress)
         if not is_stopped and (is_done or is_due(step, eval_interval)):
             evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
@@ -1867,7 +1919,9 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
         if name not in names:
             fail(f"class_label={name!r} is not a class: choose from {', '.join(model.class_names)}")
     if len(names) == 1 or label_dropout == 0:
-        scale = 1.0  # guidance needs a model that has learned both, with a class and without
+        if scale > 1:
+            log("no guidance: it needs a model that has learned both, with a class and without")
+        scale = 1.0
     elif scale < 0:
         scale = 2.0
     cond = torch.tensor([names.index(name) for name in conditions], device=device)
@@ -2202,8 +2256,9 @@ class Pipeline(nn.Module):
             outputs.append(self.encode_unconditional())
             prompt_outputs = {text: self.record_prompt(text, **options) for text in prompts}
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save((outputs, prompt_outputs), file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # another run may write the same file
+            torch.save((outputs, prompt_outputs), temporary)
+            temporary.replace(file)
         # Captions of Flux take 4 MB each, so they stay in the file, mapped into memory.
         self.outputs, self.prompt_outputs = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
@@ -2383,11 +2438,18 @@ def load_pipeline(device):
             denoiser.add_adapter(config)
         diffusers.training_utils.cast_training_params(denoiser, torch.float32)
     if frozen_fp8:  # after add_adapter(), which would put the adapter in 8 bits, too
-        denoiser.enable_layerwise_casting(torch.float8_e4m3fn, frozen_dtype)
+        # The backward pass of a convolution uses its weight, which would be in 8 bits again by then.
+        convolutions = (nn.Conv1d, nn.Conv2d)
+        denoiser.enable_layerwise_casting(
+            torch.float8_e4m3fn, frozen_dtype, skip_modules_classes=convolutions
+        )
         # peft does not cast the inputs of these layers. Autocast does, also for samples and in probe().
         has_half = frozen_dtype != torch.float32
         autocast = torch.autocast(device.type, frozen_dtype, enabled=has_half)
         denoiser.forward = autocast(denoiser.forward)
+        # DDP cannot send weights in 8 bits to the other processes, which have loaded them anyway.
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if gradient_checkpointing:
         # With frozen_fp8, weights change their dtype between two uses, which the default check would reject.
         denoiser.enable_gradient_checkpointing(

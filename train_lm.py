@@ -1290,16 +1290,25 @@ def gather(model, optimizers=(), with_frozen=False):
     return weights, state
 
 
-def save_checkpoint(model, optimizers, progress, name):
-    """Write a checkpoint to out_dir. With optimizers=[], as for best.pt, it cannot be used for a resume."""
+def save_checkpoint(model, optimizers, scaler, progress, name):
+    """Write a checkpoint to out_dir. With optimizers=[], as for best.pt, it cannot be used for a resume.
+
+    scaler: that of fp16, or None.
+    """
     weights, state = gather(model, optimizers)
     if MAIN:
-        write_file(name, {"model": weights, "optimizers": state, "progress": progress})
+        content = {
+            "model": weights,
+            "optimizers": state,
+            "scaler": scaler.state_dict() if scaler else {},
+            "progress": progress,
+        }
+        write_file(name, content)
 
 
-def load_checkpoint(model, optimizers, name):
+def load_checkpoint(model, optimizers, scaler, name):
     """Load a checkpoint into the model and the optimizers of every process. Return its progress."""
-    state = {"model": {}, "optimizers": {}, "progress": {}}
+    state = {"model": {}, "optimizers": {}, "scaler": {}, "progress": {}}
     weights, _ = gather(model)  # a collective operation: all processes must call it
     if MAIN:  # only the main process reads the file; the others get its content below
         with named("checkpoint", f"{out_dir}/{name}"):
@@ -1313,6 +1322,8 @@ def load_checkpoint(model, optimizers, name):
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
+    if scaler:
+        scaler.load_state_dict(from_main(state["scaler"]))
     return from_main(state["progress"])
 
 
@@ -1421,8 +1432,8 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
             save_weights(unwrap(model), weights)
-        if "test" in splits and has_validation:  # the test at the end loads the best weights
-            save_checkpoint(model, [], progress, "best.pt")
+        if has_validation:  # the test at the end loads the best weights
+            save_checkpoint(model, [], None, progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
 
@@ -1616,6 +1627,15 @@ def finish(accelerator, step, is_stopped):
     sys.exit(code)
 
 
+def divide_batch():
+    """Return (rows per process and forward pass, forward passes per optimizer step)."""
+    micro_size = micro_batch_size or max(1, batch_size // WORLD)
+    accumulation_steps = batch_size // (micro_size * WORLD)
+    if accumulation_steps * micro_size * WORLD != batch_size:
+        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
+    return micro_size, accumulation_steps
+
+
 def is_due(step, interval):
     """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
@@ -1626,10 +1646,7 @@ def main():
     check_settings()
     accelerator = start_accelerator()
     device = accelerator.device
-    micro_size = micro_batch_size or max(1, batch_size // WORLD)  # rows per process and forward pass
-    accumulation_steps = batch_size // (micro_size * WORLD)  # forward passes per optimizer step
-    if accumulation_steps * micro_size * WORLD != batch_size:
-        fail(f"{batch_size=} must be a multiple of micro_batch_size x processes = {micro_size} x {WORLD}")
+    micro_size, accumulation_steps = divide_batch()
     old_run = open_run_dir()
 
     # ---- model and data ----
@@ -1651,9 +1668,12 @@ def main():
     # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     run = start_run(unwrap(model), tok, splits, old_run) if MAIN else None
-    is_resumed = from_main(old_run is not None)  # only the main process reads out_dir
-    if is_resumed:
-        progress = load_checkpoint(model, optimizers, "checkpoint.pt")
+    old_run = from_main(old_run)  # only the main process has read it
+    if old_run:
+        progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
+        # If the run had ended, its last evaluation came after its checkpoint.
+        best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
+        progress["best"] = min(progress["best"], best_at_end)
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
@@ -1689,7 +1709,7 @@ def main():
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
     write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # started with the setting profile only
+    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # only started if `profile` is set
     timer = time.monotonic()
     tokens_since = 0  # target tokens since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1702,7 +1722,7 @@ def main():
         if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
-            save_checkpoint(model, optimizers, progress, "checkpoint.pt")
+            save_checkpoint(model, optimizers, accelerator.scaler, progress, "checkpoint.pt")
         if not is_stopped and (is_done or is_due(step, eval_interval)):
             evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress, report)
             timer = time.monotonic()  # speed is measured between evaluations
@@ -1779,7 +1799,7 @@ def main():
             summary["val/loss"] = progress["best"]
         if "test" in splits:
             if has_best:
-                load_checkpoint(model, [], "best.pt")
+                load_checkpoint(model, [], None, "best.pt")
             values = evaluate(accelerator, model, tok, "test", splits["test"], micro_size)
             report(values)
             summary |= values

@@ -70,13 +70,33 @@ def test_every_kind_of_image_becomes_the_same_pixels(tmp_path):
     kinds |= {f"image{suffix}": image for suffix in (".PNG", ".jpg", ".WebP", ".gif", ".bmp")}
     for kind, scale in ("<u2", 257.0), (">u2", 257.0), ("f4", 1 / 255), ("i4", 1e6), ("f4", 0.1):
         kinds[f"{kind} {scale}.tif"] = Image.fromarray((gray * scale).astype(kind))
-    kinds["turned.jpg"] = image.transpose(Image.Transpose.ROTATE_90)
-    kinds["turned.jpg"].getexif()[0x0112] = 6
+    for name in ("turned.jpg", "turned.tif"):
+        kinds[name] = image.transpose(Image.Transpose.ROTATE_90)
+        kinds[name].getexif()[0x0112] = 6
     for name, image in kinds.items():
         image.save(tmp_path / name, exif=image.getexif())
         x = td.read_image({"bytes": None, "path": str(tmp_path / name)}).astype(int)
         assert x.shape == (3, 8, 8) and x[:, :, :3].max() < 20, name
         assert abs(x[:, :, 5:] - 200).max() < 20, name
+        assert td.original_size({"bytes": None, "path": str(tmp_path / name)}) == (20, 30), name
+
+
+def test_the_brightness_of_16_bits_and_of_values_that_are_no_numbers(tmp_path):
+    """All of a PGM's 16 bits count, as those of a PNG, also if it uses few. A NaN is dark, and inf is bright."""
+    td.image_size = 8
+    gray = np.linspace(20000, 30000, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + gray.astype(">u2").tobytes())
+    heights = gray / 10
+    heights[0, 0] = np.nan
+    heights[7, 7] = np.inf
+    Image.fromarray(heights.astype(np.float32)).save(tmp_path / "heights.tif")
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    expected = {"a.png": gray / 257, "a.pgm": gray / 257}
+    expected |= {"heights.tif": np.linspace(0, 255, 64).reshape(8, 8), "nan.tif": np.zeros((8, 8))}
+    for name, pixels in expected.items():
+        x = td.read_image({"bytes": None, "path": str(tmp_path / name)})
+        assert np.abs(x[0] - pixels).max() < 6, name
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
@@ -95,8 +115,14 @@ def test_a_color_profile_and_transparency_are_seen(mode):
     assert read(image, icc_profile=profile) == pytest.approx([50, 200, 100], abs=2)
     assert read(image, icc_profile=b"none") == [200, 50, 100]
     assert read(color.convert("L"), icc_profile=profile) == read(color.convert("L"))  # it does not fit
-    color.putalpha(0)
-    assert read(color) == [255, 255, 255]
+    for alpha, expected in (
+        (0, [255, 255, 255]),
+        (255, [50, 200, 100]),
+    ):  # the profile also without transparency
+        color.putalpha(alpha)
+        assert read(color, icc_profile=profile) == pytest.approx(expected, abs=2)
+    damaged = b"Exif\0\0II*\0"
+    assert read(image, exif=damaged) == [200, 50, 100]
 
 
 def test_every_way_to_name_images_reads_the_same(prepare, picture_folder, tmp_path):
@@ -345,6 +371,19 @@ def test_a_nan_in_one_process_is_skipped_by_both_and_ten_end_the_run(tmp_path, t
     assert forked(*how, tmp_path / "two.py", "--max_steps=20").count("not finite: skipped") == 2
     assert "ten such steps in a row" in forked(*how, tmp_path / "ten.py", code=1)
     assert all(weight.isfinite().all() for weight in last_state(tmp_path / "run")["model"].values())
+
+
+def test_a_longer_run_keeps_the_best_weights_of_the_one_that_it_goes_on_from(tmp_path, tiny):
+    """Also if the averages of the weights are only turned on now, and if the weights get worse from here on."""
+    run = tmp_path / "run"
+    within("train_diffusion.py", tiny, "--max_steps=10", "--ema_decay=0")
+    weights = (run / "model.safetensors").read_bytes()
+    best = json.loads((run / "run.json").read_text())["summary"]["val/loss"]
+    worse = ("--adamw_lr=10", "--lr_schedule=constant", "--resume=True", "--ema_decay=0.9")
+    within("train_diffusion.py", tiny, "--max_steps=20", *worse)
+    assert rows(run, "val/loss")[-1]["val/loss"] > best
+    assert json.loads((run / "run.json").read_text())["summary"]["val/loss"] == best
+    assert (run / "model.safetensors").read_bytes() == weights
 
 
 CHANGES = ["seed=7", "batch_size=4", "image_size=16", "flip=True", "vae=x", "init_from=x", "lora_rank=8"]
