@@ -544,7 +544,9 @@ def find_files():
     """
     root = Path(dataset)
     if root.exists():
-        files = list(list_files(root, set()))
+        files = list(
+            list_files(root, seen={os.path.realpath(out_dir)})
+        )  # out_dir may be inside: leave it out
     else:
         # A pattern, or the name of a dataset of the Hub, which matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
@@ -1266,8 +1268,9 @@ class EMA:
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
 RUN_FILES = """
     run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors
-    kohya_lora.safetensors model_index.json samples/step_*.png samples/step_*.safetensors
-    train_diffusion/events* *.pt.trace.json *.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp
+    kohya_lora.safetensors model_index.json samples/step_????????.png
+    samples/step_????????.safetensors
+    train_diffusion/events.out.* *.pt.trace.json run.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp
 """.split()
 PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
 PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.model *.jinja".split()
@@ -1620,7 +1623,7 @@ def choose_precision():
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-    metrics.truncate(n_bytes)
+    metrics.truncate(min(n_bytes, metrics.tell()))  # it may be missing
     metrics.seek(0, os.SEEK_END)
     return metrics
 

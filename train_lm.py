@@ -451,6 +451,8 @@ def make_gpt(tok):
     # bytes or characters they would be a large part of the vocabulary, so none are added.
     if tokenizer not in ("bytes", "char"):
         vocab_size = 64 * math.ceil(vocab_size / 64)
+    # Most tokenizers have one token that ends a text and begins the next.
+    [begin] = bos_prefix(tok) or [tok.eos_token_id]
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
         max_position_embeddings=block_size,
@@ -459,7 +461,7 @@ def make_gpt(tok):
         num_hidden_layers=n_layer,
         num_attention_heads=n_head,
         num_key_value_heads=n_kv_head or n_head,
-        bos_token_id=tok.eos_token_id,  # one token ends a text and begins the next
+        bos_token_id=begin,
         eos_token_id=tok.eos_token_id,
         pad_token_id=None,
         architectures=["NanoChatForCausalLM"],
@@ -584,7 +586,9 @@ def find_files():
     if dataset == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
     if root.exists():
-        files = list(list_files(root, seen=set()))
+        files = list(
+            list_files(root, seen={os.path.realpath(out_dir)})
+        )  # out_dir may be inside: leave it out
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
@@ -620,6 +624,15 @@ def find_files():
     return kind, paths
 
 
+def without_nulls(value):
+    """Return a field without its None: Arrow gives each dictionary in a column the keys of all the others."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value
+
+
 def parse_table(path, kind):
     """Yield the rows of a table, unchecked. All fields of a CSV are texts, even if they look like numbers."""
     if kind == "parquet":
@@ -629,7 +642,11 @@ def parse_table(path, kind):
         csv.field_size_limit(2**31 - 1)  # the default of 128 KB is too small; Windows takes no more than this
         delimiter = "," if kind == "csv" else "\t"
         file = open_text(path, newline="")
-        yield from csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        names = rows.fieldnames or []
+        if len(names) > len(set(names)):
+            fail(f"{dataset=}: {path} has several columns of one name: rename them")
+        yield from rows
     else:
         file = open_text(path)
         is_array = file.read(PIECE_SIZE).lstrip().startswith("[")
@@ -708,7 +725,10 @@ def load_documents():
         columns = choose_columns(first_source.column_names)
     elif kind != "text":
         paths = itertools.chain.from_iterable(sources.values())
-        columns = choose_columns(column_names(paths, kind))
+        names = column_names(paths, kind)
+        if not names:
+            fail(f"{dataset=} has no rows")
+        columns = choose_columns(names)
     if kind == "text":
         features = {"path": datasets.Value("binary")}
     else:
@@ -716,6 +736,8 @@ def load_documents():
 
     documents = {}
     for split, source in sources.items():
+        if next(read_documents(source, kind, columns), None) is None:
+            fail(f"the {split} split of {dataset=} has no rows")
         key = [kind, columns, state_of(source)]
         # This calls read_documents(source, kind, columns), unless the rows are in the cache.
         rows = cached(key, features, read_documents, source, kind, columns)
@@ -744,10 +766,15 @@ def read_documents(source, kind, columns):
     else:
         rows = (row for path in source for row in read_table(path, kind))
     for row in rows:
+        if kind in ("parquet", "hub"):
+            row = {name: without_nulls(field) for name, field in row.items()}
         if "messages" in columns:
             messages = read_messages(row, columns["messages"])
             tools = row.get("tools") or None  # an empty list or text also means no tools
-            if not isinstance(tools, str):  # a text already is JSON
+            if isinstance(tools, str):
+                with named("column", "tools"):  # it must be JSON
+                    json.loads(tools)
+            else:
                 tools = json.dumps(tools, default=str)  # str() for dates, which JSON does not have
             yield {"messages": json.dumps(messages, default=str), "tools": tools}
         else:
@@ -776,9 +803,10 @@ def as_text(value, column):
     if isinstance(value, str):
         return check_unicode(value, f"column {column!r}")
     if isinstance(value, list):
-        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) == len(value):  # there is nothing but text
-            return "".join(part["text"] for part in parts)
+        parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) == len(value):  # there is nothing but text
+            return "".join(texts)
     fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
 
 
@@ -789,6 +817,12 @@ def check_unicode(text, where):
     except UnicodeEncodeError as error:
         fail(f"{dataset=}: {where} is not UTF-8 ({error}): convert it, or take it out")
     return text
+
+
+def read_piece(file, where):
+    """Return the next characters of a file."""
+    with named("dataset", where):  # a compressed file may be damaged
+        return file.read(PIECE_SIZE)
 
 
 def read_pieces(documents):
@@ -803,14 +837,19 @@ def read_pieces(documents):
             file = open_text(Path(where))
         elif "messages" in document:
             # This text is only used to learn a tokenizer. It looks like what PLAIN_CHAT_TEMPLATE writes.
-            messages = json.loads(document["messages"])
-            lines = [f"{m['role']}: {m['content']}\n" for m in messages]
-            file = io.StringIO("".join(lines))
+            text = ""
+            for message in json.loads(document["messages"]):
+                text += f"{message['role']}: {message['content']}\n"
+                if "tool_calls" in message:
+                    text += json.dumps(message["tool_calls"])
+            if document["tools"] != "null":
+                text += document["tools"]
+            file = io.StringIO(text)
         else:
             file = io.StringIO("".join(document.values()))  # {"text"}, or {"prompt", "completion"}
         # Hold one piece back until more is read, to know which one is the last.
-        piece = file.read(PIECE_SIZE)
-        while more := file.read(PIECE_SIZE):
+        piece = read_piece(file, where)
+        while more := read_piece(file, where):
             cut = max(piece.rfind("\n"), piece.rfind(" "))
             if cut < 1:
                 cut = len(piece)
@@ -980,6 +1019,8 @@ def prepare_data():
         splits["train"], splits["test"] = split_off_end(splits["train"], test_fraction)
     if fold:  # part k of n contiguous parts is for validation
         k, n = map(int, fold.split("/"))
+        if n > len(splits["train"]):
+            fail(f"{fold=} has more parts than there are rows: {len(splits['train'])}")
         parts = [splits["train"].shard(n, i, contiguous=True) for i in range(n)]
         splits["validation"] = parts.pop(k - 1)
         splits["train"] = datasets.concatenate_datasets(parts)
@@ -1156,10 +1197,10 @@ def lr_at(step, total_steps):
 
 # What a run writes. A new run in the same folder removes these files of an old one, and no others.
 RUN_FILES = """
-    run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model*.safetensors
-    model.safetensors.index.json adapter_model.safetensors adapter_config.json chat_template.jinja
-    tokenizer.json tokenizer_config.json special_tokens_map.json vocab.* merges.txt *.model
-    samples/step_*.txt train_lm/events* *.pt.trace.json *.json.tmp *.pt.tmp
+    run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model.safetensors
+    model-?????-of-?????.safetensors model.safetensors.index.json adapter_model.safetensors
+    adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja
+    samples/step_????????.txt train_lm/events.out.* *.pt.trace.json run.json.tmp *.pt.tmp
 """.split()
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
@@ -1345,6 +1386,8 @@ def save_weights(model, weights):
         # A Pretrained (see the section on fine-tuning) has the model of transformers or peft as its lm.
         # Without save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+        # save_pretrained() refuses some generation configs that are in use: write the true one below.
+        model.lm.generation_config = transformers.GenerationConfig()
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     model.generation_config.to_json_file(folder / "generation_config.json")
     for path in folder.iterdir():
@@ -1606,7 +1649,7 @@ def clip_gradients(accelerator, model):
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-    metrics.truncate(n_bytes)
+    metrics.truncate(min(n_bytes, metrics.tell()))  # it may be missing
     metrics.seek(0, os.SEEK_END)
     return metrics
 
@@ -1922,6 +1965,7 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- if tools %}{{ 'tools: ' + (tools | tojson) + '\\n' }}{% endif %}
 {%- for m in messages %}
     {{- m['role'] + ': ' + m['content'] }}
+    {%- if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}
     {%- if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}
     {{- '\\n' }}
 {%- endfor %}
@@ -1933,14 +1977,15 @@ def read_messages(row, column):
     messages = []
     if row.get("system"):
         messages.append({"role": "system", "content": as_text(row["system"], "system")})
-    for fields in row.get(column) or []:
-        if not isinstance(fields, dict):
-            fail(f"{dataset=}: column {column!r} must hold lists of messages, not {row[column]!r:.60}")
+    chat = row.get(column) or []
+    if not isinstance(chat, list) or not all(isinstance(fields, dict) for fields in chat):
+        fail(f"{dataset=}: column {column!r} must hold lists of messages, not {chat!r:.60}")
+    for fields in chat:
         # A table has None for fields that are missing. ShareGPT calls role and content "from" and "value".
         message = {name: value for name, value in fields.items() if value is not None}
         role = message.pop("from", None) or message.get("role")
         content = message.pop("value", None) or message.get("content")
-        if role not in ROLES:
+        if str(role) not in ROLES:
             fail(f"{dataset=}: the role {role!r} in column {column!r} is not one of {', '.join(ROLES)}")
         messages.append({**message, "role": ROLES[role], "content": as_text(content, column)})
     return messages
@@ -1960,19 +2005,28 @@ def texts_with_answers(document, tok):
     text = ""
     spans = []
     for i, message in enumerate(messages):
-        # An assistant message that opens a chat answers nothing, so it has no loss.
-        if message["role"] == "assistant" and i > 0:
+        # An assistant message that opens a chat answers nothing, so it has no loss. In OpenAI's format, a
+        # message with a weight of 0 has none either.
+        if message["role"] == "assistant" and i > 0 and message.get("weight") != 0:
             with named("dataset", dataset):  # the template may refuse the messages
                 options = {"tools": json.loads(document["tools"]), "tokenize": False}
                 prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
                 answered = tok.apply_chat_template(messages[: i + 1], **options)
-            if not prompt.startswith(text):  # the template has rewritten earlier turns
-                yield text, spans
-                spans = []
             # The answer starts where the two texts part. This need not be the end of the prompt: that of
             # DeepSeek-R1 ends with a "<think>", which is not in the text with the answer.
             common = os.path.commonprefix([prompt, answered])  # works with all strings, not only paths
             start = len(common)
+            if prompt.startswith(text) and not answered.startswith(text):
+                # Of two answers in a row, Qwen3's template rewrites the first. The texts part there, but the
+                # second answer starts behind its own opening, such as "<|im_start|>assistant".
+                opening = prompt[len(text) :]
+                before_answer, found, _ = answered.rpartition(opening)
+                if not found:
+                    fail(f"{dataset=} has two answers in a row, which this chat template does not support")
+                start = len(before_answer) + len(opening)
+            if not prompt.startswith(text) or not answered.startswith(text):  # earlier turns are rewritten
+                yield text, spans
+                spans = []
             spans.append((start, len(answered)))
             text = answered
     yield text, spans
@@ -2221,6 +2275,8 @@ def load_pretrained(precision):
             f"{init_from=} is an adapter: train it further with --adapter=lora,"
             f" or first merge it: python sample.py --out_dir={init_from} --merge=FOLDER"
         )
+    if is_lora:
+        log("the LoRA keeps its own rank, alpha and targets")
     if adapter and not is_adapter:
         import peft
 

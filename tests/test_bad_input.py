@@ -6,6 +6,7 @@ an edit of the script keeps its traceback; and whatever file a stranger has made
 
 import gzip
 import json
+import random
 import shutil
 import traceback
 
@@ -21,6 +22,8 @@ ROWS = {  # files of such rows
     "chats": {"messages": [SAYS, ANSWERS]},
     "told": {"messages": [SAYS, {"role": "narrator", "content": "he waits"}, ANSWERS]},
     "sentences": {"messages": "hello? hi!"},
+    "counts": {"text": "some text", "messages": 12},
+    "toolbox": {"messages": [SAYS, ANSWERS], "tools": "hammer, saw"},
 }
 FILES = {
     "empty.txt": b"",
@@ -33,6 +36,11 @@ FILES = {
     "list.jsonl": b'{"text": "one"}\n["two"]\n',
     "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 5000)[:60],
     "cut.parquet": b"PAR1 and no more",
+    "cut.txt.gz": gzip.compress(random.Random(0).randbytes(150_000).hex().encode())[:-50_000],
+    "twice.csv": b"text,text\none,two\n",
+    "no_rows/train.jsonl": b'{"text": "one"}\n' * 50,
+    "no_rows/test.jsonl": b"",
+    "header.csv": b"text\n",
     "nothing/.hidden": b"",
     "foreign/thesis.doc": b"years of work",
 }
@@ -103,6 +111,13 @@ REFUSED = [
     (["--train_split=sft"], "--train_split= takes one of train"),
     (["--dataset={data}/told.jsonl"], "the role 'narrator' in column 'messages'"),
     (["--dataset={data}/sentences.jsonl"], "'messages'"),
+    (["--dataset={data}/counts.jsonl"], "'messages' must hold lists of messages, not 12"),
+    (["--dataset={data}/toolbox.jsonl"], "'tools'"),
+    (["--dataset={data}/cut.txt.gz"], "cut.txt.gz"),
+    (["--dataset={data}/twice.csv"], "several columns of one name"),
+    (["--dataset={data}/no_rows"], "the test split of dataset='{data}/no_rows' has no rows"),
+    (["--dataset={data}/header.csv"], "has no rows"),
+    (["--fold=99/100"], "fold='99/100' has more parts than there are rows"),
     # the run directory
     ([GOOD, "--out_dir={data}/foreign"], "holds other files, such as thesis.doc"),
     ([GOOD, "--out_dir={data}/good.txt"], "out_dir="),

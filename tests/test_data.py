@@ -5,10 +5,14 @@ stay text; documents fill rows, each token the target of one; what is not used i
 again by a second start; the order of the rows is a function of (seed, step).
 """
 
+import functools
+import gzip
+import http.server
 import json
 import os
 import re
 import string
+import threading
 from pathlib import Path
 
 import datasets
@@ -16,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import check_out, within, writes_around
+from conftest import check_out, run, within, writes_around
 
 import train_lm
 
@@ -125,6 +129,33 @@ def test_each_file_is_read_once_whatever_its_name(prepare, tmp_path, capfd):
     assert sorted(documents) == [f"<{i}>" for i in range(len(names) + 1)]
     out, _ = capfd.readouterr()
     assert "left out: 1 files" in out and "latin.txt" in out
+
+
+def test_a_url_is_downloaded(tmp_path):
+    """A text, and a compressed table, by a server on this machine."""
+    write(tmp_path / "data/a.txt", "the quick brown fox\n" * 200)
+    (tmp_path / "data/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "the quick brown fox"}\n' * 200))
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "data")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever).start()
+        for name in ("a.txt", "b.jsonl.gz"):
+            url = f"--dataset=http://127.0.0.1:{server.server_port}/{name}"
+            how = (url, f"--out_dir={tmp_path / name}.run", "--tokenizer=bytes", "--max_steps=0")
+            run("train_lm.py", *how, HF_HUB_OFFLINE="0")
+        server.shutdown()
+    n_rows = [
+        json.loads((tmp_path / f"{name}.run/run.json").read_text())["rows"]
+        for name in ("a.txt", "b.jsonl.gz")
+    ]
+    assert n_rows[0] == n_rows[1]  # of as many bytes: the end of a line, or an <eos>
+
+
+def test_the_run_directory_may_be_inside_the_data(tmp_path):
+    write(tmp_path / "data/a.txt", "the quick brown fox\n" * 200)
+    how = (f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'data/out'}", "--tokenizer=bytes")
+    how += ("--max_steps=2", "--block_size=32", "--n_layer=1", "--n_embd=16", "--n_head=1", "--resume=True")
+    for max_steps in (2, 4):
+        within("train_lm.py", *how, f"--max_steps={max_steps}")
 
 
 def test_a_folder_is_tables_or_texts_by_the_suffixes_in_it(prepare, tmp_path, capfd):

@@ -9,6 +9,7 @@ import json
 import string
 from unittest import mock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -169,6 +170,54 @@ def test_a_template_that_rewrites_the_past_gives_a_row_for_each_answer(prepare, 
         shown = tok.apply_chat_template(CONVERSATION[: end - 1], tokenize=False, add_generation_prompt=True)
         answer = "<think></think>" + CONVERSATION[end - 1]["content"] + tok.eos_token + "\n"
         assert tok.decode(row["ids"]) == shown + answer and learned(tok, row) == answer
+
+
+def test_two_answers_in_a_row_of_which_the_template_rewrites_the_first(prepare, pretrained):
+    """As a tool call after a text. Each is learned once, from behind its own "assistant: "."""
+    chat = [*CONVERSATION[:3], {"role": "assistant", "content": "{weather}"}]
+    tok, found = prepare([{"messages": chat}], QWEN, init_from=pretrained("qwen3"))
+    answers = [f"<think></think>{m['content']}{tok.eos_token}\n" for m in chat[2:]]
+    assert [learned(tok, row) for row in found] == answers
+    assert tok.decode(found[1]["ids"]) == tok.apply_chat_template(chat, tokenize=False)
+
+
+def test_an_answer_with_a_weight_of_0_is_read_but_not_learned(prepare, chatty):
+    chat = [dict(m) for m in CONVERSATION]
+    chat[2]["weight"] = 0
+    tok, (row,) = prepare([{"messages": chat}], init_from=chatty)
+    assert learned(tok, row) == "Fine, and much.<|im_end|>\n" and "Hi." in tok.decode(row["ids"])
+
+
+def test_tool_calls_are_learned_by_a_base_without_a_template_and_from_parquet_without_nulls(
+    prepare, pretrained, tmp_path
+):
+    """Arrow gives the arguments of all calls in a column the same keys."""
+    arguments = [{"city": "Oslo"}, {"date": "today"}]
+    chats = []
+    for values in arguments:
+        call = {"type": "function", "function": {"name": "weather", "arguments": values}}
+        chats.append([WITH_TOOL[0], {"role": "assistant", "content": None, "tool_calls": [call]}])
+    datasets.Dataset.from_dict({"messages": chats}).to_parquet(tmp_path / "calls.parquet")
+    tok, from_lines = prepare(
+        [{"messages": chat} for chat in chats], init_from=pretrained("qwen3"), block_size=256
+    )
+    found = sorted(learned(tok, row) for row in from_lines)
+    for text, values in zip(found, arguments, strict=True):
+        call = text.strip().removesuffix(tok.eos_token)
+        assert json.loads(call)[0]["function"]["arguments"] == values
+    train_lm.dataset = str(tmp_path / "calls.parquet")
+    tok, splits = train_lm.prepare_data()
+    assert sorted(learned(tok, row) for row in splits["train"]) == found
+
+
+def test_a_base_with_settings_for_sampling_is_saved(tmp_path, pretrained, text_file):
+    """transformers does not save such a generation config, as Llama 2 has it, but it reads it."""
+    base = pretrained("llama")
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 0, "temperature": 0.9, "top_p": 0.6}))
+    how = (*FAST, f"--init_from={base}", f"--dataset={text_file}", f"--out_dir={tmp_path / 'run'}")
+    within("train_lm.py", *how, "--max_steps=1")
+    assert load(tmp_path / "run", "").generation_config.temperature == 0.9
 
 
 def test_a_template_that_opens_a_thought_in_the_prompt_trains(prepare, pretrained):

@@ -257,5 +257,9 @@ def test_trackers(tmp_path, tiny, monkeypatch):
     assert [(r["step"], r["val/loss"]) for r in rows(tmp_path / "run", "val/loss")] == logged
     for name, value in {"DIR": tmp_path, "RUN_ID": "mine", "RESUME": "allow", "PROJECT": "texts"}.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
+    own = [tmp_path / "run" / name for name in ("model_of_monday.safetensors", "spm.model", "vocab.csv")]
+    for path in own:
+        path.write_text("the user's")
     within("train_lm.py", tiny, "--tracker=wandb", "--max_steps=10", "--overwrite=True")
+    assert all(path.exists() for path in own)
     assert [p.name[-5:] for p in (tmp_path / "wandb").glob("offline-run-*")] == ["-mine"]
