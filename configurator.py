@@ -116,6 +116,8 @@ def configure(namespace, arguments=None):
             changes = {setting: parse(text, values.get(setting))}
         elif argument.endswith(".py"):
             changes = read_config(argument, values)
+        elif argument.startswith("--"):
+            fail(f"{argument} has no value: write it with an equals sign, such as --resume=True")
         else:
             fail(f"{argument}: write --name=value, or name a config file that ends in .py")
 

@@ -121,8 +121,10 @@ def load_run():
     if run_file.exists():
         with named("out_dir", out_dir):
             run = json.loads(run_file.read_text(encoding="utf-8"))
-        if not any(Path(out_dir).rglob("*.safetensors")):
-            fail(f"{out_dir} has no weights yet: a run saves them at its first evaluation after step 0")
+    if not Path(out_dir).is_dir():
+        print(f"there is no folder {out_dir}: looking for it on the Hugging Face Hub")
+    elif not any([*Path(out_dir).rglob("*.safetensors"), *Path(out_dir).glob("*.bin")]):
+        fail(f"{out_dir} holds no weights: a run saves them at its first evaluation after step 0")
 
     trainer = import_script(choose_script(run))
     if run["kind"] == "diffusion":
@@ -313,6 +315,7 @@ def save_images(**sampling):
         fail(f"{output=} must be a .png in a folder that exists")
     images = list(draw(**sampling))[-1]  # the last list has all images
     trainer.make_grid(images).save(output)
+    print(f"wrote {output}")
 
 
 # ---- Demo ----
@@ -464,34 +467,18 @@ def main():
     if chat and not getattr(tok, "chat_template", None):
         fail(f"{out_dir} is not a chat model: its tokenizer has no chat template")
 
-    # What the samples depend on. In the demo, each of these values has a control.
+    # The settings that the samples depend on. In the demo, each of them has a control.
     if tok is None:
         generate = draw
-        values = {
-            "prompt": text,
-            "negative_prompt": negative_prompt,
-            "class_label": class_label,
-            "num_samples": num_samples,
-            "lora_scale": lora_scale,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-        }
+        names = "prompt negative_prompt class_label num_samples lora_scale steps guidance seed"
+    elif chat:
+        generate = reply_in_demo
+        names = "max_new_tokens temperature top_k top_p seed"
     else:
         generate = complete
-        values = {
-            "prompt": text,
-            "num_samples": num_samples,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        }
-    if chat:
-        generate = reply_in_demo
-        del values["prompt"]  # there are messages instead
-        del values["num_samples"]  # each question has one answer
+        names = "prompt num_samples max_new_tokens temperature top_k top_p seed"
+    now = settings(globals()) | {"prompt": text}
+    values = {name: now[name] for name in names.split()}
 
     if merge:
         merge_lora()

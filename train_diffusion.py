@@ -552,6 +552,7 @@ def find_files():
         names = sorted(glob.glob(dataset, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
     if not files and not root.is_dir():
+        log(f"there is no file or folder {dataset}: looking for it on the Hugging Face Hub")
         return "hub", [], []
     # Images beside .parquet files are left out: often, they are the screenshots of a README.md.
     kind = "parquet"
@@ -1009,9 +1010,12 @@ def checksums(module):
 def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part). An image and its mirror image stay together."""
     n_views = 2 if flip else 1
-    n_images = math.ceil(fraction * len(rows) / n_views)
-    with named("dataset", dataset):  # raises an error if a part would be empty
-        parts = rows.train_test_split(n_images * n_views, shuffle=False)
+    n = n_views * math.ceil(fraction * len(rows) / n_views)
+    if n == len(rows):
+        fail(
+            f"{dataset=} is too small to set a part aside: --val_fraction=0 --test_fraction=0 uses all of it"
+        )
+    parts = rows.train_test_split(n, shuffle=False)
     return parts["train"], parts["test"]
 
 
@@ -1322,11 +1326,13 @@ def open_run_dir():
     can_resume = is_run and "checkpoint.pt" in files
     if files and not is_run:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
+    run = read_json("out_dir", out_dir, "run.json") if is_run else {}
+    if is_run and run.get("kind") != "diffusion":
+        fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
     if is_run and not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
     if not resume or not can_resume:
         return None
-    run = read_json("out_dir", out_dir, "run.json")
     now = settings(globals())
     for name in FIXED:
         check_fixed(name, run["settings"].get(name), now[name])

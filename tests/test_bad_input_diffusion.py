@@ -43,7 +43,7 @@ REFUSED = [
     ("--dataset={data}/unnamed", "metadata.jsonl, row 1 has no file_name"),
     ("--dataset={data}/commas", "metadata.csv, row 1 has too many fields"),
     ("--dataset={data}/no_train", "has no split named train, only test"),
-    ("--dataset={data}/one --test_fraction=0.5", "dataset='{data}/one' cannot be used"),
+    ("--dataset={data}/one --test_fraction=0.5", "is too small to set a part aside"),
     (SD + " --dataset={data}/half", "lacks captions for 3 images"),
     (SD + " --dataset={data}/mute", "1.txt is empty"),
     (SD + " --dataset={data}/latin", "1.txt' cannot be used"),

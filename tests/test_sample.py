@@ -249,7 +249,7 @@ REFUSED = [
     ("text", f"--seed={2**63}", f"seed={2**63} must be below"),
     ("text", "--chat=True", "is not a chat model"),
     ("pictures", "--merge={runs}/merged", "nothing to merge"),
-    ("nothing", "--seed=1", "cannot be used"),
+    ("nothing", "--seed=1", "holds no weights"),
     ("torn", "--seed=1", "cannot be used"),
     ("weightless", "--seed=1", "no weights"),
     ("music", "--seed=1", "music"),
