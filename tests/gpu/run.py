@@ -275,6 +275,7 @@ def check_fp16():
     first, last = rows[0]["train/loss"], rows[-1]["train/loss"]
     value = f"{first:.2f} to {last:.2f}, {output.count('not finite')} steps skipped"
     note("fp16", "124 M, fp16, AdamW, 20 steps: train/loss", value, "falls", last < first)
+    stop_and_resume("fp16", "fp16_resume", f"{arguments} --n_layer=2")  # with the state of the scaler
 
 
 # ---- Speed and waits ----
