@@ -544,9 +544,8 @@ def find_files():
     """
     root = Path(dataset)
     if root.exists():
-        files = list(
-            list_files(root, seen={os.path.realpath(out_dir)})
-        )  # out_dir may be inside: leave it out
+        seen = {os.path.realpath(out_dir)}  # the run itself may be inside: leave it out
+        files = list(list_files(root, seen))
     else:
         # A pattern, or the name of a dataset of the Hub, which matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
@@ -771,7 +770,7 @@ def read_image(source):
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
         log(f"left out: the image {where}, which cannot be read ({error})")
         return None
-    white = white_value(image)
+    white = white_value(image)  # first, because exif_transpose() drops the format
     with contextlib.suppress(Exception):  # damaged EXIF data
         image = ImageOps.exif_transpose(image)  # turn photos upright
     if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
@@ -815,7 +814,9 @@ def scale_to_8_bits(image, white):
     else:  # the darkest value becomes black and the brightest white
         low = finite.min()
         high = finite.max()
-    values = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    span = (high - low) or 1  # all pixels may be equal
+    values = (values - low) / span
     scaled = Image.fromarray((255 * values).round().astype(np.uint8))
     if "icc_profile" in image.info:
         scaled.info["icc_profile"] = image.info["icc_profile"]

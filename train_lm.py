@@ -586,9 +586,8 @@ def find_files():
     if dataset == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
     if root.exists():
-        files = list(
-            list_files(root, seen={os.path.realpath(out_dir)})
-        )  # out_dir may be inside: leave it out
+        seen = {os.path.realpath(out_dir)}  # the run itself may be inside: leave it out
+        files = list(list_files(root, seen))
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
