@@ -82,7 +82,7 @@ num_workers = 0  # processes that load data; use 2 or more if a GPU waits for da
 # model; with init_from, the pipeline brings its own
 init_from = "scratch"  # random weights; or a text-to-image pipeline to fine-tune: Hub name or folder
 adapter = ""  # with init_from: "lora" trains only a few new weights; "": all of the denoiser
-vae = ""  # autoencoder (AutoencoderKL: Hub name, folder) that first compresses the images; "": none
+vae = ""  # autoencoder that first compresses the images: Hub name or folder of an AutoencoderKL; "": none
 patch_size = 2  # patch_size x patch_size pixels or latents are one token; smaller is better and slower
 n_layer = 6  # number of transformer blocks
 n_head = 2  # number of attention heads
@@ -97,17 +97,17 @@ prediction = "flow"  # what the model predicts: "flow" (noise - image), "v", "ep
 label_dropout = 0.1  # fraction of the classes or captions that training hides; guidance needs such examples
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
-sampler = "dpm++"  # turns noise into images: "dpm++" (second order) or "ddim" (first order; for flow: Euler)
+sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; Euler, if flow)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
 guidance = -1.0  # strength of guidance by class or caption; 1: none; -1: the default (2, or the pipeline's)
 sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
-micro_batch_size = 0  # images that a process computes at once; a small number saves memory; 0: its share
+micro_batch_size = 0  # images that a process computes at once; fewer save memory; 0: batch_size / processes
 max_steps = 600  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (matrices in the blocks; AdamW for the rest) or "adamw"; init_from: adamw only
+optimizer = "muon"  # "muon" (matrices in blocks; AdamW for the rest), "adamw"; with init_from always adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matrices in the blocks
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
@@ -738,10 +738,10 @@ def read_metadata(files):
             n_repeated += path in metadata
             metadata[path] = row
     if n_repeated:
-        log(f"{n_repeated} rows of the metadata file name an image again: only its last row is used")
+        log(f"the metadata file repeats images: {n_repeated} rows are not used, only the last one of each")
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
-        log(f"{n_missing} images that the metadata file lists do not exist")
+        log(f"{n_missing} images do not exist, though the metadata file lists them")
     return metadata
 
 
@@ -1023,7 +1023,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename the one to train on")
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename one of them to train")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1427,9 +1427,7 @@ def load_checkpoint(model, optimizers, scaler, ema):
         state = torch.load(Path(out_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
     saved_shapes = {name: p.shape for name, p in state["model"].items()}
     if saved_shapes != {name: p.shape for name, p in weights_of(model).items()}:
-        fail(
-            f"{out_dir}/checkpoint.pt does not fit the model as it is now: undo your edit, or choose another"
-        )
+        fail(f"{out_dir}/checkpoint.pt is of another version of the model: undo your edit of the script")
     model.load_state_dict(state["model"], strict=False)  # frozen weights are not in the checkpoint
     for o, optimizer_state in zip(optimizers, state["optimizers"]):
         o.load_state_dict(optimizer_state)
@@ -1930,7 +1928,7 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
             fail(f"class_label={name!r} is not a class: choose from {', '.join(model.class_names)}")
     if len(names) == 1 or label_dropout == 0:
         if scale > 1:
-            log("no guidance: it needs a model that has learned both, with a class and without")
+            log("guidance is off: it needs a model that was trained with classes and a label_dropout above 0")
         scale = 1.0
     elif scale < 0:
         scale = 2.0

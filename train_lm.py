@@ -74,9 +74,9 @@ seed = 1337  # random seed for the initial weights, the order of the data and dr
 dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; the loss then counts the answers only, as it does for chats
+prompt_column = "prompt"  # column with prompts; with prompts or chats, the loss counts the answers only
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": bpe, or init_from's
+tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -97,11 +97,11 @@ lora_targets = "all-linear"  # lora: layers that get new weights: all linear one
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows that a process computes at once; a small number saves memory; 0: its share
+micro_batch_size = 0  # rows that a process computes at once; fewer save memory; 0: batch_size / processes
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (matrices in the blocks; AdamW for the rest) or "adamw"; init_from: adamw only
+optimizer = "muon"  # "muon" (matrices in blocks; AdamW for the rest), "adamw"; with init_from always adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
 head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters, if you add some)
@@ -578,7 +578,7 @@ def find_files():
     if "://" in dataset:
         kind = kind_of(dataset.split("?")[0])
         if kind is None:
-            fail(f"{dataset=} is not a supported kind of file: UTF-8 text, .jsonl, .csv or .parquet")
+            fail(f"{dataset=} is no file of a supported kind: UTF-8 text, .jsonl, .csv, .parquet")
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
@@ -645,7 +645,7 @@ def parse_table(path, kind):
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         names = rows.fieldnames or []
         if len(names) > len(set(names)):
-            fail(f"{dataset=}: {path} has several columns of one name: rename them")
+            fail(f"{dataset=}: {path} has several columns of the same name: rename them")
         yield from rows
     else:
         file = open_text(path)
@@ -951,11 +951,15 @@ def load_tokenizer(splits):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
     if set(tok.get_vocab()) <= set(tok.all_special_tokens):
-        fail(f"the tokenizer of {name} has no vocabulary: its tokenizer.json is missing")
+        fail(
+            f"the tokenizer of {name} has no vocabulary, because its tokenizer.json is missing: save it again"
+        )
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
-        fail(f"the tokenizer of {name} is not supported, because it has no tokenizer.json: choose another")
+        fail(
+            f"the tokenizer of {name} is not supported, because it has no tokenizer.json: take another model"
+        )
     return tok
 
 
@@ -1362,7 +1366,7 @@ def load_checkpoint(model, optimizers, scaler, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} does not fit the model as it is now: undo your edit, or choose another")
+            fail(f"{out_dir}/{name} is of another version of the model: undo your edit of the script")
     # With strict=False, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -1418,7 +1422,7 @@ def is_native(gpt):
             theirs.load_state_dict(dict(ours.named_parameters()))
             is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
     if not is_same:
-        log("note: the model is edited: sample.py and --init_from can load it, but not transformers")
+        log("note: the code of the model was edited, so only sample.py and --init_from can load it")
     return is_same
 
 
@@ -1932,7 +1936,7 @@ def set_generation_config(model, tok, rows):
     in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
     if has_answers and adapter and in_data:
         names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
-        log(f"note: the data has special tokens, whose embeddings an adapter does not train: {names}")
+        log(f"note: an adapter does not train the embeddings of special tokens, which the data has: {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         # Keep generate() of transformers from drawing the padding.
@@ -2028,7 +2032,9 @@ def texts_with_answers(document, tok):
                 opening = prompt[len(text) :]
                 before_answer, found, _ = answered.rpartition(opening)
                 if not found:
-                    fail(f"{dataset=} has two answers in a row, which this chat template does not support")
+                    fail(
+                        f"{dataset=} has two answers in a row, which its template does not support: join them"
+                    )
                 start = len(before_answer) + len(opening)
             if not prompt.startswith(text) or not answered.startswith(text):  # earlier turns are rewritten
                 yield text, spans
@@ -2246,7 +2252,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         keys = lm.load_adapter(name, "default")
     wrong_keys = keys.missing_keys + keys.unexpected_keys
     if any("lora_" in key for key in wrong_keys):  # the weights of the base model are not in the file
-        fail(f"{setting}={name!r} is an adapter for another model, not for {lm.name_or_path}")
+        fail(f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}: correct the base")
     return Pretrained(lm)
 
 
@@ -2325,7 +2331,7 @@ def check_ids(model, splits):
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
             n_ids = model.config.vocab_size
-            fail(f"{dataset=} has the token id {largest}, but {init_from} has only {n_ids} tokens")
+            fail(f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings")
 
 
 if __name__ == "__main__":

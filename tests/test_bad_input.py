@@ -114,7 +114,7 @@ REFUSED = [
     (["--dataset={data}/counts.jsonl"], "'messages' must hold lists of messages, not 12"),
     (["--dataset={data}/toolbox.jsonl"], "'tools'"),
     (["--dataset={data}/cut.txt.gz"], "cut.txt.gz"),
-    (["--dataset={data}/twice.csv"], "several columns of one name"),
+    (["--dataset={data}/twice.csv"], "several columns of the same name"),
     (["--dataset={data}/no_rows"], "the test split of dataset='{data}/no_rows' has no rows"),
     (["--dataset={data}/header.csv"], "has no rows"),
     (["--fold=99/100"], "fold='99/100' has more parts than there are rows"),
@@ -135,7 +135,7 @@ REFUSED = [
     (["--init_from={models}/lm", "--tokenizer=bytes"], "has its own tokenizer"),
     (["--init_from={models}/lm", "--block_size=65"], "at most --block_size=64"),
     (["--init_from={models}/lm", "--adapter=p_tuning", "--block_size=50"], "at most --block_size=44"),
-    (["--init_from={models}/words", "--block_size=32"], "{models}/words has only 290 tokens"),
+    (["--init_from={models}/words", "--block_size=32"], "{models}/words has only 290 embeddings"),
     (["--init_from={models}/lm", *LORA, "--lora_targets=q_proj,qkv"], "has no layer 'qkv'"),
     (["--init_from={models}/strict", *CHATS], "no system message"),
 ]
