@@ -10,6 +10,8 @@
 # Memory: not estimated; lower micro_batch_size if it does not fit
 # Result: ESTIMATE: val/loss 3.3. The recipe is that of modded-nanogpt's optimization track (result 36, June
 #         2026), where a similar GPT with Muon gets to 3.28 in as many steps. The track's AdamW took 5,625.
+#         Measured on CPUs, two models (0.9 and 2.2 M parameters), two seeds each: with half of the steps, this
+#         recipe got to a lower loss than AdamW with the best of the learning rates 0.002, 0.004, 0.008.
 # Data:   FineWeb, sample-10BT. Disk: 28 GB of download, 100 GB of text, 40 GB of tokens. Tokenizing takes
 #         about an hour (estimate), once.
 # Try:    --max_steps=1000 for a shorter run, --micro_batch_size=16 on a smaller GPU
