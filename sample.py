@@ -121,9 +121,8 @@ def load_run():
     if run_file.exists():
         with named("out_dir", out_dir):
             run = json.loads(run_file.read_text(encoding="utf-8"))
-    if not Path(out_dir).is_dir():
-        print(f"there is no folder {out_dir}: looking for it on the Hugging Face Hub")
-    elif not any([*Path(out_dir).rglob("*.safetensors"), *Path(out_dir).glob("*.bin")]):
+    weights = [*Path(out_dir).rglob("*.safetensors"), *Path(out_dir).glob("*.bin")]
+    if Path(out_dir).is_dir() and not weights:
         fail(f"{out_dir} holds no weights: a run saves them at its first evaluation after step 0")
 
     trainer = import_script(choose_script(run))
@@ -271,6 +270,7 @@ def merge_lora():
         Path(merge).mkdir(parents=True)
         peft_model.merge_and_unload().save_pretrained(merge)
         tok.save_pretrained(merge)
+    print(f"wrote {merge}")
 
 
 # ---- Images ----

@@ -22,6 +22,7 @@ import ctypes
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -113,7 +114,7 @@ adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matr
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-warmup_steps = 20  # steps until the learning rate reaches its peak
+warmup_steps = 20  # steps until the learning rate reaches its peak; at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -1233,10 +1234,13 @@ def make_optimizers(model, accelerator):
 
 def lr_at(step, total_steps):
     """Return the learning rate at a step as a fraction of its peak: it rises, then follows lr_schedule."""
-    warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
+    n_warmup = warmup_steps
+    if lr_schedule != "constant":
+        n_warmup = min(n_warmup, total_steps // 10)  # in a short run, a tenth of the steps
+    warmup = (step + 1) / (n_warmup + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = (step - n_warmup) / max(1, total_steps - n_warmup)
         progress = min(1.0, max(0.0, progress))
         decay = 0.5 * (1 + math.cos(math.pi * progress))
     elif lr_schedule == "wsd":
@@ -1280,6 +1284,7 @@ RUN_FILES = """
 PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
 PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.model *.jinja".split()
 RUN_FILES += [f"{part}/{file}" for part in PIPELINE_PARTS for file in PART_FILES]
+PACKAGES = "torch transformers datasets accelerate peft diffusers".split()  # run.json has their versions
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
 
@@ -1369,7 +1374,7 @@ def start_run(model, splits, data, captions, old_run):
         "data": data,
         "parameters": n_parameters,
         "trained_parameters": n_trained,
-        "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if init_from != "scratch":
         run["pipeline"] = type(model.pipe).__name__
@@ -1658,6 +1663,16 @@ def divide_batch():
     return micro_size, accumulation_steps
 
 
+def count_steps(n_rows):
+    """Return (steps per epoch, steps of the run) for so many training images."""
+    steps_per_epoch = max(1, n_rows // batch_size)
+    if not epochs:
+        return steps_per_epoch, max_steps
+    total_steps = math.ceil(epochs * steps_per_epoch)
+    log(f"{epochs=} makes {total_steps} steps, and max_steps is not used")
+    return steps_per_epoch, total_steps
+
+
 def is_due(step, interval):
     """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
@@ -1754,8 +1769,7 @@ def main():
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
-    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
-    total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
+    steps_per_epoch, total_steps = count_steps(len(splits["train"]))
 
     # ---- logging ----
     start = time.monotonic() - progress["seconds"]
@@ -2388,6 +2402,8 @@ def open_pipeline(name, dtype, device, setting):
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not Path(name).exists():
+        log(f"there is no folder {name}: looking for it on the Hugging Face Hub")
     if os.path.isfile(name):
         fail(
             f"{setting}={name!r} is a file: load it by diffusers' from_single_file(), and save it as a folder"

@@ -23,6 +23,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -109,7 +110,7 @@ beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
-warmup_steps = 20  # steps until the learning rate reaches its peak
+warmup_steps = 20  # steps until the learning rate reaches its peak; at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -686,7 +687,10 @@ def choose_columns(names):
     elif text_column in names:
         columns = {"text": text_column}
     else:
-        fail(f"{dataset=} has no column {text_column!r}: --text_column= takes one of {', '.join(names)}")
+        fail(
+            f"{dataset=} has the columns {', '.join(names)}: name those to train on by --text_column= or by"
+            " --prompt_column= and --completion_column=, or call one with chats 'messages'"
+        )
     used = [name for name in columns.values() if name in names]
     unused = [name for name in names if name not in used]
     message = f"columns: {', '.join(used)}"
@@ -1006,7 +1010,7 @@ def tokenize(documents, tok, split):
     if note:
         log(f"{split}: {note}")
     if n_rows == 0:
-        fail(f"the {split} split of {dataset=} has nothing to learn from: no text or, for chats, no answers")
+        fail(f"the {split} split of {dataset=} has nothing to learn from: no text or no answer in block_size")
     rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
@@ -1188,10 +1192,13 @@ def make_optimizers(model, accelerator):
 
 def lr_at(step, total_steps):
     """Return the learning rate at a step as a fraction of its peak: it rises, then follows lr_schedule."""
-    warmup = (step + 1) / (warmup_steps + 1)  # above 1 after the warm-up
+    n_warmup = warmup_steps
+    if lr_schedule != "constant":
+        n_warmup = min(n_warmup, total_steps // 10)  # in a short run, a tenth of the steps
+    warmup = (step + 1) / (n_warmup + 1)  # above 1 after the warm-up
     decay = 1.0
     if lr_schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = (step - n_warmup) / max(1, total_steps - n_warmup)
         progress = min(1.0, max(0.0, progress))
         decay = 0.5 * (1 + math.cos(math.pi * progress))
     elif lr_schedule == "wsd":
@@ -1210,6 +1217,7 @@ RUN_FILES = """
     adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja
     samples/step_????????.txt train_lm/events.out.* *.pt.trace.json run.json.tmp *.pt.tmp
 """.split()
+PACKAGES = "torch transformers datasets accelerate peft".split()  # run.json has their versions
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
 
 
@@ -1296,7 +1304,7 @@ def start_run(model, tok, splits, old_run):
         "rows": {split: len(rows) for split, rows in splits.items()},
         "parameters": n_parameters,
         "trained_parameters": n_trained,
-        "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if old_run:
         check_fixed("data", old_run["data"], run["data"])
@@ -1689,6 +1697,16 @@ def divide_batch():
     return micro_size, accumulation_steps
 
 
+def count_steps(n_rows):
+    """Return (steps per epoch, steps of the run) for so many training rows."""
+    steps_per_epoch = max(1, n_rows // batch_size)
+    if not epochs:
+        return steps_per_epoch, max_steps
+    total_steps = math.ceil(epochs * steps_per_epoch)
+    log(f"{epochs=} makes {total_steps} steps, and max_steps is not used")
+    return steps_per_epoch, total_steps
+
+
 def is_due(step, interval):
     """Return whether step is a multiple of interval. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
@@ -1730,8 +1748,7 @@ def main():
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
-    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
-    total_steps = math.ceil(epochs * steps_per_epoch) if epochs else max_steps
+    steps_per_epoch, total_steps = count_steps(len(splits["train"]))
 
     # ---- logging ----
     start = time.monotonic() - progress["seconds"]
@@ -2233,6 +2250,8 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
             gpt.generation_config = transformers.GenerationConfig.from_pretrained(name)
             safetensors.torch.load_model(gpt, Path(name, "model.safetensors"))
         return gpt
+    if not Path(name).exists():
+        log(f"there is no folder {name}: looking for it on the Hugging Face Hub")
     if not Path(name, "adapter_config.json").exists():
         return Pretrained(load_causal_lm(name, dtype, setting))
 

@@ -188,7 +188,8 @@ def test_learning_rates_follow_their_closed_forms_and_never_jump(monkeypatch, tr
         assert found == pytest.approx([(s + 1) / 11 if s < 10 else f(s) for s in range(101)])
         for warmup, cooldown in itertools.product((0, 1, 20, 100, 299, 300, 1000), (0.01, 0.3, 1.0)):
             found = curve(300, warmup_steps=warmup, cooldown=cooldown, min_lr=0.0)
-            steepest = max(1 / (warmup + 1), 1 / (300 * cooldown), math.pi / 2 / max(1, 300 - warmup))
+            n = warmup if name == "constant" else min(warmup, 30)  # a tenth of a short run
+            steepest = max(1 / (n + 1), 1 / (300 * cooldown), math.pi / 2 / max(1, 300 - n))
             assert max(abs(b - a) for a, b in itertools.pairwise(found)) <= steepest + 1e-9
 
 
