@@ -138,6 +138,7 @@ def load_run():
     if merge:  # stay on the CPU, which has the most memory, and in fp32, which rounds least
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    trainer.mixed_precision = "auto"  # whatever the run was trained in, the hardware here decides
     is_large = sum(p.numel() for p in model.parameters()) > 10_000_000
     if is_large and trainer.choose_precision() == "bf16":
         # A large model spends most of its time reading its weights: halve them. Buffers, such as rotary
@@ -364,10 +365,8 @@ def make_control(name, value, is_visible):
             return gr.Number(**options)
         return gr.Slider(**options)
     if name == "class_label":
-        choices = [
-            ("all", ""),
-            *getattr(model, "class_names", []),
-        ]  # ("all", ""): the label "all" for the value ""
+        # ("all", ""): the label "all" for the value ""
+        choices = [("all", ""), *getattr(model, "class_names", [])]
         return gr.Dropdown(choices, **options)
     return gr.Textbox(**options)
 

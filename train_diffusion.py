@@ -114,7 +114,7 @@ adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matr
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-warmup_steps = 20  # steps until the learning rate reaches its peak; at most a tenth of the run
+warmup_steps = 20  # steps until the peak of the learning rate; at most a tenth of the run, unless constant
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -797,7 +797,9 @@ def white_value(image):
         BITS_PER_SAMPLE = 258  # the number of this tag
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
         return 2**bits - 1
-    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales all PPM files to 16 bits
+    if image.mode.startswith("I;16"):
+        return 65535
+    if image.mode == "I" and image.format == "PPM":  # Pillow scales such files to 16 bits
         return 65535
     return None
 
@@ -1081,8 +1083,10 @@ def prepare_data(accelerator, pipeline=None):
         key += [str(autoencoder.config), checksums(autoencoder)]
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
-    if image_size % shape[-1] != 0 and pipeline is None:
-        fail(f"{image_size=} must be a multiple of {image_size // shape[-1]}, by which {vae=} divides it")
+    if vae:
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        if image_size % factor != 0:
+            fail(f"{image_size=} must be a multiple of {factor}, by which {vae=} divides it")
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
 
@@ -1379,6 +1383,7 @@ def start_run(model, splits, data, captions, old_run):
     if init_from != "scratch":
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
+        run["summary"] = old_run.get("summary", {})  # until the run ends again
         check_fixed("data", old_run["data"]["content"], data["content"])
     else:
         for pattern in RUN_FILES:
@@ -1436,7 +1441,7 @@ def load_checkpoint(model, optimizers, scaler, ema):
     model.load_state_dict(state["model"], strict=False)  # frozen weights are not in the checkpoint
     for o, optimizer_state in zip(optimizers, state["optimizers"]):
         o.load_state_dict(optimizer_state)
-    if scaler:
+    if scaler and state["scaler"]:  # it is empty if the run was not in fp16 before
         scaler.load_state_dict(state["scaler"])
     for name, average in ema.averages.items():
         average.copy_(state["ema"].get(name, state["model"][name]))  # the weights, if ema_decay was 0 before
@@ -1450,7 +1455,7 @@ def save_best(model, has_validation):
         write_file("model.safetensors", weights)
     else:
         model.save_weights(weights)
-    if has_validation:
+    if has_validation:  # for the test at the end, also if it is only asked for later
         write_file("best.pt", weights)
 
 
@@ -1765,7 +1770,9 @@ def main():
         progress = load_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema)
         # If the run had ended, its last evaluation came after its checkpoint.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
-        progress["best"] = min(progress["best"], best_at_end)
+        if best_at_end < progress["best"]:
+            progress["best"] = best_at_end
+            progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
@@ -1798,8 +1805,7 @@ def main():
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
-    write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # only started if `profile` is set
+    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     timer = time.monotonic()
     steps_since = 0  # steps since the timer was set
     n_skipped = 0  # skipped steps in a row

@@ -110,7 +110,7 @@ beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
-warmup_steps = 20  # steps until the learning rate reaches its peak; at most a tenth of the run
+warmup_steps = 20  # steps until the peak of the learning rate; at most a tenth of the run, unless constant
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -644,7 +644,7 @@ def parse_table(path, kind):
         delimiter = "," if kind == "csv" else "\t"
         file = open_text(path, newline="")
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-        names = rows.fieldnames or []
+        names = [name for name in rows.fieldnames or [] if name]
         if len(names) > len(set(names)):
             fail(f"{dataset=}: {path} has several columns of the same name: rename them")
         yield from rows
@@ -1307,6 +1307,7 @@ def start_run(model, tok, splits, old_run):
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if old_run:
+        run["summary"] = old_run.get("summary", {})  # until the run ends again
         check_fixed("data", old_run["data"], run["data"])
     else:
         for pattern in RUN_FILES:
@@ -1381,8 +1382,9 @@ def load_checkpoint(model, optimizers, scaler, name):
     dcp.set_model_state_dict(model, state["model"], options=options)
     if optimizers:
         dcp.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=options)
-    if scaler:
-        scaler.load_state_dict(from_main(state["scaler"]))
+    saved_scaler = from_main(state["scaler"])
+    if scaler and saved_scaler:  # it is empty if the run was not in fp16 before
+        scaler.load_state_dict(saved_scaler)
     return from_main(state["progress"])
 
 
@@ -1493,7 +1495,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
             save_weights(unwrap(model), weights)
-        if has_validation:  # the test at the end loads the best weights
+        if has_validation:  # the test at the end loads the best weights, also if it is only asked for later
             save_checkpoint(model, [], None, progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1744,7 +1746,9 @@ def main():
         progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
         # If the run had ended, its last evaluation came after its checkpoint.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
-        progress["best"] = min(progress["best"], best_at_end)
+        if best_at_end < progress["best"]:
+            progress["best"] = best_at_end
+            progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
@@ -1778,8 +1782,7 @@ def main():
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
     first_step = step
-    write_trace = torch.profiler.tensorboard_trace_handler(out_dir)
-    profiler = torch.profiler.profile(on_trace_ready=write_trace)  # only started if `profile` is set
+    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
     timer = time.monotonic()
     tokens_since = 0  # target tokens since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -2047,12 +2050,11 @@ def texts_with_answers(document, tok):
                 # Of two answers in a row, Qwen3's template rewrites the first. The texts part there, but the
                 # second answer starts behind its own opening, such as "<|im_start|>assistant".
                 opening = prompt[len(text) :]
-                before_answer, found, _ = answered.rpartition(opening)
-                if not found:
+                if not opening or opening not in answered:
                     fail(
                         f"{dataset=} has two answers in a row, which its template does not support: join them"
                     )
-                start = len(before_answer) + len(opening)
+                start = answered.rindex(opening) + len(opening)
             if not prompt.startswith(text) or not answered.startswith(text):  # earlier turns are rewritten
                 yield text, spans
                 spans = []
@@ -2271,7 +2273,9 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         keys = lm.load_adapter(name, "default")
     wrong_keys = keys.missing_keys + keys.unexpected_keys
     if any("lora_" in key for key in wrong_keys):  # the weights of the base model are not in the file
-        fail(f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}: correct the base")
+        fail(
+            f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}: name the right base"
+        )
     return Pretrained(lm)
 
 

@@ -87,12 +87,13 @@ def test_the_brightness_of_16_bits_and_of_values_that_are_no_numbers(tmp_path):
     gray = np.linspace(20000, 30000, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / "a.png")
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + gray.astype(">u2").tobytes())
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n8 8\n-1.0\n" + (gray[::-1] / 65535).astype("<f4").tobytes())
     heights = gray / 10
     heights[0, 0] = np.nan
     heights[7, 7] = np.inf
     Image.fromarray(heights.astype(np.float32)).save(tmp_path / "heights.tif")
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
-    expected = {"a.png": gray / 257, "a.pgm": gray / 257}
+    expected = {name: gray / 257 for name in ("a.png", "a.pgm", "a.pfm")}
     expected |= {"heights.tif": np.linspace(0, 255, 64).reshape(8, 8), "nan.tif": np.zeros((8, 8))}
     for name, pixels in expected.items():
         x = td.read_image({"bytes": None, "path": str(tmp_path / name)})
