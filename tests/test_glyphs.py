@@ -1,7 +1,7 @@
 """
 Validates the first thing that a newcomer sees: with the default data, optimizer and schedule,
-train_diffusion.py draws letters and digits that a classifier reads as the class asked for. `read_run` reads
-all 108 of a run of the defaults, and here, of a smaller model and fewer images, 80.
+train_diffusion.py draws letters and digits that a classifier reads as the class asked for: all 108 images of a
+run of the defaults, and here, with a smaller model and fewer steps, at least 80 in a hundred.
 """
 
 import json
