@@ -12,7 +12,7 @@ A peer is a checkout that lies anywhere; what it needs must be installed (--plot
   python      the default language models of both, on source code that they have not seen: bits per byte
   glyphs      the default image models of both: seconds, and how many samples show the class that they should
   lora        LoRA at the true shape of Stable Diffusion 1.5 in our loop and in that of diffusers' script
-  sampling    our generate() and that of transformers, with the run in --model=: tokens/s
+  sampling    sample.py, and generate() of transformers in fp32, with the run in --model=: tokens/s
 """
 
 import importlib.util
@@ -279,11 +279,12 @@ def lora(folder):
 def sampling(folder):
     import transformers
 
-    import train_lm
+    import sample
 
-    ours, tok = train_lm.load(model, json.loads(Path(model, "run.json").read_text()), "")
+    sample.out_dir = model
+    sample.load_run()
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    prompt = tok("def ")["input_ids"]
+    prompt = sample.tok("def ")["input_ids"]
     n = 200
 
     def theirs():
@@ -294,13 +295,14 @@ def sampling(folder):
 
     def mine():
         began = time.monotonic()
-        tokens = train_lm.generate(ours, prompt, n_samples=1, max_new_tokens=n, vocab_size=len(tok))
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+        tokens = sample.generate_tokens(prompt, 1, max_new_tokens=n, **settings)
         count = len(list(tokens))
         return [count / (time.monotonic() - began)]
 
     theirs()
     mine()
-    compare(f"Sampling from {model}", ["tokens/s"], {"transformers": theirs, "ours": mine})
+    compare(f"Sampling from {model}", ["tokens/s"], {"transformers": theirs, "sample.py": mine})
 
 
 def main():
