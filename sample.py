@@ -121,8 +121,8 @@ def load_run():
     if run_file.exists():
         with named("out_dir", out_dir):
             run = json.loads(run_file.read_text(encoding="utf-8"))
-    weights = [*Path(out_dir).rglob("*.safetensors"), *Path(out_dir).glob("*.bin")]
-    if Path(out_dir).is_dir() and not weights:
+    has_weights = any(Path(out_dir).rglob("*.safetensors")) or any(Path(out_dir).glob("*.bin"))
+    if Path(out_dir).is_dir() and not has_weights:
         fail(f"{out_dir} holds no weights: a run saves them at its first evaluation after step 0")
 
     trainer = import_script(choose_script(run))

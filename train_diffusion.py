@@ -1336,9 +1336,10 @@ def open_run_dir():
     can_resume = is_run and "checkpoint.pt" in files
     if files and not is_run:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
-    run = read_json("out_dir", out_dir, "run.json") if is_run else {}
-    if is_run and run.get("kind") != "diffusion":
-        fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
+    if is_run:
+        run = read_json("out_dir", out_dir, "run.json")
+        if run.get("kind") != "diffusion":
+            fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
     if is_run and not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
     if not resume or not can_resume:
@@ -1431,10 +1432,15 @@ def save_checkpoint(model, optimizers, scaler, ema, progress):
         write_file("checkpoint.pt", content)
 
 
+def read_checkpoint(name):
+    """Return the content of a .pt file in out_dir."""
+    with named("checkpoint", f"{out_dir}/{name}"):
+        return torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(model, optimizers, scaler, ema):
     """Load checkpoint.pt in every process. Return the progress of the run."""
-    with named("checkpoint", f"{out_dir}/checkpoint.pt"):
-        state = torch.load(Path(out_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    state = read_checkpoint("checkpoint.pt")
     saved_shapes = {name: p.shape for name, p in state["model"].items()}
     if saved_shapes != {name: p.shape for name, p in weights_of(model).items()}:
         fail(f"{out_dir}/checkpoint.pt is of another version of the model: undo your edit of the script")
@@ -1462,9 +1468,7 @@ def save_best(model, has_validation):
 def load_best(model):
     """Load best.pt into the model of every process."""
     if MAIN:
-        with named("checkpoint", f"{out_dir}/best.pt"):
-            weights = torch.load(Path(out_dir, "best.pt"), map_location="cpu", weights_only=True)
-        model.load_state_dict(weights, strict=False)  # frozen weights are not in it
+        model.load_state_dict(read_checkpoint("best.pt"), strict=False)  # frozen weights are not in it
     broadcast(weights_of(model))  # in place
 
 

@@ -1263,9 +1263,10 @@ def open_run_dir():
     can_resume = is_run and "checkpoint.pt" in files
     if files and not is_run:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
-    run = read_json("out_dir", out_dir, "run.json") if is_run else {}
-    if is_run and run.get("kind") != "lm":
-        fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
+    if is_run:
+        run = read_json("out_dir", out_dir, "run.json")
+        if run.get("kind") != "lm":
+            fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
     if is_run and not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
     if not resume or not can_resume:
@@ -2042,11 +2043,13 @@ def texts_with_answers(document, tok):
                 options = {"tools": json.loads(document["tools"]), "tokenize": False}
                 prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
                 answered = tok.apply_chat_template(messages[: i + 1], **options)
+            prompt_continues = prompt.startswith(text)
+            answer_continues = answered.startswith(text)
             # The answer starts where the two texts part. This need not be the end of the prompt: that of
             # DeepSeek-R1 ends with a "<think>", which is not in the text with the answer.
             common = os.path.commonprefix([prompt, answered])  # works with all strings, not only paths
             start = len(common)
-            if prompt.startswith(text) and not answered.startswith(text):
+            if prompt_continues and not answer_continues:
                 # Of two answers in a row, Qwen3's template rewrites the first. The texts part there, but the
                 # second answer starts behind its own opening, such as "<|im_start|>assistant".
                 opening = prompt[len(text) :]
@@ -2055,7 +2058,7 @@ def texts_with_answers(document, tok):
                         f"{dataset=} has two answers in a row, which its template does not support: join them"
                     )
                 start = answered.rindex(opening) + len(opening)
-            if not prompt.startswith(text) or not answered.startswith(text):  # earlier turns are rewritten
+            if not prompt_continues or not answer_continues:  # earlier turns are rewritten
                 yield text, spans
                 spans = []
             spans.append((start, len(answered)))

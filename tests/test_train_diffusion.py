@@ -116,10 +116,8 @@ def test_a_color_profile_and_transparency_are_seen(mode):
     assert read(image, icc_profile=profile) == pytest.approx([50, 200, 100], abs=2)
     assert read(image, icc_profile=b"none") == [200, 50, 100]
     assert read(color.convert("L"), icc_profile=profile) == read(color.convert("L"))  # it does not fit
-    for alpha, expected in (
-        (0, [255, 255, 255]),
-        (255, [50, 200, 100]),
-    ):  # the profile also without transparency
+    # Where the image is opaque, its profile is used.
+    for alpha, expected in (0, [255, 255, 255]), (255, [50, 200, 100]):
         color.putalpha(alpha)
         assert read(color, icc_profile=profile) == pytest.approx(expected, abs=2)
     damaged = b"Exif\0\0II*\0"
