@@ -1004,7 +1004,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
 
 
 def checksums(module):
-    """Return sums of some weights of a module. They tell it from another one of the same shape."""
+    """Return sums of some weights of a module, which differ from those of another module."""
     return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
 
 
@@ -1332,17 +1332,16 @@ def open_run_dir():
         fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
     # These files were left by an earlier run, or by somebody else.
     files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
-    is_run = "run.json" in files
-    can_resume = is_run and "checkpoint.pt" in files
-    if files and not is_run:
+    if not files:
+        return None
+    if "run.json" not in files:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
-    if is_run:
-        run = read_json("out_dir", out_dir, "run.json")
-        if run.get("kind") != "diffusion":
-            fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
-    if is_run and not resume and not overwrite:
+    run = read_json("out_dir", out_dir, "run.json")
+    if run.get("kind") != "diffusion":
+        fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
+    if not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not resume or not can_resume:
+    if not resume or "checkpoint.pt" not in files:
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1384,7 +1383,7 @@ def start_run(model, splits, data, captions, old_run):
     if init_from != "scratch":
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
-        run["summary"] = old_run.get("summary", {})  # until the run ends again
+        run["summary"] = old_run.get("summary", {})  # kept until the run ends again
         check_fixed("data", old_run["data"]["content"], data["content"])
     else:
         for pattern in RUN_FILES:
@@ -1449,8 +1448,9 @@ def load_checkpoint(model, optimizers, scaler, ema):
         o.load_state_dict(optimizer_state)
     if scaler and state["scaler"]:  # it is empty if the run was not in fp16 before
         scaler.load_state_dict(state["scaler"])
+    averages = state["ema"] or state["model"]  # if ema_decay was 0 before, there are no averages
     for name, average in ema.averages.items():
-        average.copy_(state["ema"].get(name, state["model"][name]))  # the weights, if ema_decay was 0 before
+        average.copy_(averages[name])
     return state["progress"]
 
 
@@ -1673,7 +1673,7 @@ def divide_batch():
 
 
 def count_steps(n_rows):
-    """Return (steps per epoch, steps of the run) for so many training images."""
+    """Return (steps per epoch, steps of the run) for n_rows training images."""
     steps_per_epoch = max(1, n_rows // batch_size)
     if not epochs:
         return steps_per_epoch, max_steps
@@ -1702,7 +1702,8 @@ def make_noisy_batches(model, micro_batches, step, device):
 
     def part_of(x):
         """Return this process's part of a global batch: (accumulation steps, images, ...)."""
-        return x.unflatten(0, (len(micro_batches), WORLD, -1))[:, RANK]
+        x = x.unflatten(0, (len(micro_batches), WORLD, -1))  # the axes of batch_rows()
+        return x[:, RANK]
 
     eps = part_of(eps)
     times = part_of(times)
@@ -1763,7 +1764,7 @@ def main():
     # The 8-bit weights are cast in a way that torch.compile cannot follow.
     if compile and device.type == "cuda" and not frozen_fp8:
         model.compile()
-    # Call step() on the wrapped optimizers, which can skip one in fp16. Save and load the plain ones.
+    # Train with the wrapped optimizers, whose step() can skip an update in fp16. Save and load the others.
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     ema = EMA(unwrap(model))
 
@@ -1772,7 +1773,7 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema)
-        # If the run had ended, its last evaluation came after its checkpoint.
+        # The evaluation at the end of a run comes after its last checkpoint, so its loss is only in run.json.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end
@@ -1863,7 +1864,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() in any case: if it is not finite, the scaler skips it and lowers its scale.
+            # In fp16, always call step(): the scaler leaves out what is not finite, and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()

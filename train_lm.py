@@ -508,7 +508,7 @@ SPLITS = {
 # Shard numbers and a hash, which may follow such a name: test-00000-of-00001-a09b74b3ef9c3b56
 SHARD_SUFFIX = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
 END = "<|endoftext|>"  # the end-of-text token of tokenizers that are learned here
-# So many characters are read and tokenized at a time. Each needs about 100 bytes of memory.
+# Number of characters that are read and tokenized at a time. Each needs about 100 bytes of memory.
 PIECE_SIZE = 200_000
 
 
@@ -846,7 +846,7 @@ def read_pieces(documents):
                 text += f"{message['role']}: {message['content']}\n"
                 if "tool_calls" in message:
                     text += json.dumps(message["tool_calls"])
-            if document["tools"] != "null":
+            if document["tools"] != "null":  # as JSON has it; there are tools
                 text += document["tools"]
             file = io.StringIO(text)
         else:
@@ -1259,17 +1259,16 @@ def open_run_dir():
         fail(f"{out_dir=} is in use by another run: wait until it ends, or choose another --out_dir")
     # These files were left by an earlier run, or by somebody else.
     files = {path.name for path in Path(out_dir).iterdir() if path.name != "lock" and path.suffix != ".tmp"}
-    is_run = "run.json" in files
-    can_resume = is_run and "checkpoint.pt" in files
-    if files and not is_run:
+    if not files:
+        return None
+    if "run.json" not in files:
         fail(f"{out_dir=} holds other files, such as {min(files)}: choose another --out_dir")
-    if is_run:
-        run = read_json("out_dir", out_dir, "run.json")
-        if run.get("kind") != "lm":
-            fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
-    if is_run and not resume and not overwrite:
+    run = read_json("out_dir", out_dir, "run.json")
+    if run.get("kind") != "lm":
+        fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
+    if not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not resume or not can_resume:
+    if not resume or "checkpoint.pt" not in files:
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1308,7 +1307,7 @@ def start_run(model, tok, splits, old_run):
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if old_run:
-        run["summary"] = old_run.get("summary", {})  # until the run ends again
+        run["summary"] = old_run.get("summary", {})  # kept until the run ends again
         check_fixed("data", old_run["data"], run["data"])
     else:
         for pattern in RUN_FILES:
@@ -1701,7 +1700,7 @@ def divide_batch():
 
 
 def count_steps(n_rows):
-    """Return (steps per epoch, steps of the run) for so many training rows."""
+    """Return (steps per epoch, steps of the run) for n_rows training rows."""
     steps_per_epoch = max(1, n_rows // batch_size)
     if not epochs:
         return steps_per_epoch, max_steps
@@ -1736,7 +1735,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # resuming will change them
     if compile and device.type == "cuda":
         model.compile()
-    # Call step() on the wrapped optimizers, which can skip one in fp16. Save and load the plain ones.
+    # Train with the wrapped optimizers, whose step() can skip an update in fp16. Save and load the others.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1745,7 +1744,7 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
-        # If the run had ended, its last evaluation came after its checkpoint.
+        # The evaluation at the end of a run comes after its last checkpoint, so its loss is only in run.json.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end
@@ -1837,7 +1836,7 @@ def main():
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
         for o in wrapped_optimizers:
-            # In fp16, call step() in any case: if it is not finite, the scaler skips it and lowers its scale.
+            # In fp16, always call step(): the scaler leaves out what is not finite, and lowers its scale.
             if is_finite or accelerator.scaler:
                 o.step()
             o.zero_grad()
@@ -2022,6 +2021,24 @@ def read_messages(row, column):
     return messages
 
 
+def find_answer_start(text, prompt, answered):
+    """Return the position at which an answer begins in the text that ends with it.
+
+    text: the chat up to the answer before, or "". prompt: up to this answer. answered: this answer included.
+    """
+    if prompt.startswith(text) and not answered.startswith(text):
+        # If two answers follow each other, Qwen3's template rewrites the first, so the texts part too early.
+        # Look for the opening of the second answer, such as "<|im_start|>assistant".
+        opening = prompt[len(text) :]
+        if not opening or opening not in answered:
+            fail(f"{dataset=} has two answers in a row, which its template does not support: join them")
+        return answered.rindex(opening) + len(opening)
+    # The answer starts where the two texts part. This need not be the end of the prompt: that of DeepSeek-R1
+    # ends with a "<think>", which is not in the text with the answer.
+    common = os.path.commonprefix([prompt, answered])  # works with all strings, not only paths
+    return len(common)
+
+
 def texts_with_answers(document, tok):
     """Yield (text, spans) for a document: spans are the (start, end) positions of the answers in the text.
 
@@ -2043,22 +2060,9 @@ def texts_with_answers(document, tok):
                 options = {"tools": json.loads(document["tools"]), "tokenize": False}
                 prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
                 answered = tok.apply_chat_template(messages[: i + 1], **options)
-            prompt_continues = prompt.startswith(text)
-            answer_continues = answered.startswith(text)
-            # The answer starts where the two texts part. This need not be the end of the prompt: that of
-            # DeepSeek-R1 ends with a "<think>", which is not in the text with the answer.
-            common = os.path.commonprefix([prompt, answered])  # works with all strings, not only paths
-            start = len(common)
-            if prompt_continues and not answer_continues:
-                # Of two answers in a row, Qwen3's template rewrites the first. The texts part there, but the
-                # second answer starts behind its own opening, such as "<|im_start|>assistant".
-                opening = prompt[len(text) :]
-                if not opening or opening not in answered:
-                    fail(
-                        f"{dataset=} has two answers in a row, which its template does not support: join them"
-                    )
-                start = answered.rindex(opening) + len(opening)
-            if not prompt_continues or not answer_continues:  # earlier turns are rewritten
+            start = find_answer_start(text, prompt, answered)
+            is_continued = prompt.startswith(text) and answered.startswith(text)
+            if not is_continued:  # the template has rewritten earlier turns
                 yield text, spans
                 spans = []
             spans.append((start, len(answered)))
@@ -2164,7 +2168,7 @@ class Pretrained(nn.Module):
             targets = targets[loss_positions]
         head = self.lm.get_output_embeddings()
         trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        # Take so many positions at a time that their logits take 128 MB, with 4 bytes each.
+        # The logits of a chunk take 128 MB, with 4 bytes each.
         chunk_size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
         return SumOfLosses.apply(hidden, targets, self.logits, chunk_size, *trained)
 
