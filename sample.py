@@ -27,7 +27,7 @@ from configurator import UserError, comments, configure, fail, named, settings
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt; without prompts, images in total; 0: one per prompt or class, or 16
+num_samples = 0  # samples per prompt; without prompts, images in all; 0: one per prompt or class, else 16
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text
@@ -88,7 +88,7 @@ def choose_script(run):
     A run keeps a copy of its script. If the script beside this file has the same model, it is used instead.
     """
     if run.get("kind") not in ("lm", "diffusion"):
-        fail(f"{out_dir} is not a run of train_lm.py or train_diffusion.py, but has kind={run.get('kind')!r}")
+        fail(f"{out_dir} was not made by train_lm.py or train_diffusion.py, but by {run.get('kind')!r}")
     script = Path(__file__).with_name(f"train_{run['kind']}.py")
     copy = Path(out_dir, script.name)
     is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # a library defines the model, not the script

@@ -98,7 +98,7 @@ prediction = "flow"  # what the model predicts: "flow" (noise - image), "v", "ep
 label_dropout = 0.1  # fraction of the classes or captions that training hides; guidance needs such examples
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
-sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; Euler, if flow)
+sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; with flow, it is Euler)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
 guidance = -1.0  # strength of guidance by class or caption; 1: none; -1: the default (2, or the pipeline's)
 sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
@@ -108,13 +108,13 @@ micro_batch_size = 0  # images that a process computes at once; fewer save memor
 max_steps = 600  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (matrices in blocks; AdamW for the rest), "adamw"; with init_from always adamw
+optimizer = "muon"  # "muon" (AdamW for all but the matrices in the blocks) or "adamw"; with init_from adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matrices in the blocks
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-warmup_steps = 20  # steps until the peak of the learning rate; at most a tenth of the run, unless constant
+warmup_steps = 20  # steps until the peak of the learning rate; wsd and cosine: at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -691,7 +691,7 @@ def read_folder(paths, descriptions):
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
-        fail(f"{dataset=}: its metadata file lists none of the images")
+        fail(f"{dataset=}: {descriptions[0].name} lists no image by its path beside that file")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
 
@@ -739,7 +739,7 @@ def read_metadata(files):
             n_repeated += path in metadata
             metadata[path] = row
     if n_repeated:
-        log(f"the metadata file repeats images: {n_repeated} rows are not used, only the last one of each")
+        log(f"{n_repeated} rows of the metadata file are not used: a later row is for the same image")
     n_missing = sum(not os.path.isfile(path) for path in metadata)
     if n_missing:
         log(f"{n_missing} images do not exist, though the metadata file lists them")
@@ -1026,7 +1026,9 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split named train, only {', '.join(found)}: rename one of them to train")
+        fail(
+            f"{dataset=} has no split named train, only {', '.join(found)}: save one as a folder or .parquet"
+        )
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1442,7 +1444,7 @@ def load_checkpoint(model, optimizers, scaler, ema):
     state = read_checkpoint("checkpoint.pt")
     saved_shapes = {name: p.shape for name, p in state["model"].items()}
     if saved_shapes != {name: p.shape for name, p in weights_of(model).items()}:
-        fail(f"{out_dir}/checkpoint.pt is of another version of the model: undo your edit of the script")
+        fail(f"{out_dir}/checkpoint.pt does not fit the model in this script: use the script that wrote it")
     model.load_state_dict(state["model"], strict=False)  # frozen weights are not in the checkpoint
     for o, optimizer_state in zip(optimizers, state["optimizers"]):
         o.load_state_dict(optimizer_state)
@@ -2503,7 +2505,7 @@ def find_targets(model):
     targets = [name.strip() for name in lora_targets.split(",")]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):  # to_q is not the end of into_q
-            fail(f"{lora_targets=}: {init_from} has no layer {target!r}")
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}: the default takes all in the blocks")
     return targets
 
 

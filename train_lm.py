@@ -55,7 +55,6 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
 from torch.utils.data import DataLoader
 
@@ -74,10 +73,10 @@ seed = 1337  # random seed for the initial weights, the order of the data and dr
 # data
 dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
-text_column = "text"  # column with the documents, if the data is a table
-prompt_column = "prompt"  # column with prompts; with prompts or chats, the loss counts the answers only
+text_column = "text"  # column with the documents, if the data is a table; chats have a column "messages"
+prompt_column = "prompt"  # column with prompts; of prompts and chats, only the answers are learned
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (learns 1,024 tokens), Hub name, folder; "": init_from's or bpe
+tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": init_from's, else bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -102,7 +101,7 @@ micro_batch_size = 0  # rows that a process computes at once; fewer save memory;
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (matrices in blocks; AdamW for the rest), "adamw"; with init_from always adamw
+optimizer = "muon"  # "muon" (AdamW for all but the matrices in the blocks) or "adamw"; with init_from adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
 head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters, if you add some)
@@ -110,7 +109,7 @@ beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
-warmup_steps = 20  # steps until the peak of the learning rate; at most a tenth of the run, unless constant
+warmup_steps = 20  # steps until the peak of the learning rate; wsd and cosine: at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -688,8 +687,8 @@ def choose_columns(names):
         columns = {"text": text_column}
     else:
         fail(
-            f"{dataset=} has the columns {', '.join(names)}: name those to train on by --text_column= or by"
-            " --prompt_column= and --completion_column=, or call one with chats 'messages'"
+            f"{dataset=} has the columns {', '.join(names)}: choose one by --text_column=, or two by"
+            " --prompt_column= and --completion_column=; a column with chats must be named messages"
         )
     used = [name for name in columns.values() if name in names]
     unused = [name for name in names if name not in used]
@@ -955,9 +954,7 @@ def load_tokenizer(splits):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
     if set(tok.get_vocab()) <= set(tok.all_special_tokens):
-        fail(
-            f"the tokenizer of {name} has no vocabulary, because its tokenizer.json is missing: save it again"
-        )
+        fail(f"the tokenizer of {name} has no vocabulary: its tokenizer.json is missing; download it again")
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
@@ -1010,7 +1007,10 @@ def tokenize(documents, tok, split):
     if note:
         log(f"{split}: {note}")
     if n_rows == 0:
-        fail(f"the {split} split of {dataset=} has nothing to learn from: no text or no answer in block_size")
+        fail(
+            f"the {split} split of {dataset=} has nothing to learn from: no text, or no answer that begins"
+            f" within {block_size=} tokens"
+        )
     rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
@@ -1337,6 +1337,8 @@ def gather(model, optimizers=(), with_frozen=False):
 
     Frozen weights are left out unless with_frozen. Every process must call this.
     """
+    import torch.distributed.checkpoint.state_dict as dcp  # takes half a second, so not at every start
+
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     options.ignore_frozen_params = not with_frozen
     weights, state = dcp.get_state_dict(model, optimizers, options=options)
@@ -1368,6 +1370,8 @@ def save_checkpoint(model, optimizers, scaler, progress, name):
 
 def load_checkpoint(model, optimizers, scaler, name):
     """Load a checkpoint into the model and the optimizers of every process. Return its progress."""
+    import torch.distributed.checkpoint.state_dict as dcp
+
     state = {"model": {}, "optimizers": {}, "scaler": {}, "progress": {}}
     weights, _ = gather(model)  # a collective operation: all processes must call it
     if MAIN:  # only the main process reads the file; the others get its content below
@@ -1375,7 +1379,7 @@ def load_checkpoint(model, optimizers, scaler, name):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
         saved_shapes = {key: p.shape for key, p in state["model"].items()}
         if saved_shapes != {key: p.shape for key, p in weights.items()}:
-            fail(f"{out_dir}/{name} is of another version of the model: undo your edit of the script")
+            fail(f"{out_dir}/{name} does not fit the model in this script: use the script that wrote it")
     # With strict=False, because frozen weights are not in the checkpoint.
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
     options.broadcast_from_rank0 = WORLD > 1
@@ -1432,7 +1436,7 @@ def is_native(gpt):
             theirs.load_state_dict(dict(ours.named_parameters()))
             is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
     if not is_same:
-        log("note: the code of the model was edited, so only sample.py and --init_from can load it")
+        log("note: the model was edited, so sample.py and --init_from can load it, but not transformers")
     return is_same
 
 
@@ -1956,7 +1960,7 @@ def set_generation_config(model, tok, rows):
     in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
     if has_answers and adapter and in_data:
         names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
-        log(f"note: an adapter does not train the embeddings of special tokens, which the data has: {names}")
+        log(f"note: the adapter does not train the embeddings of these special tokens in the data: {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         # Keep generate() of transformers from drawing the padding.
@@ -2031,7 +2035,7 @@ def find_answer_start(text, prompt, answered):
         # Look for the opening of the second answer, such as "<|im_start|>assistant".
         opening = prompt[len(text) :]
         if not opening or opening not in answered:
-            fail(f"{dataset=} has two answers in a row, which its template does not support: join them")
+            fail(f"{dataset=} has two answers in a row, which the chat template does not support: join them")
         return answered.rindex(opening) + len(opening)
     # The answer starts where the two texts part. This need not be the end of the prompt: that of DeepSeek-R1
     # ends with a "<think>", which is not in the text with the answer.
@@ -2281,7 +2285,8 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     wrong_keys = keys.missing_keys + keys.unexpected_keys
     if any("lora_" in key for key in wrong_keys):  # the weights of the base model are not in the file
         fail(
-            f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}: name the right base"
+            f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}:"
+            " correct base_model_name_or_path in its adapter_config.json, or with sample.py --base="
         )
     return Pretrained(lm)
 
@@ -2348,7 +2353,7 @@ def find_targets(lm):
     for target in targets:
         # A target may be the end of a name: q_proj names model.layers.0.self_attn.q_proj and others.
         if not any(name.endswith(f".{target}") for name in names):
-            fail(f"{lora_targets=}: {init_from} has no layer {target!r}")
+            fail(f"{lora_targets=}: {init_from} has no layer {target!r}: the default takes all linear layers")
     return targets
 
 
@@ -2361,7 +2366,10 @@ def check_ids(model, splits):
         largest = pyarrow.compute.max(ids).as_py()
         if largest >= model.config.vocab_size:
             n_ids = model.config.vocab_size
-            fail(f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings")
+            fail(
+                f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings:"
+                " its tokenizer belongs to another model"
+            )
 
 
 if __name__ == "__main__":
