@@ -13,8 +13,8 @@ with --resume=True goes on from it.
 
 import os
 
-# The launcher. Read before the slow imports, so that stop_with_launcher() notices if it dies during them.
-PARENT = os.getppid()
+# Read before the slow imports, so that stop_with_launcher() notices if the launcher dies during them
+LAUNCHER_PID = os.getppid()
 
 import contextlib
 import csv
@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint as recompute  # the forward pass a
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
-# ends the program with a message. named() does so if a library raises an error: the message blames a setting.
+# ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
@@ -174,9 +174,10 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets the first of these variables for one process, the second for several.
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if is_launched and sys.platform == "linux":
+    # `accelerate launch` sets one of these variables.
+    is_single = "ACCELERATE_MIXED_PRECISION" in os.environ
+    is_one_of_several = "TORCHELASTIC_RUN_ID" in os.environ
+    if (is_single or is_one_of_several) and sys.platform == "linux":
         stop_with_launcher()
 
 
@@ -184,7 +185,7 @@ def stop_with_launcher():
     """Ask Linux to send SIGTERM when the launcher dies. Otherwise this process would train on unnoticed."""
     PR_SET_PDEATHSIG = 1  # from prctl(2): choose the signal that this process gets when its parent dies
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != PARENT:  # the launcher died before this call
+    if os.getppid() != LAUNCHER_PID:  # the launcher died before this call
         RECEIVED.append(signal.SIGTERM)
 
 
@@ -262,7 +263,7 @@ def norm(x):
 
 
 def sinusoidal_embedding(x, lowest, n):
-    """Return (..., 2 n): cosines and sines of x (...) at n frequencies, as in arXiv:1706.03762."""
+    """Return the cosines and sines (..., 2 n) of x (...) at n frequencies, as in arXiv:1706.03762."""
     exponents = torch.arange(n, device=x.device) / n  # from 0 up to nearly 1
     frequencies = lowest**exponents  # from 1 down to nearly `lowest`
     angles = x[..., None] * frequencies
@@ -278,8 +279,9 @@ def attention(q, k, v):
 
 def cpu_attention(q, k, v):
     """Compute attention() step by step, which on a CPU is faster than torch's kernel for few tokens."""
-    scores = q / math.sqrt(q.size(-1)) @ k.mT  # (B, n_head, T, T)
-    weights = scores.softmax(dim=-1, dtype=v.dtype)  # autocast alone would make it fp32
+    q = q / math.sqrt(q.size(-1))
+    scores = q @ k.mT  # (B, n_head, T, T)
+    weights = scores.softmax(dim=-1, dtype=v.dtype)  # without dtype, autocast would return fp32
     return weights @ v
 
 
@@ -344,7 +346,7 @@ class DiT(nn.Module):
         self.shape = shape
         self.class_names = class_names  # for draw()
         self.no_class = len(class_names)  # index of one more embedding, used if the class is hidden
-        self.prediction = prediction  # an attribute, because the scheduler of a Pipeline decides its own
+        self.prediction = prediction  # a Pipeline (see below) has this attribute, too, from its scheduler
 
         self.patch_in = nn.Linear(channels * patch_size**2, n_embd)
         # Position embeddings: sinusoids of rows and columns at first, then learned.
@@ -365,8 +367,8 @@ class DiT(nn.Module):
             for p in block.parameters():
                 if p.ndim == 2:
                     nn.init.xavier_uniform_(p)
-        zero = [block.modulation for block in self.blocks]  # so each block starts as the identity
-        for layer in [*zero, self.modulation, self.patch_out]:
+        modulations = [block.modulation for block in self.blocks]  # at zero, each block is the identity
+        for layer in [*modulations, self.modulation, self.patch_out]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -391,7 +393,7 @@ class DiT(nn.Module):
         return F.pixel_shuffle(x, patch_size)
 
     def alpha_sigma(self, t):
-        """Return alpha and sigma at times t, by the table below."""
+        """Return alpha and sigma at times t."""
         return schedule(self.prediction, t)
 
     def sample_times(self, n, rng):
@@ -410,13 +412,13 @@ class DiT(nn.Module):
 #   eps         cos(a)  sin(a)  eps                     (x_t - sigma prediction) / alpha  arXiv:2006.11239
 #   x0          cos(a)  sin(a)  x_0                     prediction
 #
-# where a = 0.99 pi t / 2. The factor 0.99 keeps alpha above 0 at t = 1, because eps divides by it. The loss
-# is the mean squared error of the prediction. Pretrained pipelines have schedules of their own for alpha and
-# sigma.
+# where a = 0.99 pi t / 2. The factor 0.99 keeps alpha above 0 at t = 1, because x_0 is divided by it if the
+# prediction is eps. The loss is the mean squared error of the prediction. Pretrained pipelines have schedules
+# of their own for alpha and sigma.
 
 
 def schedule(prediction, t):
-    """Return alpha and sigma at times t (B,)."""
+    """Return alpha and sigma at times t of any shape, by the table above."""
     if prediction == "flow":
         return 1 - t, t
     angle = 0.99 * math.pi / 2 * t
@@ -440,7 +442,8 @@ def add_noise(model, x_0, eps, t):
 
 def expand_to(x, values):
     """Return values (B,) as (B, 1, 1, 1), or as (B, 1, 1) for the packed latents of some pipelines."""
-    return values.view(-1, *[1] * (x.ndim - 1))
+    ones = [1] * (x.ndim - 1)
+    return values.view(-1, *ones)
 
 
 def predict_x_0(model, x_t, t, cond, scale):
@@ -468,8 +471,9 @@ def sample(model, cond, seeds, steps, scale):
     """Return images (B, *model.shape), going from noise at time 1 to time 0: the reverse process.
 
     "ddim" takes the estimates of x_0 and eps as constant through a step (Song et al. 2020, arXiv:2010.02502).
-    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): it extrapolates the last two estimates of
-    x_0 to the middle of the step, linearly in log(alpha / sigma). Both call the model once a step.
+    "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095): a straight line through the last two
+    estimates of x_0, as a function of log(alpha / sigma), is evaluated in the middle of the step. Both call
+    the model once a step.
     """
     times = torch.linspace(1, 0, steps + 1, device=cond.device)
     x = noise_of(seeds, model.shape).to(cond.device)
@@ -480,8 +484,8 @@ def sample(model, cond, seeds, steps, scale):
         h = torch.log(alpha_next / sigma_next) - torch.log(alpha / sigma)  # the length of the step
         x_0 = predict_x_0(model, x, times[i], cond, scale)
         estimate = x_0
-        # The last step is of first order, because sigma_next = 0 makes h infinite. With flow, h is infinite
-        # in the first step, too (alpha = 0). Then the second step has no correction: h / (2 h_before) = 0.
+        # There is no correction in the last step, where sigma_next = 0 makes h infinite. With flow, alpha = 0
+        # makes h infinite in the first step, too. As h_before, it makes the correction of the second step 0.
         if sampler == "dpm++" and 0 < i < steps - 1:
             x_0_before, h_before = before
             estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
@@ -500,8 +504,9 @@ def noise_of(seeds, shape):
 # ---- Data: files or tables -> images, and their classes or captions ----
 
 # The suffixes of files that Pillow can open, except documents
-FORMATS = Image.registered_extensions()
-IMAGE_SUFFIXES = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN} - {".pdf", ".eps", ".ps"}
+FORMATS = Image.registered_extensions()  # {suffix: format}
+READABLE = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN}
+IMAGE_SUFFIXES = READABLE - {".pdf", ".eps", ".ps"}
 # Names of folders, files and splits of the Hub, and the splits that they stand for.
 SPLITS = {
     "train": "train",
@@ -515,6 +520,8 @@ SPLITS = {
     "eval": "test",
     "evaluation": "test",
 }
+# Shard numbers and a hash, which may follow such a name: test-00000-of-00001-a09b74b3ef9c3b56
+SHARD_SUFFIX = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
 
 
 def list_files(path, seen):
@@ -540,15 +547,15 @@ def list_files(path, seen):
 def find_files():
     """Return (kind, paths, descriptions) for the files that `dataset` names.
 
-    kind: "image", "parquet", or "hub" if there are no such files. descriptions: files with captions (.txt),
-    and the metadata files of datasets' "imagefolder".
+    kind: "image", "parquet", or "hub" if there are no such files. descriptions: captions (.txt), and the
+    metadata files of Hugging Face's "imagefolder" format.
     """
     root = Path(dataset)
     if root.exists():
         seen = {os.path.realpath(out_dir)}  # the run itself may be inside: leave it out
         files = list(list_files(root, seen))
     else:
-        # A pattern, or the name of a dataset of the Hub, which matches no files.
+        # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
     if not files and not root.is_dir():
@@ -563,7 +570,7 @@ def find_files():
         used = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         metadata = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
         descriptions = [path for path in files if path.suffix == ".txt" or path.name in metadata]
-    left_out = sorted({*files} - {*used} - {*descriptions})
+    left_out = sorted(set(files) - set(used) - set(descriptions))
     if left_out:
         log(f"left out: {len(left_out)} files that are not {kind} files, such as {left_out[0]}")
     if not used:
@@ -573,9 +580,8 @@ def find_files():
 
 def split_of(names):
     """Return the split that one of the names stands for, and the index of that name; else ("train", -1)."""
-    shard = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"  # as in test-00000-of-00001-a09b74b3ef9c3b56
     for i, name in enumerate(names):
-        name = re.sub(shard, "", name.lower())
+        name = re.sub(SHARD_SUFFIX, "", name.lower())
         if name in SPLITS:
             return SPLITS[name], i
     return "train", -1
@@ -736,7 +742,8 @@ def read_metadata(files):
             if None in row:  # DictReader puts surplus fields under the key None
                 fail(f"{dataset=}: {file}, row {n} has too many fields: quote fields that have commas")
             path = os.path.normpath(file.parent / row["file_name"])
-            n_repeated += path in metadata
+            if path in metadata:
+                n_repeated += 1
             metadata[path] = row
     if n_repeated:
         log(f"{n_repeated} rows of the metadata file are not used: a later row is for the same image")
@@ -752,7 +759,7 @@ IMAGES_PER_FILE = 10_000
 ROW = {
     "x": datasets.Value("binary"),  # pixels or latents in fp16; empty if the image cannot be read
     "index": datasets.Value("int32"),  # of the image
-    # [original height, original width] for models that are told them (SDXL), else []
+    # [original height, original width] for SDXL, which takes them as an input; [] for other models
     "size": datasets.List(datasets.Value("int32")),
     "is_gray": datasets.Value("bool"),
     "crc32": datasets.Value("int64"),  # checksum of the pixels, by which a resumed run recognizes its data
@@ -771,7 +778,7 @@ def read_image(source):
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
         log(f"left out: the image {where}, which cannot be read ({error})")
         return None
-    white = white_value(image)  # first, because exif_transpose() drops the format
+    white = white_value(image)  # it needs the format, which exif_transpose() drops
     with contextlib.suppress(Exception):  # damaged EXIF data
         image = ImageOps.exif_transpose(image)  # turn photos upright
     if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
@@ -829,9 +836,10 @@ def scale_to_8_bits(image, white):
 def to_srgb(image):
     """Return an image in the color space sRGB, converted by its ICC profile if it has one."""
     profile = image.info.get("icc_profile")
+    # Profiles exist for the modes L, RGB and CMYK only.
     if image.mode == "LA":
         image = image.convert("L")
-    elif image.mode not in ("L", "RGB", "CMYK"):  # only these have profiles
+    elif image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a profile that does not fit is ignored
@@ -866,7 +874,7 @@ def encode_images(images, indices, to_latents, wants_size):
         for start in range(0, len(indices), n_at_once):
             batch = indices[start : start + n_at_once]
             sources = [images[i]["image"] for i in batch]
-            views = []
+            views = []  # (index, original size, pixels) of the images and of their mirror images
             for i, source, pixels in zip(batch, sources, pool.map(read_image, sources)):
                 if pixels is None:
                     yield {"x": b"", "index": i, "size": [], "is_gray": True, "crc32": 0}
@@ -985,7 +993,7 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
     indices = range(len(images))
     parts = [indices[i : i + IMAGES_PER_FILE] for i in range(0, len(images), IMAGES_PER_FILE)]
 
-    @functools.cache  # the second loop need not look up again what this process has encoded in the first
+    @functools.cache  # the second loop uses again what this process has encoded in the first
     def encode_part(part):
         return cached([state, part], ROW, encode_images, images, part, to_latents, wants_size)
 
@@ -993,7 +1001,8 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
         encode_part(part)
     accelerator.wait_for_everyone()
     rows = datasets.concatenate_datasets([encode_part(part) for part in parts])
-    is_readable = pyarrow.compute.binary_length(rows.data["x"]).to_numpy() > 0
+    n_bytes = pyarrow.compute.binary_length(rows.data["x"]).to_numpy()  # known without reading the pixels
+    is_readable = n_bytes > 0
     n_left_out = np.count_nonzero(~is_readable)
     if n_left_out == len(images):
         fail(f"{dataset=}: no image of its {split} split can be read")
@@ -1004,8 +1013,12 @@ def encode_split(accelerator, split, images, to_latents, wants_size, key):
 
 
 def checksums(module):
-    """Return sums of some weights of a module, which differ from those of another module."""
-    return [p.flatten()[:1000].double().sum().item() for p in module.state_dict().values()]
+    """Return numbers that tell a module from others: for each of its weights, the sum of some values."""
+    sums = []
+    for weight in module.state_dict().values():
+        first = weight.flatten()[:1000]
+        sums.append(first.double().sum().item())
+    return sums
 
 
 # ---- Splits and batches ----
@@ -1014,7 +1027,8 @@ def checksums(module):
 def split_off_end(rows, fraction):
     """Return (the rows without the last part, the last part). An image and its mirror image stay together."""
     n_views = 2 if flip else 1
-    n = n_views * math.ceil(fraction * len(rows) / n_views)
+    n_images = len(rows) // n_views
+    n = n_views * math.ceil(fraction * n_images)
     if n == len(rows):
         fail(
             f"{dataset=} is too small to set a part aside: --val_fraction=0 --test_fraction=0 uses all of it"
@@ -1094,7 +1108,8 @@ def prepare_data(accelerator, pipeline=None):
 
     for split, (images, texts) in splits.items():
         if split == "train":
-            # Shuffle, because validation and test are cut off from the end, in the same order for every seed.
+            # Validation and test may be cut off from the end, so shuffle. The order does not depend on the
+            # seed, so that all runs set the same images aside.
             order = np.random.default_rng(0).permutation(len(texts)).tolist()
             images = images.select(order)
             texts = [texts[i] for i in order]
@@ -1162,15 +1177,15 @@ def orthogonalize(x):
     The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
     """
     is_tall = x.size(-2) > x.size(-1)
-    if is_tall:  # transpose x, so that the Gram matrix x x^T is the smaller one of the two possible ones
+    if is_tall:  # transpose x, because the Gram matrix x x^T is then smaller
         x = x.mT
     # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
-    for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
+    for _ in range(5):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x.mT if is_tall else x
 
 
@@ -1198,10 +1213,11 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average = momentum * average + (1 - momentum) * grad. Nesterov's momentum then mixes the
-                # gradient in once more. The _foreach functions take lists, which saves many small calls.
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                directions = torch._foreach_lerp(grads, averages, group["momentum"])
+                # average <- m average + (1 - m) grad, where m is the momentum. Nesterov's momentum then mixes
+                # the gradient in once more. The _foreach functions take lists, which saves many small calls.
+                m = group["momentum"]
+                torch._foreach_lerp_(averages, grads, 1 - m)
+                directions = torch._foreach_lerp(grads, averages, m)  # (1 - m) grad + m average
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
                 # Tall matrices take larger steps, as in torch.optim.Muon.
@@ -1233,7 +1249,7 @@ def make_optimizers(model, accelerator):
         else:
             others.append(p)
     muon = {"lr": lr, "weight_decay": weight_decay}
-    # Where the hardware has no bf16, computing in it is slow.
+    # Muon also works in bf16, but that is slow where the hardware does not have it.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(matrices, dtype, **muon), adamw(others, lr=adamw_lr)]
 
@@ -1364,7 +1380,7 @@ def evenly_spread(n, n_rows):
 
 def start_run(model, splits, data, captions, old_run):
     """Write run.json and a copy of this script to out_dir; a new run first deletes an old one."""
-    # A resumed run compares a hash of 100 rows, to notice other data.
+    # By a hash of 100 rows, a resumed run notices that the data has changed.
     rows = splits["train"]
     chosen = rows.select(evenly_spread(100, len(rows)))
     content = [chosen["crc32"][:], chosen["cond"][:], data["classes"], captions]
@@ -1385,7 +1401,7 @@ def start_run(model, splits, data, captions, old_run):
     if init_from != "scratch":
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
-        run["summary"] = old_run.get("summary", {})  # kept until the run ends again
+        run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"]["content"], data["content"])
     else:
         for pattern in RUN_FILES:
@@ -1416,7 +1432,7 @@ def weights_of(model):
     kept = [name for name, p in model.named_parameters() if p.requires_grad or not adapter]
     if not adapter:
         kept += [name for name, _ in model.named_buffers()]
-    state = model.state_dict()  # has tied weights twice, and only the buffers that are to be saved
+    state = model.state_dict()  # lists tied weights twice, and leaves out buffers that are not to be saved
     return {name: state[name] for name in kept if name in state}
 
 
@@ -1510,10 +1526,11 @@ def evaluate(accelerator, model, name, rows, micro_size, n_batches=0):
             loss_per_image = errors.flatten(1).mean(dim=1)
             losses[quarter] += loss_per_image[: len(batch)].sum().item()
     model.train()
-    losses = np.sum(gather_object([losses]), axis=0) / n_rows
+    losses_of_processes = gather_object([losses])
+    losses = np.sum(losses_of_processes, axis=0) / n_rows
     values = {f"{name}/loss": losses.mean().item()}
-    for quarter, loss in enumerate(losses.tolist()):
-        values[f"{name}/loss/{quarter / 4:g}-{(quarter + 1) / 4:g}"] = loss
+    for times, loss in zip(("0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1"), losses.tolist()):
+        values[f"{name}/loss/{times}"] = loss
     return values
 
 
@@ -1571,11 +1588,12 @@ def start_accelerator():
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
-    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
+    # accelerate passes broadcast_buffers to torch under a deprecated name. Hide the warning.
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")
     # The other processes wait while one downloads the data or encodes captions, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need
-    # no second copy there. Some pipelines have weights without any effect on the output.
+    # The buffers never change, so DDP need not broadcast them. It shares the memory of the gradients instead
+    # of copying them. Some pipelines have weights without any effect on the output.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=init_from != "scratch"
     )
@@ -1595,7 +1613,7 @@ def start_accelerator():
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         fail(f"{accelerator.distributed_type.value} is not supported: use configs/accelerate/ddp.yaml")
     if on_cpu:
-        # `accelerate launch` gives each process one thread. Use this process's share of the cores instead.
+        # `accelerate launch` gives each process one thread. Take this process's share of the cores instead.
         n_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, count_cores() // n_local_processes))
         if init_from == "scratch":  # pretrained models are large and need the memory
@@ -1618,8 +1636,8 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD = -1  # from glibc's malloc.h, like the next one
         M_MMAP_MAX = -4
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # return memory only above 2 GB
+        libc.mallopt(M_MMAP_MAX, 0)  # and do not ask for large pieces one by one
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -1644,7 +1662,8 @@ def choose_precision():
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-    metrics.truncate(min(n_bytes, metrics.tell()))  # it may be missing
+    size = metrics.tell()  # 0 if the file is new
+    metrics.truncate(min(n_bytes, size))
     metrics.seek(0, os.SEEK_END)
     return metrics
 
@@ -1660,7 +1679,7 @@ def finish(accelerator, step, is_stopped):
         log("done")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if WORLD > 1:  # skip Python's cleanup, during which gloo's threads may crash
+    if WORLD > 1:  # exit without Python's cleanup, during which gloo's threads may crash
         os._exit(code)
     sys.exit(code)
 
@@ -1704,7 +1723,7 @@ def make_noisy_batches(model, micro_batches, step, device):
 
     def part_of(x):
         """Return this process's part of a global batch: (accumulation steps, images, ...)."""
-        x = x.unflatten(0, (len(micro_batches), WORLD, -1))  # the axes of batch_rows()
+        x = x.unflatten(0, (len(micro_batches), WORLD, -1))  # accumulation step, process, image
         return x[:, RANK]
 
     eps = part_of(eps)
@@ -1712,8 +1731,9 @@ def make_noisy_batches(model, micro_batches, step, device):
     is_dropped = part_of(is_dropped)
     noisy_batches = []
     for i, (x_0, cond) in enumerate(micro_batches):
-        # Guidance needs a model that has also learned images without their class or caption.
-        cond[is_dropped[i], 0] = model.no_class  # column 0 has the class or caption
+        # Guidance needs a model that has also learned images without their class or caption (column 0).
+        dropped = is_dropped[i]
+        cond[dropped, 0] = model.no_class
         x_0, cond = to_device(x_0, cond, device)
         x_t, target = add_noise(model, x_0, eps[i], times[i])
         noisy_batches.append((x_t, times[i], cond, target))
@@ -1762,11 +1782,12 @@ def main():
     run = start_run(model, splits, data, captions, old_run) if MAIN else None
     model.to(device)
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # resuming will change them
+    # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     # The 8-bit weights are cast in a way that torch.compile cannot follow.
     if compile and device.type == "cuda" and not frozen_fp8:
         model.compile()
-    # Train with the wrapped optimizers, whose step() can skip an update in fp16. Save and load the others.
+    # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     ema = EMA(unwrap(model))
 
@@ -1775,14 +1796,14 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema)
-        # The evaluation at the end of a run comes after its last checkpoint, so its loss is only in run.json.
+        # A run that has ended evaluated once more after its last checkpoint. That loss is in run.json only.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end
             progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
+    groups = [group for o in optimizers for group in o.param_groups]
     steps_per_epoch, total_steps = count_steps(len(splits["train"]))
 
     # ---- logging ----
@@ -1821,8 +1842,9 @@ def main():
         # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take one step.
         is_done = step >= total_steps
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
-        may_run_out = patience > 0 and is_due(step, eval_interval)  # the evaluation may end the run
-        if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
+        may_end_early = patience > 0 and is_due(step, eval_interval)
+        may_be_last = is_stopped or is_done or may_end_early
+        if step > 0 and (may_be_last or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema, progress)
@@ -1921,7 +1943,7 @@ def main():
 def load(folder, run, base=""):
     """Return the model of a run, ready to draw.
 
-    run: the content of its run.json. base: where the pipeline under a LoRA adapter is now, if it has moved.
+    run: the content of its run.json. base: the pipeline that a LoRA was trained on, if it is elsewhere now.
     """
     globals().update(run["settings"])  # the functions below read the settings of the run as globals
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -1973,7 +1995,7 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
 
 
 def make_grid(images):
-    """Return one image of all images, which have one size, in ceil(sqrt(n)) columns."""
+    """Return one image that shows all images, which are of the same size, in ceil(sqrt(n)) columns."""
     n_columns = math.ceil(math.sqrt(len(images)))
     n_rows = math.ceil(len(images) / n_columns)
     width, height = images[0].size
@@ -2002,12 +2024,12 @@ class ModelOutput(Exception):
 class OneStepScheduler:
     """Takes the place of a pipeline's scheduler, and ends the call with the output of the denoiser."""
 
-    order = 1
+    order = 1  # pipelines read this attribute of a scheduler, and the next one
     init_noise_sigma = 1.0
 
     def __init__(self, config):
         self.config = config
-        self.times = None  # (B,) in the unit of the pipeline; None: end the call before the denoiser
+        self.times = None  # (B,) in the unit of the pipeline; None: end the call once the prompt is encoded
         self.mu = None  # the shift of times for this resolution, which some pipelines pass in
 
     def set_timesteps(
@@ -2030,7 +2052,10 @@ class OneStepScheduler:
 
 
 class TimeIds:
-    """Stands in for SDXL's time ids (B, 6): original size, crop and size, for each image its own."""
+    """Stands in for SDXL's "time ids" (B, 6), which have a row for each image.
+
+    A row has the original height and width, the top and left of the crop, and the height and width of now.
+    """
 
     def __init__(self, sizes, dtype):
         rows = []
@@ -2078,12 +2103,13 @@ def unconditional_part(output, guided):
     if not isinstance(output, tuple):
         return output
     is_empty = [part is None or part == [] for part in output]
-    added = [part for part, empty in zip(guided, is_empty) if empty]
-    if len(added) != is_empty.count(False):  # this family has no unconditional embeddings: Flux
+    unconditional = [part for part, empty in zip(guided, is_empty) if empty]
+    n_conditional = is_empty.count(False)
+    if len(unconditional) != n_conditional:  # this family has no unconditional embeddings: Flux
         return output
     parts = []
     for part, empty in zip(output, is_empty):
-        parts.append(part if empty else added.pop(0))
+        parts.append(part if empty else unconditional.pop(0))
     return tuple(parts)
 
 
@@ -2110,14 +2136,14 @@ class Pipeline(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.one_step = OneStepScheduler(config)
 
-        self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad()
+        self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad(): we need gradients
         self.keywords = inspect.signature(self.call).parameters
         self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
-        self.takes_batches = False  # until probe() has shown that a batch gives the same as its images alone
+        self.takes_batches = False  # until probe() has shown that a batch gives what its images give alone
         # What encode_prompt() returned, call by call, for each caption and for each prompt of a sample
         self.outputs = []
         self.prompt_outputs = {}
-        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Set 1, and ask if that is still on.
+        # Most pipelines turn guidance off at a scale of 1, Z-Image at 0. Try if it is still on at 1.
         pipe._guidance_scale = 1.0
         scale = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
         n_steps = sample_steps or self.keywords["num_inference_steps"].default  # Flux.2 shifts times by it
@@ -2160,7 +2186,7 @@ class Pipeline(nn.Module):
             return torch.cat(outputs)
         # A pipeline with several kinds of text encoders calls encode_prompt() several times.
         outputs_by_image = [self.outputs[row[0]] for row in cond]
-        outputs_by_call = [join(outputs) for outputs in zip(*outputs_by_image)]
+        outputs_by_call = [join(outputs) for outputs in zip(*outputs_by_image)]  # transposed: [call][image]
         self.replay(outputs_by_call)
         if self.wants_size:
             sizes = [row[1:] for row in cond]
@@ -2197,14 +2223,14 @@ class Pipeline(nn.Module):
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     def sample_times(self, n, rng):
-        """Return n random times: for flow logit-normal and shifted, else uniform over the steps."""
+        """Return n random times. For flow they are logit-normal and shifted, else uniform over the steps."""
         if self.prediction == "flow":
             t = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
             t = self.shift(t)
             # Some pipelines cast times to the precision of the denoiser. Round them in the same way.
             return (self.n_times * t).to(self.dtype).float() / self.n_times
         steps = torch.randint(self.n_times, (n,), generator=rng, device=rng.device)
-        return (steps + 0.5) / self.n_times  # timestep() rounds down
+        return (steps + 0.5) / self.n_times  # in the middle, so that timestep() returns just these steps
 
     def shift(self, t):
         """Shift times as the pipeline does when it draws: larger images need more noise."""
@@ -2222,7 +2248,7 @@ class Pipeline(nn.Module):
         """Return images x (B, 3, H, W), from -1 to 1, as latents in the form that the denoiser takes."""
         pipe = self.pipe
         z = encode(pipe.vae, x)
-        if hasattr(pipe, "_patchify_latents"):  # Flux.2
+        if hasattr(pipe, "_patchify_latents"):  # Flux.2 normalizes latents by a batch norm of its autoencoder
             bn = pipe.vae.bn
             z = pipe._patchify_latents(z)
             return F.batch_norm(z, bn.running_mean, bn.running_var, eps=pipe.vae.config.batch_norm_eps)
@@ -2249,7 +2275,8 @@ class Pipeline(nn.Module):
     def encode_unconditional(self):
         """Return outputs of encode_prompt() for a dropped caption: the pipeline's unconditional ones."""
         outputs = self.record_prompt("", **self.unguided)
-        guided = self.record_prompt("", **self.drawing_options(1, 2.0))
+        guidance_on = self.drawing_options(steps=1, scale=2.0)
+        guided = self.record_prompt("", **guidance_on)
         if len(guided) == 2 * len(outputs):  # further calls have encoded the negative prompt
             return guided[len(outputs) :]
         return [unconditional_part(output, other) for output, other in zip(outputs, guided)]
@@ -2314,8 +2341,8 @@ class Pipeline(nn.Module):
         shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True
-            # Batches work if their output nearly equals that of the images one by one. The difference must be
-            # far smaller than that of swapped captions. A pipeline that takes only one time raises an error.
+            # Batches work if they give nearly the same output as the images one by one: the error must be far
+            # below the effect of swapped captions. A pipeline that takes a single time raises an error.
             is_same = False
             with contextlib.suppress(Exception):
                 error = (self(x, t, cond) - alone).norm()
@@ -2335,7 +2362,7 @@ class Pipeline(nn.Module):
         if steps > 0:
             options["num_inference_steps"] = steps
         true_cfg_scale = self.keywords.get("true_cfg_scale")
-        # Qwen-Image has its guidance under this name; its guidance_scale does something else.
+        # Qwen-Image calls its guidance true_cfg_scale. Its guidance_scale is something else.
         has_true_cfg = true_cfg_scale is not None and true_cfg_scale.default > 1
         if negative_prompt:
             options["negative_prompt"] = negative_prompt
@@ -2384,11 +2411,13 @@ class Pipeline(nn.Module):
 
         weights = get_peft_model_state_dict(self.denoiser, weights)
         config = self.denoiser.peft_config["default"].to_dict()  # has lora_alpha
-        kwargs = {f"{self.name}_lora_layers": weights, f"{self.name}_lora_adapter_metadata": config}
+        kwargs = {f"{self.name}_lora_layers": weights}
+        kwargs[f"{self.name}_lora_adapter_metadata"] = config
         self.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
         Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
         if self.name == "unet":  # once more, under the names that ComfyUI knows
             kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+            # The conversion takes the rank for alpha.
             alphas = {name: torch.tensor(lora_alpha) for name in kohya if name.endswith(".alpha")}
             write_file("kohya_lora.safetensors", kohya | alphas)
 
@@ -2475,12 +2504,12 @@ def load_pipeline(device):
             denoiser.add_adapter(config)
         diffusers.training_utils.cast_training_params(denoiser, torch.float32)
     if frozen_fp8:  # after add_adapter(), which would put the adapter in 8 bits, too
-        # The backward pass of a convolution uses its weight, which would be in 8 bits again by then.
+        # After the forward pass, a weight is in 8 bits again. The backward pass of a convolution needs it.
         convolutions = (nn.Conv1d, nn.Conv2d)
         denoiser.enable_layerwise_casting(
             torch.float8_e4m3fn, frozen_dtype, skip_modules_classes=convolutions
         )
-        # peft does not cast the inputs of these layers. Autocast does, also for samples and in probe().
+        # Autocast casts the inputs of these layers, which peft does not. Samples and probe() need it, too.
         has_half = frozen_dtype != torch.float32
         autocast = torch.autocast(device.type, frozen_dtype, enabled=has_half)
         denoiser.forward = autocast(denoiser.forward)
@@ -2504,13 +2533,13 @@ def find_targets(model):
         return [name for name, m in layers.items() if isinstance(m, nn.Linear) and re.search(pattern, name)]
     targets = [name.strip() for name in lora_targets.split(",")]
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):  # to_q is not the end of into_q
+        if not any(f".{name}".endswith(f".{target}") for name in layers):  # with dots: to_q is not in into_q
             fail(f"{lora_targets=}: {init_from} has no layer {target!r}: the default takes all in the blocks")
     return targets
 
 
 def load_trained_pipeline(folder, run, base, device):
-    """Load the pipeline of a run for drawing. base: where the pipeline under a LoRA is, if it has moved."""
+    """Load the pipeline of a run for drawing; base as in load()."""
     if not adapter:
         setting = "out_dir"
         source = str(folder)

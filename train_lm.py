@@ -12,8 +12,8 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-# The launcher. Read before the slow imports, so that stop_with_launcher() notices if it dies during them.
-PARENT = os.getppid()
+# Read before the slow imports, so that stop_with_launcher() notices if the launcher dies during them
+LAUNCHER_PID = os.getppid()
 
 import bz2
 import contextlib
@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint as recompute  # the forward pass a
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
-# ends the program with a message. named() does so if a library raises an error: the message blames a setting.
+# ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
 from configurator import configure, fail, named, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
@@ -170,9 +170,10 @@ def catch_signals():
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we
             signal.signal(signum, lambda received, frame: RECEIVED.append(received))
-    # `accelerate launch` sets the first of these variables for one process, the second for several.
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if is_launched and sys.platform == "linux":
+    # `accelerate launch` sets one of these variables.
+    is_single = "ACCELERATE_MIXED_PRECISION" in os.environ
+    is_one_of_several = "TORCHELASTIC_RUN_ID" in os.environ
+    if (is_single or is_one_of_several) and sys.platform == "linux":
         stop_with_launcher()
 
 
@@ -180,7 +181,7 @@ def stop_with_launcher():
     """Ask Linux to send SIGTERM when the launcher dies. Otherwise this process would train on unnoticed."""
     PR_SET_PDEATHSIG = 1  # from prctl(2): choose the signal that this process gets when its parent dies
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != PARENT:  # the launcher died before this call
+    if os.getppid() != LAUNCHER_PID:  # the launcher died before this call
         RECEIVED.append(signal.SIGTERM)
 
 
@@ -274,7 +275,7 @@ def attention(q, k, v, dropout_p):
     # On a CPU, torch's kernel is slower for up to 512 tokens. This makes the default run 1.2 times as fast.
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, dropout_p)
-    # Several tokens come only with an empty cache. A single new token may see all others, without a mask.
+    # Several tokens are a text from its beginning. A single one follows those in the cache, and may see all.
     is_causal = T > 1
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=True)
 
@@ -283,8 +284,9 @@ def cpu_attention(q, k, v, dropout_p):
     """Compute attention() step by step, for several tokens and without a cache."""
     B, n_head, T, D = q.shape
     # Heads that share keys and values form a group. Stack the queries of a group into one matrix.
-    group_size = n_head // k.size(1)
-    grouped_q = q.reshape(B, -1, group_size * T, D)  # (B, n_kv_head, group_size * T, D)
+    n_kv_head = k.size(1)
+    group_size = n_head // n_kv_head
+    grouped_q = q.reshape(B, n_kv_head, group_size * T, D)
     scores = (grouped_q / math.sqrt(D)) @ k.mT  # (B, n_kv_head, group_size * T, T)
     mask = torch.full((T, T), -1e9, dtype=q.dtype).triu(1)  # hides later tokens: exp(-1e9) is 0
     scores = scores + mask.repeat(group_size, 1)
@@ -375,8 +377,8 @@ class GPT(nn.Module):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
-            # QK-norm removes their scale, but a step changes the direction of a small matrix more. The
-            # default run then learns sooner to copy from its context.
+            # QK-norm removes the scale of queries and keys. But a step turns a small matrix more, and with
+            # that, the default run learns sooner to copy from its context.
             nn.init.normal_(block.self_attn.q_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.k_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.v_proj.weight, std=std)
@@ -451,8 +453,9 @@ def make_gpt(tok):
     # bytes or characters they would be a large part of the vocabulary, so none are added.
     if tokenizer not in ("bytes", "char"):
         vocab_size = 64 * math.ceil(vocab_size / 64)
-    # Most tokenizers have one token that ends a text and begins the next.
-    [begin] = bos_prefix(tok) or [tok.eos_token_id]
+    begin = tok.eos_token_id  # most tokenizers have one token that ends a text and begins the next
+    if bos_prefix(tok):
+        begin = tok.bos_token_id
     config = transformers.NanoChatConfig(
         vocab_size=vocab_size,
         max_position_embeddings=block_size,
@@ -625,7 +628,7 @@ def find_files():
 
 
 def without_nulls(value):
-    """Return a field without its None: Arrow gives each dictionary in a column the keys of all the others."""
+    """Return a field without its None. Arrow adds them: all dictionaries of a column get the same keys."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -639,7 +642,7 @@ def parse_table(path, kind):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     elif kind in ("csv", "tsv"):
-        csv.field_size_limit(2**31 - 1)  # the default of 128 KB is too small; Windows takes no more than this
+        csv.field_size_limit(2**31 - 1)  # characters; the default of 131,072 is too small
         delimiter = "," if kind == "csv" else "\t"
         file = open_text(path, newline="")
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -667,7 +670,7 @@ def read_table(path, kind):
         for row in parse_table(path, kind):
             if not isinstance(row, dict):
                 fail(f"{where} {n} must be a JSON object, not {row!r:.50}")
-            if None in row:  # under this name, csv.DictReader puts fields beyond those of the header
+            if None in row:  # the name under which csv.DictReader puts the fields beyond those of the header
                 fail(f"{where} {n} has more fields than the first line: quote fields that have commas")
             yield row
             n += 1
@@ -750,7 +753,7 @@ def load_documents():
 
 
 def state_of(source):
-    """Return a value that changes with the content of a source. It stands for the content in a key."""
+    """Return a value that changes with the content of a source, for the key of cached()."""
     if isinstance(source, datasets.Dataset):
         return source._fingerprint
     return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
@@ -787,20 +790,20 @@ def read_documents(source, kind, columns):
 def cached(key, features, generator, *args):
     """Return the rows of generator(*args) as a Dataset. It stays on disk until key or the code changes.
 
-    The key must stand for all that the rows depend on beside the code.
+    The key must change with everything, except the code, that the rows depend on.
     """
     # The code is the text of the two sections of this file that make rows. They are found by their headings.
     sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
     code = [section for section in sections if section.startswith(("Data", "Answers"))]
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
-    # Bind the arguments here: from_generator() would split lists among its gen_kwargs into shards.
+    # Pass the arguments by partial(). As gen_kwargs, from_generator() would divide lists into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
 
 def as_text(value, column):
-    """Return a field of a table as text: "" for None. OpenAI's lists of text parts are joined."""
+    """Return a field of a table as text, "" for None. OpenAI's [{"type": "text", "text": ...}] is joined."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -845,7 +848,7 @@ def read_pieces(documents):
                 text += f"{message['role']}: {message['content']}\n"
                 if "tool_calls" in message:
                     text += json.dumps(message["tool_calls"])
-            if document["tools"] != "null":  # as JSON has it; there are tools
+            if json.loads(document["tools"]):
                 text += document["tools"]
             file = io.StringIO(text)
         else:
@@ -872,10 +875,10 @@ def bos_prefix(tok):
 def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
-    Every token is a target once. For that, a row begins with <bos> where the tokenizer writes one, or else
-    with the last token of the row before; then the very first token is no target. After the rows comes a
-    footer with a note for the log. It is stored with the rows, so that a run that reads them from the cache
-    logs the same.
+    Every token is a target once, because a row begins with the last token of the row before. (The very first
+    token is no target.) With a tokenizer that writes <bos>, every row begins with <bos> instead. After the
+    rows comes a footer with a note for the log. It is stored with the rows, so that a run that reads them
+    from the cache logs the same.
     """
     begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -885,7 +888,7 @@ def encode_texts(documents, tok):
     while batch := list(itertools.islice(pieces, 16)):  # a fast tokenizer encodes several texts in parallel
         texts = [text for text, _ in batch]
         # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
-        with named("dataset", dataset):  # a tokenizer of characters may not know one of them
+        with named("dataset", dataset):  # a character that is not in the vocabulary may raise an error
             encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for (text, is_last), tokens in zip(batch, encoded):
             ids += tokens
@@ -894,11 +897,12 @@ def encode_texts(documents, tok):
             elif is_last:
                 ids.append(tok.eos_token_id)
         start = 0
-        while len(ids) - start >= block_size + overlap:
-            yield {"ids": begin + ids[start : start + block_size + overlap]}
+        n_ids = block_size + overlap  # those of a full row, without <bos>
+        while len(ids) - start >= n_ids:
+            yield {"ids": begin + ids[start : start + n_ids]}
             start += block_size
         ids = ids[start:]
-    if len(ids) > overlap:
+    if len(ids) > overlap:  # the last row is shorter
         yield {"ids": begin + ids}
     yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
 
@@ -932,8 +936,9 @@ def learn_tokenizer(name, splits):
     else:
         n_given = 256 + 1  # the bytes and END, which need no text
         n_tokens = n_given if name == "bytes" else int(name.removeprefix("bpe:"))
-        documents = splits["train"] if n_tokens > n_given else []
-        texts = first_texts(documents, 100_000_000)
+        texts = []
+        if n_tokens > n_given:
+            texts = first_texts(splits["train"], 100_000_000)
         core = ByteLevelBPETokenizer()
         core.train_from_iterator(texts, n_tokens, min_frequency=0, special_tokens=[END], show_progress=False)
     yield {"json": core.to_str()}
@@ -998,7 +1003,6 @@ def tokenize(documents, tok, split):
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
-    # The key has all that the rows depend on beside the code.
     key = [state_of(documents), block_size]
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
     rows = cached(key, features, encode, documents, tok)
@@ -1081,7 +1085,8 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
             # Sort by length, with some noise, so that the same rows do not meet in every epoch.
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
             rows = rows[np.argsort(noisy_lengths)]
-            batches = rng.permutation(rows.reshape(batches_per_epoch, batch_size))
+            batches = rows.reshape(batches_per_epoch, batch_size)
+            batches = rng.permutation(batches)
         # The axes of micro_batches are the accumulation step, the process and the row.
         micro_batches = batches[i].reshape(-1, world, micro_size)
         mine = micro_batches[:, rank]
@@ -1097,15 +1102,15 @@ def orthogonalize(x):
     The method and its coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
     """
     is_tall = x.size(-2) > x.size(-1)
-    if is_tall:  # transpose x, so that the Gram matrix x x^T is the smaller one of the two possible ones
+    if is_tall:  # transpose x, because the Gram matrix x x^T is then smaller
         x = x.mT
     # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
-    for _ in range(5):  # x <- a x + (b G + c G^2) x, where G = x x^T
+    for _ in range(5):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x.mT if is_tall else x
 
 
@@ -1133,10 +1138,11 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average = momentum * average + (1 - momentum) * grad. Nesterov's momentum then mixes the
-                # gradient in once more. The _foreach functions take lists, which saves many small calls.
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                directions = torch._foreach_lerp(grads, averages, group["momentum"])
+                # average <- m average + (1 - m) grad, where m is the momentum. Nesterov's momentum then mixes
+                # the gradient in once more. The _foreach functions take lists, which saves many small calls.
+                m = group["momentum"]
+                torch._foreach_lerp_(averages, grads, 1 - m)
+                directions = torch._foreach_lerp(grads, averages, m)  # (1 - m) grad + m average
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
                 # Tall matrices take larger steps, as in torch.optim.Muon.
@@ -1165,7 +1171,7 @@ def make_optimizers(model, accelerator):
     embeddings = []
     vectors_and_head = []
     for name, p in model.named_parameters():
-        # The model has no vectors. This is also for those that you add, such as biases.
+        # The output layer, and vectors, of which the model has none unless you add some, such as biases
         if p.ndim != 2 or name == "lm_head.weight":
             vectors_and_head.append(p)
         elif name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -1177,15 +1183,15 @@ def make_optimizers(model, accelerator):
     groups = [{"params": embeddings, "lr": embed_lr}]
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
-    # QK-norm removes the scale of queries and keys. A strong decay keeps their matrices small, so that a step
-    # changes their direction more. The default run then learns much sooner to copy from its context.
+    # QK-norm removes the scale of queries and keys. But a step turns a small matrix more, and a strong decay
+    # keeps them small. With that, the default run learns much sooner to copy from its context.
     block_groups = [{"params": matrices}]
     if queries_and_keys:
         block_groups.append({"params": queries_and_keys, "weight_decay": qk_weight_decay})
     muon = {"lr": lr, "weight_decay": weight_decay}
     if accelerator.is_fsdp2:  # FSDP2 shards each matrix, and only torch's own Muon gathers the shards
         return [torch.optim.Muon(block_groups, **muon), adamw(groups)]
-    # Where the hardware has no bf16, computing in it is slow.
+    # Muon also works in bf16, but that is slow where the hardware does not have it.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return [Muon(block_groups, dtype, **muon), adamw(groups)]
 
@@ -1289,7 +1295,7 @@ def evenly_spread(n, n_rows):
 
 def start_run(model, tok, splits, old_run):
     """Write run.json, tokenizer and a copy of this script to out_dir; a new run first deletes an old one."""
-    # A resumed run compares a hash of 100 rows, to notice other data.
+    # By a hash of 100 rows, a resumed run notices that the data has changed.
     rows = splits["train"]
     ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
     digest = hashlib.md5(repr(ids).encode()).hexdigest()
@@ -1307,7 +1313,7 @@ def start_run(model, tok, splits, old_run):
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if old_run:
-        run["summary"] = old_run.get("summary", {})  # kept until the run ends again
+        run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"], run["data"])
     else:
         for pattern in RUN_FILES:
@@ -1373,7 +1379,7 @@ def load_checkpoint(model, optimizers, scaler, name):
     import torch.distributed.checkpoint.state_dict as dcp
 
     state = {"model": {}, "optimizers": {}, "scaler": {}, "progress": {}}
-    weights, _ = gather(model)  # a collective operation: all processes must call it
+    weights, _ = gather(model)  # for their shapes; all processes must call it
     if MAIN:  # only the main process reads the file; the others get its content below
         with named("checkpoint", f"{out_dir}/{name}"):
             state = torch.load(Path(out_dir, name), map_location="cpu", weights_only=True)
@@ -1402,13 +1408,13 @@ def save_weights(model, weights):
     folder.mkdir()
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model):  # transformers must not load it: its own GPT computes something else
+        if not is_native(model):  # under this name, transformers does not load it: it would compute otherwise
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     else:
-        # A Pretrained (see the section on fine-tuning) has the model of transformers or peft as its lm.
-        # Without save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
+        # model.lm is the model of transformers or peft (see the section on fine-tuning). Without
+        # save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
         # save_pretrained() refuses some generation configs that are in use: write the true one below.
         model.lm.generation_config = transformers.GenerationConfig()
@@ -1465,7 +1471,7 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
         # and FSDP2 needs every process in every forward pass.
         n_missing = micro_size - len(batch)
         x, y, loss_positions = collate([rows[j] for j in batch + [0] * n_missing])
-        y[len(batch) :] = -100  # loss_positions may still name them, but -100 has no loss
+        y[len(batch) :] = -100  # no loss, even where loss_positions still has the position
         inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
             loss = model(*inputs)
@@ -1499,7 +1505,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
             save_weights(unwrap(model), weights)
-        if has_validation:  # the test at the end loads the best weights, also if it is only asked for later
+        if has_validation:  # the test at the end loads the best weights; a later --resume may ask for it
             save_checkpoint(model, [], None, progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1509,7 +1515,8 @@ def write_sample(model, tok, row, step):
     """Write a sample: how the model goes on after the first 16 tokens of a row, or answers its prompt."""
     n_prompt = 16
     if "labels" in row:  # the prompt ends where the first label is
-        n_prompt = (row["labels"] != -100).nonzero()[0].item()
+        has_loss = row["labels"] != -100
+        n_prompt = has_loss.nonzero()[0].item()
     prompt = row["ids"][:n_prompt].tolist()
     model.eval()
     # Run without torch.compile, which would take a minute for each new length.
@@ -1545,7 +1552,7 @@ def speed(tokens_per_s, model):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
     values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu]
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu]  # the first one counts: "H100 PCIe"
     if peaks and isinstance(model, GPT):
         # Forward and backward take 6 FLOPs per token and weight. Embeddings are not multiplied but looked up.
         # Attention takes 12 more per layer, channel and position.
@@ -1566,11 +1573,12 @@ def start_accelerator():
     torch.autograd.set_detect_anomaly(detect_anomaly)
     torch.use_deterministic_algorithms(deterministic)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # with FSDP2, every process builds the whole model
-    warnings.filterwarnings("ignore", "`?broadcast_buffers")  # accelerate passes it by a deprecated name
+    # accelerate passes broadcast_buffers to torch under a deprecated name. Hide the warning.
+    warnings.filterwarnings("ignore", "`?broadcast_buffers")
     # The other processes wait while one tokenizes the data, which may take long.
     process_group = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    # The buffers never change, so DDP need not broadcast them. Gradients that are views of its buckets need
-    # no second copy there.
+    # The buffers never change, so DDP need not broadcast them. It shares the memory of the gradients instead
+    # of copying them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -1588,7 +1596,7 @@ def start_accelerator():
     if accelerator.is_fsdp2:
         set_up_fsdp2(accelerator)
     if on_cpu:
-        # `accelerate launch` gives each process one thread. Use this process's share of the cores instead.
+        # `accelerate launch` gives each process one thread. Take this process's share of the cores instead.
         n_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, count_cores() // n_local_processes))
         if init_from == "scratch":  # pretrained models are large and need the memory
@@ -1611,8 +1619,8 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD = -1  # from glibc's malloc.h, like the next one
         M_MMAP_MAX = -4
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # return memory only above 2 GB
+        libc.mallopt(M_MMAP_MAX, 0)  # and do not ask for large pieces one by one
 
 
 def choose_precision():
@@ -1645,8 +1653,8 @@ def prepare(accelerator, model, optimizers):
     """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        # Free gathered weights after every forward pass. Those that are kept would be out of date after a
-        # checkpoint is loaded.
+        # Free gathered weights after every forward pass. Otherwise, those from before would still be used
+        # after a checkpoint is loaded.
         model.set_reshard_after_forward(True)
     return model, optimizers
 
@@ -1673,7 +1681,8 @@ def clip_gradients(accelerator, model):
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
     metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
-    metrics.truncate(min(n_bytes, metrics.tell()))  # it may be missing
+    size = metrics.tell()  # 0 if the file is new
+    metrics.truncate(min(n_bytes, size))
     metrics.seek(0, os.SEEK_END)
     return metrics
 
@@ -1689,7 +1698,7 @@ def finish(accelerator, step, is_stopped):
         log("done")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if WORLD > 1:  # skip Python's cleanup, during which gloo's threads may crash
+    if WORLD > 1:  # exit without Python's cleanup, during which gloo's threads may crash
         os._exit(code)
     sys.exit(code)
 
@@ -1736,10 +1745,11 @@ def main():
     check_ids(model, splits)  # every id must have an embedding in the model
     set_generation_config(model, tok, splits["train"])  # which tokens end a text
     optimizers = make_optimizers(model, accelerator)
-    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]  # resuming will change them
+    # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
+    peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda":
         model.compile()
-    # Train with the wrapped optimizers, whose step() can skip an update in fp16. Save and load the others.
+    # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1748,14 +1758,14 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
-        # The evaluation at the end of a run comes after its last checkpoint, so its loss is only in run.json.
+        # A run that has ended evaluated once more after its last checkpoint. That loss is in run.json only.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end
             progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
     step = progress["step"]
-    groups = [group for o in optimizers for group in o.param_groups]  # after loading, which replaces them
+    groups = [group for o in optimizers for group in o.param_groups]
     steps_per_epoch, total_steps = count_steps(len(splits["train"]))
 
     # ---- logging ----
@@ -1774,10 +1784,10 @@ def main():
 
     # ---- the loop ----
     catch_signals()
-    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"])  # of all rows
+    lengths = pyarrow.compute.list_value_length(splits["train"].data["ids"]).to_numpy()  # of all rows
     loader = DataLoader(
         splits["train"],
-        batch_sampler=batch_rows(lengths.to_numpy(), step, total_steps, micro_size, WORLD, RANK),
+        batch_sampler=batch_rows(lengths, step, total_steps, micro_size, WORLD, RANK),
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
@@ -1795,8 +1805,9 @@ def main():
         # Here, `step` steps are done. Save and evaluate (also at step 0) if that is due, then take one step.
         is_done = step >= total_steps
         # Save before evaluating. If the evaluation is interrupted, a resumed run does it again.
-        may_run_out = patience > 0 and is_due(step, eval_interval)  # the evaluation may end the run
-        if step > 0 and (is_stopped or is_done or may_run_out or is_due(step, save_interval)):
+        may_end_early = patience > 0 and is_due(step, eval_interval)
+        may_be_last = is_stopped or is_done or may_end_early
+        if step > 0 and (may_be_last or is_due(step, save_interval)):
             progress["seconds"] = time.monotonic() - start
             progress["metrics_bytes"] = metrics.tell() if MAIN else 0  # a resume cuts the file back to this
             save_checkpoint(model, optimizers, accelerator.scaler, progress, "checkpoint.pt")
@@ -1815,8 +1826,8 @@ def main():
 
         # The loss is a mean over the target tokens of all micro-batches in all processes: count them first.
         counts = [(y != -100).sum() for _, y, _ in micro_batches]
-        n_targets = sum(counts).float().to(device, non_blocking=True)
-        n_targets = accelerator.reduce(n_targets, "sum")
+        n_targets = sum(counts).float()
+        n_targets = accelerator.reduce(n_targets.to(device, non_blocking=True), "sum")
         loss = torch.zeros((), device=device)
         torch.manual_seed(hash((seed, step, RANK)))  # for dropout: a resumed run draws the same
         for i, batch in enumerate(micro_batches):
@@ -2031,7 +2042,7 @@ def find_answer_start(text, prompt, answered):
     text: the chat up to the answer before, or "". prompt: up to this answer. answered: this answer included.
     """
     if prompt.startswith(text) and not answered.startswith(text):
-        # If two answers follow each other, Qwen3's template rewrites the first, so the texts part too early.
+        # If two answers follow each other, Qwen3's template rewrites the first, so the two texts part there.
         # Look for the opening of the second answer, such as "<|im_start|>assistant".
         opening = prompt[len(text) :]
         if not opening or opening not in answered:
@@ -2046,8 +2057,8 @@ def find_answer_start(text, prompt, answered):
 def texts_with_answers(document, tok):
     """Yield (text, spans) for a document: spans are the (start, end) positions of the answers in the text.
 
-    Some chat templates rewrite earlier turns of a chat: Qwen3's leaves out their thoughts. Then a text ends
-    with an answer that is not rewritten yet, and the next answer is in another text.
+    Some chat templates rewrite earlier turns of a chat: Qwen3's leaves out their thoughts. Such a chat gives
+    several texts. Each ends with an answer that is not rewritten yet.
     """
     if "prompt" in document:
         text = document["prompt"] + document["completion"]
@@ -2083,19 +2094,20 @@ def encode_answers(documents, tok):
     is_chat = "messages" in documents.column_names
     begin = [] if is_chat else bos_prefix(tok)  # a chat template writes <bos> itself
     end_texts = [tok.eos_token]
-    if is_chat:  # templates use various special tokens as an end, so take all of them for one
+    if is_chat:  # any special token counts as an end, because templates use various ones
         end_texts += [token.content for token in tok.added_tokens_decoder.values() if token.special]
     n_dropped = 0
     n_cut = 0
     for document in documents:
         n_rows = 0
         for text, spans in texts_with_answers(document, tok):
-            with named("dataset", dataset):  # a tokenizer of characters may not know one of them
+            with named("dataset", dataset):  # a character that is not in the vocabulary may raise an error
                 encoding = tok(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = begin + encoding["input_ids"]
             labels = [-100] * len(begin)
             token_ends = [end for _, end in encoding["offset_mapping"]]
             for token, end in zip(encoding["input_ids"], token_ends):
+                # A token that ends in an answer belongs to it, even if it begins in the space before.
                 is_in_answer = any(first < end <= last for first, last in spans)
                 labels.append(token if is_in_answer else -100)
             if all(label == -100 for label in labels):
@@ -2171,14 +2183,16 @@ class Pretrained(nn.Module):
             hidden = hidden[loss_positions]
             targets = targets[loss_positions]
         head = self.lm.get_output_embeddings()
-        trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        trained = []
+        if torch.is_grad_enabled():
+            trained = [p for p in head.parameters() if p.requires_grad]
         # The logits of a chunk take 128 MB, with 4 bytes each.
         chunk_size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
         return SumOfLosses.apply(hidden, targets, self.logits, chunk_size, *trained)
 
     def hidden_states(self, idx):
         """Return the hidden states in front of the output layer (B, T, C)."""
-        # The logits of no position: this skips the output layer. (0 would stand for all positions.)
+        # Ask for the logits of no position, which skips the output layer. (0 would stand for all positions.)
         no_positions = idx.new_empty(0)
         out = self.lm(input_ids=idx, use_cache=False, output_hidden_states=True, logits_to_keep=no_positions)
         return out.hidden_states[-1][:, -idx.size(1) :]  # without those of virtual tokens
@@ -2283,7 +2297,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
         lm = peft.get_peft_model(lm, config)
         keys = lm.load_adapter(name, "default")
     wrong_keys = keys.missing_keys + keys.unexpected_keys
-    if any("lora_" in key for key in wrong_keys):  # the weights of the base model are not in the file
+    if any("lora_" in key for key in wrong_keys):  # keys of the base model are always missing in the file
         fail(
             f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}:"
             " correct base_model_name_or_path in its adapter_config.json, or with sample.py --base="
