@@ -702,13 +702,26 @@ def choose_columns(names):
     return columns
 
 
-def column_names(paths, kind):
-    """Return the names of the columns of tables. Look at 100 rows of each, since rows may lack fields."""
-    names = {}  # a dictionary keeps the order
-    for path in paths:
-        for row in itertools.islice(read_table(path, kind), 100):
-            names |= dict.fromkeys(row)
-    return list(names)
+def column_names(sources, kind):
+    """Return the names of the columns of tables."""
+    if kind == "hub":
+        first = next(iter(sources.values()))
+        return first.column_names
+    names = []
+    for path in itertools.chain.from_iterable(sources.values()):
+        for row in itertools.islice(read_table(path, kind), 100):  # several, since rows may lack fields
+            names += [name for name in row if name not in names]
+    if not names:
+        fail(f"{dataset=} has no rows")
+    return names
+
+
+def load_from_hub():
+    """Return {split: Dataset} of the Hub."""
+    name, _, revision = dataset.partition("@")
+    name, _, config = name.partition(":")
+    with named("dataset", dataset):
+        return dict(datasets.load_dataset(name, config or None, revision=revision or None))
 
 
 def load_documents():
@@ -720,24 +733,14 @@ def load_documents():
         or "prompt" and "completion",
         or "messages" and "tools", both as JSON; a system message is the first of the messages.
     """
-    kind, sources = find_files()  # {split: source}; here, a source is a list of paths
-    columns = {}  # stay empty for text files
+    kind, sources = find_files()  # {split: paths}
     if kind == "hub":
-        name, _, revision = dataset.partition("@")
-        name, _, config = name.partition(":")
-        with named("dataset", dataset):
-            sources = dict(datasets.load_dataset(name, config or None, revision=revision or None))
-        first_source = next(iter(sources.values()))  # now, a source is a Dataset
-        columns = choose_columns(first_source.column_names)
-    elif kind != "text":
-        paths = itertools.chain.from_iterable(sources.values())
-        names = column_names(paths, kind)
-        if not names:
-            fail(f"{dataset=} has no rows")
-        columns = choose_columns(names)
+        sources = load_from_hub()
     if kind == "text":
+        columns = {}
         features = {"path": datasets.Value("binary")}
     else:
+        columns = choose_columns(column_names(sources, kind))
         features = dict.fromkeys(columns, datasets.Value("string"))
 
     documents = {}
@@ -760,7 +763,7 @@ def state_of(source):
 
 
 def read_documents(source, kind, columns):
-    """Yield the documents of a split. source: a list of paths, or a Dataset of the Hub."""
+    """Yield the documents of a split. source: its paths, or its Dataset of the Hub."""
     if kind == "text":
         # Texts may be large, so store their paths only. read_pieces() reads the files.
         for path in source:
@@ -831,28 +834,32 @@ def read_piece(file, where):
         return file.read(PIECE_SIZE)
 
 
+def open_document(document):
+    """Open a document for reading. Return (file, its name in messages)."""
+    if "path" in document:
+        path = os.fsdecode(document["path"])
+        return open_text(Path(path)), path
+    if "messages" not in document:
+        text = "".join(document.values())  # {"text"}, or {"prompt", "completion"}
+        return io.StringIO(text), "a document"
+    # This text of a chat is only used to learn a tokenizer. It looks like what PLAIN_CHAT_TEMPLATE writes.
+    text = ""
+    for message in json.loads(document["messages"]):
+        text += f"{message['role']}: {message['content']}\n"
+        if "tool_calls" in message:
+            text += json.dumps(message["tool_calls"])
+    if json.loads(document["tools"]):
+        text += document["tools"]
+    return io.StringIO(text), "a chat"
+
+
 def read_pieces(documents):
     """Yield (piece, is_last) for the texts of documents; is_last marks the last piece of each document.
 
     A piece ends before white space, so that tokens are not cut: a token such as " word" begins with a space.
     """
     for document in documents:
-        where = "a document"
-        if "path" in document:
-            where = os.fsdecode(document["path"])
-            file = open_text(Path(where))
-        elif "messages" in document:
-            # This text is only used to learn a tokenizer. It looks like what PLAIN_CHAT_TEMPLATE writes.
-            text = ""
-            for message in json.loads(document["messages"]):
-                text += f"{message['role']}: {message['content']}\n"
-                if "tool_calls" in message:
-                    text += json.dumps(message["tool_calls"])
-            if json.loads(document["tools"]):
-                text += document["tools"]
-            file = io.StringIO(text)
-        else:
-            file = io.StringIO("".join(document.values()))  # {"text"}, or {"prompt", "completion"}
+        file, where = open_document(document)
         # Hold one piece back until more is read, to know which one is the last.
         piece = read_piece(file, where)
         while more := read_piece(file, where):
@@ -2138,6 +2145,43 @@ def encode_answers(documents, tok):
 # ---- Fine-tuning: only with init_from ----
 
 
+class SumOfLosses(torch.autograd.Function):
+    """Cross-entropy, summed over positions and computed in chunks, so that not all logits exist at once.
+
+    forward() also computes the gradients of each chunk, so that it need not keep the logits for backward().
+    If the vocabulary is large, they would take most of the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, logits_of, chunk_size, *weights):
+        """Return the sum of the losses for hidden (n, C) and targets (n,).
+
+        logits_of: a function from hidden states to logits. weights: the trained parameters that it uses.
+        """
+        wants_grad = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        hidden_grads = []
+        weight_grads = [torch.zeros_like(weight) for weight in weights]
+        for h, y in zip(hidden.split(chunk_size), targets.split(chunk_size)):
+            h = h.detach().requires_grad_(wants_grad)
+            with torch.set_grad_enabled(wants_grad):
+                loss = F.cross_entropy(logits_of(h), y, reduction="sum")
+            total += loss.detach()
+            if wants_grad:
+                h_grad, *grads = torch.autograd.grad(loss, (h, *weights))
+                hidden_grads.append(h_grad)
+                for weight_grad, grad in zip(weight_grads, grads):
+                    weight_grad += grad
+        if wants_grad:
+            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, *weight_grads = [grad * saved for saved in ctx.saved_tensors]
+        return hidden_grad, None, None, None, *weight_grads  # one for each argument of forward()
+
+
 class Pretrained(nn.Module):
     """A causal language model of transformers or peft with the interface of GPT."""
 
@@ -2202,43 +2246,6 @@ class Pretrained(nn.Module):
         logits = self.lm.get_output_embeddings()(hidden).float()
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
-
-
-class SumOfLosses(torch.autograd.Function):
-    """Cross-entropy, summed over positions and computed in chunks, so that not all logits exist at once.
-
-    forward() also computes the gradients of each chunk, so that it need not keep the logits for backward().
-    If the vocabulary is large, they would take most of the memory.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, targets, logits_of, chunk_size, *weights):
-        """Return the sum of the losses for hidden (n, C) and targets (n,).
-
-        logits_of: a function from hidden states to logits. weights: the trained parameters that it uses.
-        """
-        wants_grad = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=hidden.device)
-        hidden_grads = []
-        weight_grads = [torch.zeros_like(weight) for weight in weights]
-        for h, y in zip(hidden.split(chunk_size), targets.split(chunk_size)):
-            h = h.detach().requires_grad_(wants_grad)
-            with torch.set_grad_enabled(wants_grad):
-                loss = F.cross_entropy(logits_of(h), y, reduction="sum")
-            total += loss.detach()
-            if wants_grad:
-                h_grad, *grads = torch.autograd.grad(loss, (h, *weights))
-                hidden_grads.append(h_grad)
-                for weight_grad, grad in zip(weight_grads, grads):
-                    weight_grad += grad
-        if wants_grad:
-            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_grad, *weight_grads = [grad * saved for saved in ctx.saved_tensors]
-        return hidden_grad, None, None, None, *weight_grads  # one for each argument of forward()
 
 
 @torch.no_grad()
