@@ -68,6 +68,13 @@ def comments(path):
         return dict(re.findall(setting, f.read(), re.MULTILINE))
 
 
+def sections(path, *titles):
+    """Return the sections of a script, as text, whose headings ("# ---- ...") begin with one of titles."""
+    with open(path, encoding="utf-8") as f:
+        parts = f.read().split("\n# ---- ")
+    return [part for part in parts if part.startswith(titles)]
+
+
 def print_help(namespace):
     """Print the script's docstring and its settings with their defaults and comments."""
     described = comments(namespace["__file__"])
@@ -85,7 +92,7 @@ def parse(text, default):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         return text  # not a number: configure() reports that its type is wrong
 
 

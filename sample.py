@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, comments, configure, fail, named, settings
+from configurator import UserError, comments, configure, fail, named, sections, settings
 
 # ---- Settings ----
 
@@ -43,7 +43,7 @@ class_label = ""  # name of a class (default: all classes in turn)
 negative_prompt = ""  # what the images should not show
 lora_scale = 1.0  # strength of the LoRA adapter (0: the base model alone)
 steps = 0  # steps from noise to image (0: sample_steps of the run)
-guidance = -1.0  # strength of guidance by class or prompt (1: none; -1: the guidance of the run)
+guidance = -1.0  # strength of guidance (1: none; for Z-Image, 0: none; -1: the guidance of the run)
 output = "sample.png"  # file for a grid of all images
 # demo
 demo = False  # open a web demo on http://127.0.0.1:<port>
@@ -74,18 +74,11 @@ model = None
 tok = None  # the tokenizer; image models have none
 
 
-def model_section(script):
-    """Return the text of a training script from the heading "# ---- Model" to the next heading."""
-    text = script.read_text(encoding="utf-8")
-    _, _, after_heading = text.partition("\n# ---- Model")
-    section, _, _ = after_heading.partition("\n# ---- ")
-    return section
-
-
 def choose_script(run):
     """Return the path of the training script to load a run with; run is the content of its run.json.
 
-    A run keeps a copy of its script. If the script beside this file has the same model, it is used instead.
+    A run keeps a copy of its script. If the script beside this file has the same model, it is used instead,
+    unless trust_run_code is set.
     """
     if run.get("kind") not in ("lm", "diffusion"):
         fail(f"{out_dir} was not made by train_lm.py or train_diffusion.py, but by {run.get('kind')!r}")
@@ -94,14 +87,15 @@ def choose_script(run):
     is_pretrained = run["model"] in ("Pretrained", "Pipeline")  # a library defines the model, not the script
     if is_pretrained or not copy.exists():
         return script
-    if model_section(copy) == model_section(script):
-        return script
-    if not trust_run_code:
+    if trust_run_code:
+        return copy
+    titles = ("Model", "The mathematics")
+    if sections(copy, *titles) != sections(script, *titles):
         fail(
             f"the model in {copy} differs from that in {script}: to execute {copy},"
             " add --trust_run_code=True, but only if you trust who wrote it"
         )
-    return copy
+    return script
 
 
 def import_script(path):
@@ -288,7 +282,7 @@ def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
     """
     conditions = [line for line in prompt.splitlines() if line.strip()]
     if hasattr(model, "class_names"):
-        if conditions:
+        if conditions or sampling["negative_prompt"]:
             fail(f"{out_dir} takes no prompt: choose a class with --class_label")
         if class_label:
             conditions = [class_label]
@@ -296,8 +290,8 @@ def draw(prompt, class_label, num_samples, seed, guidance, **sampling):
             conditions = model.class_names or [""] * 16  # a model without classes draws 16 images
         n = num_samples or len(conditions)
     else:
-        if not conditions:
-            fail(f"{out_dir} needs a --prompt")
+        if not conditions or class_label:
+            fail(f"{out_dir} needs a --prompt, and no --class_label")
         n = (num_samples or 1) * len(conditions)
 
     conditions = [conditions[i % len(conditions)] for i in range(n)]  # one for each image
@@ -315,7 +309,9 @@ def save_images(**sampling):
     if not output.endswith(".png") or not Path(output).parent.is_dir():
         fail(f"{output=} must be a .png in a folder that exists")
     images = list(draw(**sampling))[-1]  # the last list has all images
-    trainer.make_grid(images).save(output)
+    grid = trainer.make_grid(images)
+    with named("output", output):
+        grid.save(output)
     print(f"wrote {output}")
 
 
@@ -447,6 +443,8 @@ def check_settings():
     for name, (smallest, _, _) in RANGES.items():
         if values[name] < smallest:
             fail(f"{name}={values[name]} must be at least {smallest}")
+    if -1 < guidance < 0:
+        fail(f"{guidance=} must be at least 0, or -1 for the guidance of the run")
     if seed >= 2**63:  # torch.manual_seed() takes no more
         fail(f"{seed=} must be below 2**63")
 

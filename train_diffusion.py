@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from collections import defaultdict
@@ -59,7 +60,7 @@ from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
-from configurator import configure, fail, named, settings
+from configurator import configure, fail, named, sections, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
 # Settings are global variables in lowercase, and all functions read them as such.
@@ -100,7 +101,7 @@ ema_decay = 0.999  # a running average of the weights is evaluated and saved; th
 # sampling
 sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; with flow, it is Euler)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
-guidance = -1.0  # strength of guidance by class or caption; 1: none; -1: the default (2, or the pipeline's)
+guidance = -1.0  # strength of guidance; 1: none (Z-Image: 0); -1: the default (2, or that of the pipeline)
 sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
@@ -157,7 +158,7 @@ def log(message):
     if not MAIN:
         return
     # print() would raise for characters that the terminal cannot show. Escape them: é becomes \xe9.
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stdout may be closed, and None
     printable = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(printable, flush=True)
@@ -527,16 +528,16 @@ SHARD_SUFFIX = r"([-_]\d+(-of-\d+)?)?(-[0-9a-f]{16})?$"
 def list_files(path, seen):
     """Yield the path itself if it is a file, or else all files below it that are not hidden.
 
-    Links are followed. `seen` is the set of the real paths so far: it makes sure that each file is yielded
-    once and that a folder with a link to itself is read once.
+    Links are followed. `seen` is the set of the real paths of folders so far: it makes sure that a folder
+    with a link to itself is read once.
     """
-    real_path = os.path.realpath(path)
-    if real_path in seen:
-        return
-    seen.add(real_path)
-    if path.is_file():
+    if path.is_file() or not path.exists():  # a link to nothing; the log will say that it cannot be read
         yield path
     elif path.is_dir():
+        real_path = os.path.realpath(path)
+        if real_path in seen:
+            return
+        seen.add(real_path)
         with named("dataset", dataset):
             children = sorted(path.iterdir())
         for child in children:
@@ -551,13 +552,14 @@ def find_files():
     metadata files of Hugging Face's "imagefolder" format.
     """
     root = Path(dataset)
+    own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
     if root.exists():
-        seen = {os.path.realpath(out_dir)}  # the run itself may be inside: leave it out
-        files = list(list_files(root, seen))
+        files = list(list_files(root, seen={str(own_folder)}))
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
-        files = [Path(name) for name in names if os.path.isfile(name)]
+        paths = [Path(name) for name in names if os.path.isfile(name)]
+        files = [path for path in paths if not path.resolve().is_relative_to(own_folder)]
     if not files and not root.is_dir():
         log(f"there is no file or folder {dataset}: looking for it on the Hugging Face Hub")
         return "hub", [], []
@@ -628,6 +630,8 @@ def read_tables(tables):
     splits = {}
     class_names = []
     for split, table in tables.items():
+        if isinstance(table.features.get(image_column), datasets.List | datasets.LargeList):
+            fail(f"{dataset=}: {image_column=} holds lists of numbers: store each image as a file in it")
         if image_column not in table.features:
             fail(
                 f"{dataset=} has no {image_column=}: --image_column= takes one of {', '.join(table.features)}"
@@ -671,12 +675,13 @@ def read_folder(paths, descriptions):
     """
     column = label_column if init_from == "scratch" else caption_column
     metadata = read_metadata([path for path in descriptions if path.suffix != ".txt"])
+    has_metadata = len(metadata) > 0
     captions = {path for path in descriptions if path.suffix == ".txt"}
     found = defaultdict(list)  # {split: [(path, text)]}
     n_left_out = 0
     for path in paths:
-        row = metadata.get(os.path.normpath(path), {})
-        if metadata and not row:
+        row = metadata.pop(os.path.abspath(path), {})
+        if has_metadata and not row:
             n_left_out += 1
             continue
         folders = folders_of(path)
@@ -697,9 +702,11 @@ def read_folder(paths, descriptions):
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
-        fail(f"{dataset=}: {descriptions[0].name} lists no image by its path beside that file")
+        fail(f"{dataset=}: its metadata file lists no image by its path beside that file")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
+    if metadata:  # those that were found have been taken out
+        log(f"{len(metadata)} images in the metadata file are not in {dataset}, such as {min(metadata)}")
 
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
     file_columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
@@ -741,15 +748,12 @@ def read_metadata(files):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
             if None in row:  # DictReader puts surplus fields under the key None
                 fail(f"{dataset=}: {file}, row {n} has too many fields: quote fields that have commas")
-            path = os.path.normpath(file.parent / row["file_name"])
+            path = os.path.abspath(file.parent / row["file_name"])
             if path in metadata:
                 n_repeated += 1
             metadata[path] = row
     if n_repeated:
         log(f"{n_repeated} rows of the metadata file are not used: a later row is for the same image")
-    n_missing = sum(not os.path.isfile(path) for path in metadata)
-    if n_missing:
-        log(f"{n_missing} images do not exist, though the metadata file lists them")
     return metadata
 
 
@@ -776,7 +780,7 @@ def read_image(source):
         image.load()  # reads all of the file
     except Exception as error:  # Pillow raises errors of many kinds
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
-        log(f"left out: the image {where}, which cannot be read ({error})")
+        log(f"left out: the image {where:.200}, which cannot be read ({error!s:.200})")
         return None
     white = white_value(image)  # it needs the format, which exif_transpose() drops
     with contextlib.suppress(Exception):  # damaged EXIF data
@@ -956,9 +960,7 @@ def draw_glyphs(size):
 
 def cached(key, features, generator, *args):
     """Return the rows of generator(*args) as a Dataset, from a cache if key and code are the same."""
-    # The code is the text of the section of this file that makes rows. It is found by its heading.
-    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
-    code = [section for section in sections if section.startswith("Pixels")]
+    code = sections(__file__, "Pixels")  # the text of the section of this file that makes rows
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
     # Bind the arguments here: from_generator() would split lists among its gen_kwargs into shards.
@@ -1066,6 +1068,8 @@ def choose_names(splits, class_names):
     if init_from == "scratch" and len(names) < 2:
         log("training without classes: fewer than two were found")
         return []
+    if None in texts:
+        log(f"{texts.count(None)} of {len(texts)} images have no class")
     return names
 
 
@@ -1097,12 +1101,15 @@ def prepare_data(accelerator, pipeline=None):
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
         key += [str(autoencoder.config), checksums(autoencoder)]
+    factor = 1  # by which the autoencoder divides the size
+    if pipeline is not None:
+        factor = pipeline.factor
+    elif vae:
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if image_size % factor != 0:
+        fail(f"{image_size=} must be a multiple of {factor}, because of the autoencoder")
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
-    if vae:
-        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        if image_size % factor != 0:
-            fail(f"{image_size=} must be a multiple of {factor}, by which {vae=} divides it")
     if pipeline is None and shape[-1] % patch_size != 0:
         fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
 
@@ -1301,7 +1308,8 @@ RUN_FILES = """
     run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors
     kohya_lora.safetensors model_index.json samples/step_????????.png
     samples/step_????????.safetensors
-    train_diffusion/events.out.* *.pt.trace.json run.json.tmp *.pt.tmp *.safetensors.tmp lora.tmp
+    train_diffusion/events.out.* train_diffusion/*/* *.pt.trace.json run.json.tmp *.pt.tmp
+    *.safetensors.tmp lora.tmp
 """.split()
 PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
 PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.model *.jinja".split()
@@ -1359,7 +1367,11 @@ def open_run_dir():
         fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
     if not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not resume or "checkpoint.pt" not in files:
+    if not resume:
+        return None
+    if "checkpoint.pt" not in files:
+        if run.get("summary", {}).get("steps"):
+            fail(f"{out_dir=} holds a run that has ended, but lacks checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1378,8 +1390,8 @@ def evenly_spread(n, n_rows):
     return np.linspace(0, n_rows - 1, n).astype(int).tolist()
 
 
-def start_run(model, splits, data, captions, old_run):
-    """Write run.json and a copy of this script to out_dir; a new run first deletes an old one."""
+def describe_run(model, splits, data, captions, old_run):
+    """Return the content of run.json. Refuse to resume old_run with other data."""
     # By a hash of 100 rows, a resumed run notices that the data has changed.
     rows = splits["train"]
     chosen = rows.select(evenly_spread(100, len(rows)))
@@ -1403,18 +1415,31 @@ def start_run(model, splits, data, captions, old_run):
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"]["content"], data["content"])
-    else:
+        note_other_model(out_dir)
+    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
+    return run
+
+
+def note_other_model(folder):
+    """Log it if the model of the run in a folder was defined by other code than that of this script."""
+    copy = Path(folder, "train_diffusion.py")
+    titles = ("Model", "The mathematics")
+    if copy.exists() and sections(copy, *titles) != sections(__file__, *titles):
+        log(f"note: the model in {copy} differs from the model in this script")
+
+
+def start_run(run, model, is_new):
+    """Write run.json and a copy of this script to out_dir; a new run first deletes an old one."""
+    if is_new:
         for pattern in RUN_FILES:
             for path in Path(out_dir).glob(pattern):
                 if path.is_file():
                     path.unlink()
     write_file("run.json", run)
-    if init_from != "scratch" and not adapter and not old_run:
+    if init_from != "scratch" and not adapter and is_new:
         model.save_pipeline()  # the parts that are not trained are written once, here
     with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
-        shutil.copy(__file__, out_dir)
-    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
-    return run
+        shutil.copy(__file__, Path(out_dir, "train_diffusion.py"))  # under this name, sample.py looks for it
 
 
 def from_main(value):
@@ -1439,14 +1464,22 @@ def weights_of(model):
 def save_checkpoint(model, optimizers, scaler, ema, progress):
     """Write checkpoint.pt, from which a run can be resumed. scaler: that of fp16, or None."""
     if MAIN:
+        weights = weights_of(model)
+        check_finite(weights)
         content = {
-            "model": weights_of(model),
+            "model": weights,
             "ema": ema.averages,
             "optimizers": [o.state_dict() for o in optimizers],
             "scaler": scaler.state_dict() if scaler else {},
             "progress": progress,
         }
         write_file("checkpoint.pt", content)
+
+
+def check_finite(weights):
+    """End the program rather than replace a good checkpoint by one with infinite weights or NaN."""
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        sys.exit("the weights are not finite: lower learning_rate, and go on from the checkpoint before")
 
 
 def read_checkpoint(name):
@@ -1542,6 +1575,8 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
     if has_validation:
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
         report(values)
+        if not math.isfinite(values["val/loss"]):
+            sys.exit("the validation loss is not finite: lower learning_rate")
         is_best = values["val/loss"] <= progress["best"]
     if progress["step"] > 0:  # before training there is nothing to save
         progress["evals_since_best"] += 1
@@ -1708,6 +1743,14 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
+def trace(profiler, n_steps):
+    """Start and stop the profiler after n_steps, so that steps 6 to 8 are traced."""
+    if profile and n_steps == 5:
+        profiler.start()
+    elif profile and n_steps == 8:
+        profiler.stop()
+
+
 def make_noisy_batches(model, micro_batches, step, device):
     """Add noise: return [(x_t, t, cond, target)] for the micro-batches [(x_0, cond)] of a step.
 
@@ -1779,7 +1822,7 @@ def main():
 
     # ---- model and data ----
     model, splits, data, captions = make_model(accelerator)
-    run = start_run(model, splits, data, captions, old_run) if MAIN else None
+    run = describe_run(model, splits, data, captions, old_run) if MAIN else None
     model.to(device)
     optimizers = make_optimizers(model, accelerator)
     # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
@@ -1802,6 +1845,8 @@ def main():
             progress["best"] = best_at_end
             progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
+    if MAIN:
+        start_run(run, unwrap(model), is_new=not old_run)
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]
     steps_per_epoch, total_steps = count_steps(len(splits["train"]))
@@ -1913,15 +1958,12 @@ def main():
             report(values)
             timer = time.monotonic()
             steps_since = 0
-        if profile and step == first_step + 5:  # trace steps 6 to 8
-            profiler.start()
-        elif profile and step == first_step + 8:
-            profiler.stop()
+        trace(profiler, step - first_step)
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # False without a validation split
+        has_best = "validation" in splits and math.isfinite(progress["best"])
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -2035,6 +2077,8 @@ class OneStepScheduler:
     def set_timesteps(
         self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **kwargs
     ):
+        if timesteps is not None and sigmas is not None:  # CogView4
+            fail(f"{init_from=} takes times that differ from the noise levels, which is not supported")
         self.mu = mu
         if self.times is None:
             raise ModelOutput
@@ -2104,12 +2148,12 @@ def unconditional_part(output, guided):
         return output
     is_empty = [part is None or part == [] for part in output]
     unconditional = [part for part, empty in zip(guided, is_empty) if empty]
-    n_conditional = is_empty.count(False)
-    if len(unconditional) != n_conditional:  # this family has no unconditional embeddings: Flux
-        return output
     parts = []
     for part, empty in zip(output, is_empty):
-        parts.append(part if empty else unconditional.pop(0))
+        # None are left for the ids behind the embeddings (Bria), and there are none at all for Flux.
+        if unconditional and not empty:
+            part = unconditional.pop(0)
+        parts.append(part)
     return tuple(parts)
 
 
@@ -2138,6 +2182,9 @@ class Pipeline(nn.Module):
 
         self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad(): we need gradients
         self.keywords = inspect.signature(self.call).parameters
+        # The autoencoder divides the size of images, and some pipelines pack 2 x 2 latents into one token.
+        has_packing = hasattr(pipe, "_pack_latents") or hasattr(pipe, "_patchify_latents")
+        self.factor = getattr(pipe, "vae_scale_factor", 1) * (2 if has_packing else 1)
         self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
         self.takes_batches = False  # until probe() has shown that a batch gives what its images give alone
         # What encode_prompt() returned, call by call, for each caption and for each prompt of a sample
@@ -2312,7 +2359,7 @@ class Pipeline(nn.Module):
         if not file.exists():
             for encoder in self.encoders.values():
                 encoder.to(self.device)
-            with named("image_size", image_size):  # this call makes the pipeline check the size
+            with named("init_from", init_from):  # the pipeline checks the image size, among other things
                 self.record_prompt("", **self.unguided)
             outputs = [self.record_prompt(text, **self.unguided) for text in captions]
             outputs.append(self.encode_unconditional())
@@ -2334,7 +2381,11 @@ class Pipeline(nn.Module):
         cond = [[longest, *size], [self.no_class, *size]]
         calls = []
         hook = self.denoiser.register_forward_hook(lambda *args: calls.append(1))
-        alone = self(x, t, cond)  # one by one
+        try:
+            alone = self(x, t, cond)  # one by one
+        except Exception:
+            traceback.print_exc()  # for those who have edited this class
+            fail(f"{init_from=} cannot be trained in this way, because of the error above")
         hook.remove()
         if len(calls) != 2:
             fail(f"{init_from=} calls its denoiser {len(calls) / 2:g} times a step: only once is supported")
@@ -2365,6 +2416,9 @@ class Pipeline(nn.Module):
         # Qwen-Image calls its guidance true_cfg_scale. Its guidance_scale is something else.
         has_true_cfg = true_cfg_scale is not None and true_cfg_scale.default > 1
         if negative_prompt:
+            takes_it = "negative_prompt" in self.keywords and (has_true_cfg or true_cfg_scale is None)
+            if not takes_it:
+                fail(f"a {type(self.pipe).__name__} takes no negative prompt")
             options["negative_prompt"] = negative_prompt
         elif has_true_cfg:
             options["negative_prompt"] = " "  # without one, it would draw without guidance
@@ -2414,6 +2468,9 @@ class Pipeline(nn.Module):
         kwargs = {f"{self.name}_lora_layers": weights}
         kwargs[f"{self.name}_lora_adapter_metadata"] = config
         self.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
+        shutil.copymode(
+            Path(out_dir, "run.json"), Path(out_dir, "lora.tmp")
+        )  # else its owner alone can read it
         Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
         if self.name == "unet":  # once more, under the names that ComfyUI knows
             kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})

@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
-from configurator import configure, fail, named, settings
+from configurator import configure, fail, named, sections, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
 # Settings are global variables in lowercase, and all functions read them as such.
@@ -153,7 +153,7 @@ def log(message):
     if not MAIN:
         return
     # print() would raise for characters that the terminal cannot show. Escape them: é becomes \xe9.
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stdout may be closed, and None
     printable = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(printable, flush=True)
@@ -235,7 +235,7 @@ def check_settings():
             fail(f"{fold=} must look like 2/5 (the second of five parts)")
     if adapter and init_from == "scratch":
         fail(f"{adapter=} needs a pretrained model, such as --init_from=gpt2")
-    if init_from != "scratch" and re.fullmatch(r"bytes|char|bpe:\d+", tokenizer):
+    if init_from != "scratch" and re.fullmatch(r"bytes|char|bpe:\d{1,7}", tokenizer):
         fail(f"{tokenizer=} cannot be used: {init_from} has its own tokenizer")
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         fail(f"{mixed_precision=} needs a CUDA GPU")
@@ -545,7 +545,7 @@ def list_files(path, seen):
     if real_path in seen:
         return
     seen.add(real_path)
-    if path.is_file():
+    if path.is_file() or not path.exists():  # a link to nothing; the log will say that it is left out
         yield path
     elif path.is_dir():
         with named("dataset", dataset):
@@ -570,10 +570,11 @@ def is_text(path):
     """Return whether a file can be read and begins with UTF-8."""
     try:
         with open_text(path) as f:
-            f.read(PIECE_SIZE).encode()  # raises for the lone surrogates of open_text()
+            text = f.read(PIECE_SIZE)
+            text.encode()  # raises for the lone surrogates of open_text()
     except Exception:  # whatever a damaged or unreadable file raises
         return False
-    return True
+    return "\0" not in text  # as in UTF-16
 
 
 def find_files():
@@ -588,13 +589,14 @@ def find_files():
     root = Path(dataset)
     if dataset == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
+    own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
     if root.exists():
-        seen = {os.path.realpath(out_dir)}  # the run itself may be inside: leave it out
-        files = list(list_files(root, seen))
+        files = list(list_files(root, seen={str(own_folder)}))
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
-        files = [Path(name) for name in names if os.path.isfile(name)]
+        paths = [Path(name) for name in names if os.path.isfile(name)]
+        files = [path for path in paths if not path.resolve().is_relative_to(own_folder)]
     if not files and not root.is_dir():
         log(f"there is no file or folder {dataset}: looking for it on the Hugging Face Hub")
         return "hub", {}
@@ -604,7 +606,7 @@ def find_files():
     # If there are tables, leave out the texts: a README.md often lies beside tables. If there are several
     # kinds of tables, take the kind of the largest file.
     kind = "text"
-    tables = [path for path in files if kind_of(path.name) in TABLE_KINDS.values()]
+    tables = [path for path in files if kind_of(path.name) in TABLE_KINDS.values() and path.exists()]
     if tables:
         largest = max(tables, key=os.path.getsize)
         kind = kind_of(largest.name)
@@ -624,6 +626,8 @@ def find_files():
     for path in used:
         split = "train" if path == root else split_of(path.relative_to(root))
         paths[split].append(path)
+    for split, files in paths.items():
+        log(f"{split}: {len(files)} files, such as {files[0].name}")
     return kind, paths
 
 
@@ -675,7 +679,7 @@ def read_table(path, kind):
             yield row
             n += 1
     except Exception as error:  # whatever parse_table() raises for a damaged file
-        fail(f"{where} {n} cannot be read ({error}): correct or remove it")
+        fail(f"{where} {n} cannot be read ({error}): correct it, or take the file out of the data")
 
 
 def choose_columns(names):
@@ -779,13 +783,13 @@ def read_documents(source, kind, columns):
             row = {name: without_nulls(field) for name, field in row.items()}
         if "messages" in columns:
             messages = read_messages(row, columns["messages"])
-            tools = row.get("tools") or None  # an empty list or text also means no tools
-            if isinstance(tools, str):
+            tools = row.get("tools")
+            if isinstance(tools, str) and tools:
                 with named("column", "tools"):  # it must be JSON
-                    json.loads(tools)
-            else:
-                tools = json.dumps(tools, default=str)  # str() for dates, which JSON does not have
-            yield {"messages": json.dumps(messages, default=str), "tools": tools}
+                    tools = json.loads(tools)
+            tools = tools or None  # an empty list or text also means no tools
+            # With str() for dates, which JSON does not have
+            yield {"messages": json.dumps(messages, default=str), "tools": json.dumps(tools, default=str)}
         else:
             yield {name: as_text(row.get(column), column) for name, column in columns.items()}
 
@@ -795,9 +799,7 @@ def cached(key, features, generator, *args):
 
     The key must change with everything, except the code, that the rows depend on.
     """
-    # The code is the text of the two sections of this file that make rows. They are found by their headings.
-    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
-    code = [section for section in sections if section.startswith(("Data", "Answers"))]
+    code = sections(__file__, "Data", "Answers")  # the text of the two sections of this file that make rows
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
     # Pass the arguments by partial(). As gen_kwargs, from_generator() would divide lists into shards.
@@ -810,7 +812,7 @@ def as_text(value, column):
     if value is None:
         return ""
     if isinstance(value, str):
-        return check_unicode(value, f"column {column!r}")
+        return check_unicode(value, f"{value[:40]!r} in column {column!r}")
     if isinstance(value, list):
         parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
         texts = [text for text in parts if isinstance(text, str)]
@@ -911,14 +913,15 @@ def encode_texts(documents, tok):
         ids = ids[start:]
     if len(ids) > overlap:  # the last row is shorter
         yield {"ids": begin + ids}
-    yield {"note": f"{n_dropped} empty documents dropped" if n_dropped else ""}
+    yield {"note": f"{n_dropped} documents without text dropped" if n_dropped else ""}
 
 
 def first_texts(documents, n_characters):
     """Yield the texts of documents, until they have n_characters."""
     n_read = 0
     for text, _ in read_pieces(documents):
-        yield text
+        # Learning takes very long if there are long runs without white space (DNA, Japanese): divide them.
+        yield re.sub(r"\S{1000}", r"\g<0> ", text)
         n_read += len(text)
         if n_read >= n_characters:
             return
@@ -954,7 +957,7 @@ def learn_tokenizer(name, splits):
 def load_tokenizer(splits):
     """Load a tokenizer of transformers, or learn one from the documents (bytes, char, bpe:N)."""
     name = tokenizer or ("bpe:1024" if init_from == "scratch" else init_from)
-    if re.fullmatch(r"bytes|char|bpe:\d+", name):
+    if re.fullmatch(r"bytes|char|bpe:\d{1,7}", name):
         key = [name, [state_of(documents) for documents in splits.values()]]
         features = {"json": datasets.Value("string")}
         rows = cached(key, features, learn_tokenizer, name, splits)
@@ -1010,7 +1013,7 @@ def tokenize(documents, tok, split):
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
-    key = [state_of(documents), block_size]
+    key = [state_of(documents), block_size]  # if you add a setting that changes the rows, add it here
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
     rows = cached(key, features, encode, documents, tok)
     n_rows = len(rows) - 1  # the last one is the footer with the note
@@ -1228,7 +1231,7 @@ RUN_FILES = """
     run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model.safetensors
     model-?????-of-?????.safetensors model.safetensors.index.json adapter_model.safetensors
     adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja
-    samples/step_????????.txt train_lm/events.out.* *.pt.trace.json run.json.tmp *.pt.tmp
+    samples/step_????????.txt train_lm/events.out.* train_lm/*/* *.pt.trace.json run.json.tmp *.pt.tmp
 """.split()
 PACKAGES = "torch transformers datasets accelerate peft".split()  # run.json has their versions
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
@@ -1281,7 +1284,11 @@ def open_run_dir():
         fail(f"{out_dir=} holds a run of another script: choose another --out_dir")
     if not resume and not overwrite:
         fail(f"{out_dir=} holds a run: add --resume=True or --overwrite=True, or choose another --out_dir")
-    if not resume or "checkpoint.pt" not in files:
+    if not resume:
+        return None
+    if "checkpoint.pt" not in files:
+        if run.get("summary", {}).get("steps"):
+            fail(f"{out_dir=} holds a run that has ended, but lacks checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1300,8 +1307,8 @@ def evenly_spread(n, n_rows):
     return np.linspace(0, n_rows - 1, n).astype(int).tolist()
 
 
-def start_run(model, tok, splits, old_run):
-    """Write run.json, tokenizer and a copy of this script to out_dir; a new run first deletes an old one."""
+def describe_run(model, splits, old_run):
+    """Return the content of run.json. Refuse to resume old_run with other data."""
     # By a hash of 100 rows, a resumed run notices that the data has changed.
     rows = splits["train"]
     ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
@@ -1322,17 +1329,29 @@ def start_run(model, tok, splits, old_run):
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"], run["data"])
-    else:
+        note_other_model(out_dir)
+    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
+    return run
+
+
+def note_other_model(folder):
+    """Log it if the model of the run in a folder was defined by other code than that of this script."""
+    copy = Path(folder, "train_lm.py")
+    if copy.exists() and sections(copy, "Model") != sections(__file__, "Model"):
+        log(f"note: the model in {copy} differs from the model in this script")
+
+
+def start_run(run, tok, is_new):
+    """Write run.json, tokenizer and a copy of this script to out_dir; a new run first deletes an old one."""
+    if is_new:
         for pattern in RUN_FILES:
             for path in Path(out_dir).glob(pattern):
                 if path.is_file():
                     path.unlink()
     write_file("run.json", run)
     with contextlib.suppress(shutil.SameFileError):  # the script that runs may be the one in out_dir
-        shutil.copy(__file__, out_dir)
+        shutil.copy(__file__, Path(out_dir, "train_lm.py"))  # under this name, sample.py looks for it
     tok.save_pretrained(out_dir)
-    log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
-    return run
 
 
 def from_main(value):
@@ -1372,6 +1391,7 @@ def save_checkpoint(model, optimizers, scaler, progress, name):
     """
     weights, state = gather(model, optimizers)
     if MAIN:
+        check_finite(weights)
         content = {
             "model": weights,
             "optimizers": state,
@@ -1379,6 +1399,12 @@ def save_checkpoint(model, optimizers, scaler, progress, name):
             "progress": progress,
         }
         write_file(name, content)
+
+
+def check_finite(weights):
+    """End the program rather than replace a good checkpoint by one with infinite weights or NaN."""
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        sys.exit("the weights are not finite: lower learning_rate, and go on from the checkpoint before")
 
 
 def load_checkpoint(model, optimizers, scaler, name):
@@ -1428,6 +1454,9 @@ def save_weights(model, weights):
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     model.generation_config.to_json_file(folder / "generation_config.json")
     for path in folder.iterdir():
+        # safetensors writes files that only their owner can read. Give all the same mode.
+        shutil.copymode(folder / "generation_config.json", path)
+    for path in folder.iterdir():
         path.replace(Path(out_dir, path.name))
     folder.rmdir()
 
@@ -1443,7 +1472,7 @@ def is_native(gpt):
         ours = GPT(gpt.config).eval()
         theirs = transformers.NanoChatForCausalLM(gpt.config).eval()
         for p in ours.parameters():
-            nn.init.normal_(p, std=p.size(-1) ** -0.5)
+            nn.init.normal_(p, std=0.1)
         idx = torch.randint(gpt.config.vocab_size, (1, min(1024, gpt.context)))
         with contextlib.suppress(RuntimeError):  # raised if names or shapes of weights differ
             theirs.load_state_dict(dict(ours.named_parameters()))
@@ -1501,6 +1530,8 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
     if has_validation:
         values = evaluate(accelerator, model, tok, "val", splits["validation"], micro_size, eval_batches)
         report(values)
+        if not math.isfinite(values["val/loss"]):
+            sys.exit("the validation loss is not finite: lower learning_rate")
         is_best = values["val/loss"] <= progress["best"]
     if progress["step"] == 0:
         return  # before training there is nothing to save
@@ -1657,7 +1688,9 @@ def set_up_fsdp2(accelerator):
 
 
 def prepare(accelerator, model, optimizers):
-    """Wrap the model and its optimizers for several processes or precisions. Return (model, optimizers)."""
+    """Compile the model, and wrap it and its optimizers for several processes. Return (model, optimizers)."""
+    if compile and accelerator.device.type == "cuda":
+        model.compile()
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
         # Free gathered weights after every forward pass. Otherwise, those from before would still be used
@@ -1734,6 +1767,14 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
+def trace(profiler, n_steps):
+    """Start and stop the profiler after n_steps, so that steps 6 to 8 are traced."""
+    if profile and n_steps == 5:
+        profiler.start()
+    elif profile and n_steps == 8:
+        profiler.stop()
+
+
 def main():
     # ---- set up: device, batch, run directory ----
     check_settings()
@@ -1754,14 +1795,12 @@ def main():
     optimizers = make_optimizers(model, accelerator)
     # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
-    if compile and device.type == "cuda":
-        model.compile()
     # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
-    run = start_run(unwrap(model), tok, splits, old_run) if MAIN else None
+    run = describe_run(unwrap(model), splits, old_run) if MAIN else None
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
@@ -1771,6 +1810,8 @@ def main():
             progress["best"] = best_at_end
             progress["evals_since_best"] = 0
         log(f"resumed from {out_dir}/checkpoint.pt at step {progress['step']}")
+    if MAIN:
+        start_run(run, tok, is_new=not old_run)
     step = progress["step"]
     groups = [group for o in optimizers for group in o.param_groups]
     steps_per_epoch, total_steps = count_steps(len(splits["train"]))
@@ -1881,15 +1922,12 @@ def main():
             report(values)
             timer = time.monotonic()
             tokens_since = 0
-        if profile and step == first_step + 5:  # trace steps 6 to 8
-            profiler.start()
-        elif profile and step == first_step + 8:
-            profiler.stop()
+        trace(profiler, step - first_step)
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
-        has_best = math.isfinite(progress["best"])  # False without a validation split
+        has_best = "validation" in splits and math.isfinite(progress["best"])
         if has_best:
             summary["val/loss"] = progress["best"]
         if "test" in splits:
@@ -1992,8 +2030,12 @@ def load(folder, run, base=""):
     """
     globals().update(run["settings"])  # all functions here read the settings as global variables
     model = load_model(str(folder), base=base, setting="out_dir").eval()
-    with named("out_dir", str(folder)):
-        return model, transformers.AutoTokenizer.from_pretrained(folder)
+    source = str(folder)
+    is_adapter = Path(folder, "adapter_config.json").exists()
+    if is_adapter and not any(Path(folder).glob("tokenizer*")):  # peft alone saves none
+        source = model.lm.name_or_path  # the base model
+    with named("out_dir", source):
+        return model, transformers.AutoTokenizer.from_pretrained(source)
 
 
 # ---- Answers: only with data that has prompts or chats ----
@@ -2061,6 +2103,18 @@ def find_answer_start(text, prompt, answered):
     return len(common)
 
 
+def keep_question(prompt, answered, question):
+    """Return the prompt followed by its answer, for a template that rewrites a question once it is answered.
+
+    That of Mistral writes the system message into the last question only.
+    """
+    ending = prompt[prompt.rindex(question) :]  # the question and what follows it
+    if ending not in answered:
+        fail(f"{dataset=}: the chat template changes {question[:40]!r} once it is answered: not supported")
+    answer = answered[answered.rindex(ending) + len(ending) :]
+    return prompt + answer
+
+
 def texts_with_answers(document, tok):
     """Yield (text, spans) for a document: spans are the (start, end) positions of the answers in the text.
 
@@ -2078,11 +2132,16 @@ def texts_with_answers(document, tok):
         # An assistant message that opens a chat answers nothing, so it has no loss. In OpenAI's format, a
         # message with a weight of 0 has none either.
         if message["role"] == "assistant" and i > 0 and message.get("weight") != 0:
-            with named("dataset", dataset):  # the template may refuse the messages
+            with named("chat", document["messages"][:80]):  # the template may refuse the messages
                 options = {"tools": json.loads(document["tools"]), "tokenize": False}
                 prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
                 answered = tok.apply_chat_template(messages[: i + 1], **options)
             start = find_answer_start(text, prompt, answered)
+            before = messages[i - 1]
+            question = before["content"].strip()
+            if before["role"] != "assistant" and question and question in prompt[start:]:
+                answered = keep_question(prompt, answered, question)
+                start = len(prompt)
             is_continued = prompt.startswith(text) and answered.startswith(text)
             if not is_continued:  # the template has rewritten earlier turns
                 yield text, spans
@@ -2279,6 +2338,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     if is_gpt:
         with named(setting, name):
             config = transformers.NanoChatConfig.from_json_file(Path(name, "config.json"))
+        note_other_model(name)
         gpt = GPT(config)  # outside of named(): a mistake in an edited GPT must show its traceback
         with named(setting, name):
             gpt.generation_config = transformers.GenerationConfig.from_pretrained(name)
@@ -2352,8 +2412,10 @@ def load_pretrained(precision):
             targets = find_targets(model.lm)
             config = peft.LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
         else:
-            size = model.config.hidden_size
-            config = peft.PromptEncoderConfig(num_virtual_tokens=virtual_tokens, encoder_hidden_size=size)
+            width = model.lm.get_input_embeddings().weight.size(1)
+            config = peft.PromptEncoderConfig(
+                num_virtual_tokens=virtual_tokens, token_dim=width, encoder_hidden_size=width
+            )
         config.task_type = "CAUSAL_LM"
         torch.manual_seed(seed)  # for the initial weights of the adapter
         with named("adapter", adapter):

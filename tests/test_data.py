@@ -128,7 +128,7 @@ def test_each_file_is_read_once_whatever_its_name(prepare, tmp_path, capfd):
     documents = texts["train"].split(tok.eos_token)[:-1]
     assert sorted(documents) == [f"<{i}>" for i in range(len(names) + 1)]
     out, _ = capfd.readouterr()
-    assert "left out: 1 files" in out and "latin.txt" in out
+    assert "left out: 2 files" in out and "dangling.txt" in out  # and latin.txt
 
 
 def test_a_url_is_downloaded(tmp_path):
@@ -259,7 +259,7 @@ def test_a_second_start_tokenizes_nothing_and_says_the_same(tmp_path, prepare, c
     prepare(dataset=tmp_path / name, **WHOLE)
     second, _ = capfd.readouterr()
     assert cache_files() == files and second == first
-    note = "1 empty documents dropped"
+    note = "1 documents without text dropped"
     if name == "rows.jsonl":
         note = "2 documents without an answer dropped, 3 rows cut"
     assert re.search(f"^train: {note}", first, re.MULTILINE)

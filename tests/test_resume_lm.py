@@ -5,6 +5,7 @@ is refused and left alone; before the first checkpoint nothing is believed; two 
 tests/torture.py does the same a hundred times.
 """
 
+import json
 import os
 import random
 import signal
@@ -124,6 +125,9 @@ def test_before_the_first_checkpoint_nothing_is_believed(tmp_path, tiny):
     out = tmp_path / "run"
     within("train_lm.py", tiny, "--max_steps=10", "--n_embd=64")
     (out / "checkpoint.pt").unlink()
+    ended = json.loads((out / "run.json").read_text())
+    assert "lacks checkpoint.pt" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
+    (out / "run.json").write_text(json.dumps(ended | {"summary": {}}))  # as a run that has not ended
     (out / "run.json.tmp").write_text("{")
     (out / "notes.txt").write_text("mine")
     for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):

@@ -219,8 +219,8 @@ def test_what_belongs_to_a_model(tmp_path, old, new, is_same):
     source = script.read_text(encoding="utf-8")
     assert source.count(old) == 1
     (tmp_path / "edited.py").write_text(source.replace(old, new), encoding="utf-8")
-    is_equal = sample.model_section(tmp_path / "edited.py") == sample.model_section(script)
-    assert is_equal == is_same
+    texts = [sample.sections(path, "Model", "The mathematics") for path in (tmp_path / "edited.py", script)]
+    assert (texts[0] == texts[1]) == is_same
 
 
 def test_the_script_of_a_run_runs_only_when_trusted(runs, tmp_path):

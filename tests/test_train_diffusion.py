@@ -174,7 +174,7 @@ def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
     path.write_text("file_name,label\n00.png,NA\n01.png,7\n02.png,\n03.png,None\nno.png,a\n")
     splits, _, names, log = prepare(**how | {"init_from": "scratch"})
     assert named(splits["train"], names) == ["7", "NA", "None", "None"] and names == ["7", "NA", "None"]
-    assert "left out: 8 images" in log and "1 images do not exist, though the metadata file lists them" in log
+    assert "left out: 8 images" in log and "1 images in the metadata file are not in " in log
     path.unlink()
     assert prepare(**how, caption="a square")[2] == ["a square"]
     with pytest.raises(SystemExit):
