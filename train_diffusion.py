@@ -2468,9 +2468,7 @@ class Pipeline(nn.Module):
         kwargs = {f"{self.name}_lora_layers": weights}
         kwargs[f"{self.name}_lora_adapter_metadata"] = config
         self.pipe.save_lora_weights(out_dir, weight_name="lora.tmp", **kwargs)
-        shutil.copymode(
-            Path(out_dir, "run.json"), Path(out_dir, "lora.tmp")
-        )  # else its owner alone can read it
+        Path(out_dir, "lora.tmp").chmod(0o644)  # safetensors writes files that only their owner can read
         Path(out_dir, "lora.tmp").replace(Path(out_dir, "pytorch_lora_weights.safetensors"))
         if self.name == "unet":  # once more, under the names that ComfyUI knows
             kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})

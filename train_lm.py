@@ -1454,9 +1454,7 @@ def save_weights(model, weights):
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     model.generation_config.to_json_file(folder / "generation_config.json")
     for path in folder.iterdir():
-        # safetensors writes files that only their owner can read. Give all the same mode.
-        shutil.copymode(folder / "generation_config.json", path)
-    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         path.replace(Path(out_dir, path.name))
     folder.rmdir()
 
