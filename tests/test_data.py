@@ -131,6 +131,13 @@ def test_each_file_is_read_once_whatever_its_name(prepare, tmp_path, capfd):
     assert "left out: 2 files" in out and "dangling.txt" in out  # and latin.txt
 
 
+def test_a_pattern_leaves_out_the_samples_of_the_run_itself(prepare, tmp_path):
+    write(tmp_path / "a.txt", "<a>")
+    write(tmp_path / "run/samples/b.txt", "<b>")
+    tok, texts, _ = prepare(dataset=tmp_path / "**/*.txt", out_dir=tmp_path / "run", **WHOLE)
+    assert texts["train"] == "<a>" + tok.eos_token
+
+
 def test_a_url_is_downloaded(tmp_path):
     """A text, and a compressed table, by a server on this machine."""
     write(tmp_path / "data/a.txt", "the quick brown fox\n" * 200)

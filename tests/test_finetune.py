@@ -95,6 +95,11 @@ R1 = (  # opens a thought in the prompt, and leaves the thoughts of all answers 
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
 )
+MISTRAL = (  # writes the system message into the last question, and nowhere once it is answered
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello?"},
@@ -179,6 +184,15 @@ def test_two_answers_in_a_row_of_which_the_template_rewrites_the_first(prepare, 
     answers = [f"<think></think>{m['content']}{tok.eos_token}\n" for m in chat[2:]]
     assert [learned(tok, row) for row in found] == answers
     assert tok.decode(found[1]["ids"]) == tok.apply_chat_template(chat, tokenize=False)
+
+
+def test_a_question_that_the_template_rewrites_once_it_is_answered_stays_as_it_was(prepare, pretrained):
+    tok, found = prepare([{"messages": CONVERSATION}], MISTRAL, init_from=pretrained("qwen3"), block_size=128)
+    for row, end in zip(found, (3, 5), strict=True):
+        question = tok.apply_chat_template(CONVERSATION[: end - 1], tokenize=False)
+        answer = f" {CONVERSATION[end - 1]['content']}{tok.eos_token}"
+        assert "Be brief." in question and tok.decode(row["ids"]) == question + answer
+        assert learned(tok, row) == answer
 
 
 def test_an_answer_with_a_weight_of_0_is_read_but_not_learned(prepare, chatty):

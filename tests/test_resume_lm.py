@@ -90,6 +90,10 @@ def test_what_does_not_fit_is_refused_and_left_alone(tmp_path, tiny):
     with filelock.FileLock(out / "lock"):  # as another run would hold it; ours waits for ten seconds
         assert "is in use by another run" in refusal("train_lm.py", tiny, "--overwrite=True")
     assert contents(out) == before
+    wider = ("intermediate_size=4 * n_embd", "intermediate_size=2 * n_embd")
+    edited = conftest.check_out(tmp_path / "edited", wider)
+    assert "does not fit the model" in refusal(edited, tiny, "--resume=True")
+    assert contents(out) == before  # also the copy of the script, which fits the weights
     within("train_lm.py", tiny, "--max_steps=10", "--n_embd=64", f"--out_dir={tmp_path / 'other'}")
     torch.save({"model": conftest.Hostile(tmp_path / "owned")}, tmp_path / "hostile.pt")
     checkpoint = out / "checkpoint.pt"

@@ -86,10 +86,14 @@ EDITS = {
         (HEAD, HEAD + "        self.positions = nn.Embedding(block_size, config.hidden_size)\n"),
         ("embed_tokens(idx)", "embed_tokens(idx) + self.positions(start + torch.arange(idx.size(1)))"),
     ],
+    "scalar": [
+        (MLP, MLP + "        self.scale = nn.Parameter(torch.ones(()))\n"),
+        ("self.mlp(norm(x))", "self.mlp(norm(x)) * self.scale"),
+    ],
     "tied": [(HEAD, HEAD + "        self.lm_head.weight = self.model.embed_tokens.weight\n")],
     "biases": [("bias=False)", "bias=True)")],
 }
-EDITS["all"] = [edit for edits in EDITS.values() for edit in edits]
+EDITS["all"] = [edit for name, edits in EDITS.items() if name != "scalar" for edit in edits]
 
 
 @pytest.mark.parametrize("edit, optimizer", [*((edit, "muon") for edit in EDITS), ("all", "adamw")])
@@ -115,6 +119,21 @@ def test_an_edit_trains_saves_resumes_and_speaks(tmp_path, tiny, edit, optimizer
     text, _ = within(trainer.with_name("sample.py"), *speak)
     assert text.startswith("def ")
     assert len(text) > 5
+    if edit == "activation":  # which fits the original by its shapes
+        renamed = trainer.rename(trainer.with_name("my_trainer.py"))
+        within(renamed, tiny, *how, "--max_steps=5", "--overwrite=True")
+        assert "--trust_run_code=True" in within("sample.py", *speak, code=2)[1]
+        stdout, _ = within("train_lm.py", tiny, *how, "--max_steps=10", "--resume=True")
+        assert "differs from the model in this script" in stdout
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, tiny):
+    within("train_lm.py", tiny, "--max_steps=10")
+    for interval in ("--eval_interval=1", "--save_interval=1"):
+        how = (tiny, "--max_steps=40", "--resume=True", "--learning_rate=1e38", interval)
+        assert "lower learning_rate" in within("train_lm.py", *how, code=1)[1]
+        for weights in last_state(tmp_path / "run")["model"], load_file(tmp_path / "run/model.safetensors"):
+            assert all(weight.isfinite().all() for weight in weights.values())
 
 
 class Waits(TorchDispatchMode):
