@@ -565,7 +565,8 @@ def find_files():
         return "hub", [], []
     # Images beside .parquet files are left out: often, they are the screenshots of a README.md.
     kind = "parquet"
-    used = [path for path in files if path.suffix.lower() == ".parquet" and path.stem != "metadata"]
+    tables = [path for path in files if path.suffix.lower() == ".parquet" and path.exists()]
+    used = [path for path in tables if path.stem != "metadata"]
     descriptions = []
     if not used:
         kind = "image"
@@ -631,7 +632,7 @@ def read_tables(tables):
     class_names = []
     for split, table in tables.items():
         if isinstance(table.features.get(image_column), datasets.List | datasets.LargeList):
-            fail(f"{dataset=}: {image_column=} holds lists of numbers: store each image as a file in it")
+            fail(f"{dataset=}: {image_column=} holds lists: each row must have one image, as in its file")
         if image_column not in table.features:
             fail(
                 f"{dataset=} has no {image_column=}: --image_column= takes one of {', '.join(table.features)}"
@@ -702,7 +703,7 @@ def read_folder(paths, descriptions):
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
-        fail(f"{dataset=}: its metadata file lists no image by its path beside that file")
+        fail(f"{dataset=}: no image is in the metadata file, whose file_name must be a path beside it")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
     if metadata:  # those that were found have been taken out
@@ -1042,9 +1043,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(
-            f"{dataset=} has no split named train, only {', '.join(found)}: save one as a folder or .parquet"
-        )
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: save one as a .parquet file")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1101,13 +1100,13 @@ def prepare_data(accelerator, pipeline=None):
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
         key += [str(autoencoder.config), checksums(autoencoder)]
-    factor = 1  # by which the autoencoder divides the size
+    factor = 1  # by which latents are smaller than images
     if pipeline is not None:
         factor = pipeline.factor
     elif vae:
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if image_size % factor != 0:
-        fail(f"{image_size=} must be a multiple of {factor}, because of the autoencoder")
+        fail(f"{image_size=} must be a multiple of {factor}, by which latents are smaller")
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
@@ -1308,7 +1307,8 @@ RUN_FILES = """
     run.json metrics.jsonl checkpoint.pt best.pt model.safetensors pytorch_lora_weights.safetensors
     kohya_lora.safetensors model_index.json samples/step_????????.png
     samples/step_????????.safetensors
-    train_diffusion/events.out.* train_diffusion/*/* *.pt.trace.json run.json.tmp *.pt.tmp
+    train_diffusion/events.out.* train_diffusion/*/events.out.*
+    train_diffusion/*/hparams.yml *.pt.trace.json run.json.tmp *.pt.tmp
     *.safetensors.tmp lora.tmp
 """.split()
 PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
@@ -1371,7 +1371,7 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         if run.get("summary", {}).get("steps"):
-            fail(f"{out_dir=} holds a run that has ended, but lacks checkpoint.pt: choose another --out_dir")
+            fail(f"{out_dir=} holds a run that has ended, without its checkpoint.pt: use --overwrite=True")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1397,7 +1397,7 @@ def describe_run(model, splits, data, captions, old_run):
     chosen = rows.select(evenly_spread(100, len(rows)))
     content = [chosen["crc32"][:], chosen["cond"][:], data["classes"], captions]
     digest = hashlib.md5(repr(content).encode()).hexdigest()
-    data["content"] = f"{len(rows)} images with the hash {digest}"
+    data = data | {"content": f"{len(rows)} images with the hash {digest}"}
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
@@ -1415,7 +1415,8 @@ def describe_run(model, splits, data, captions, old_run):
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"]["content"], data["content"])
-        note_other_model(out_dir)
+        if run["model"] == "DiT":
+            note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
 
@@ -1465,7 +1466,7 @@ def save_checkpoint(model, optimizers, scaler, ema, progress):
     """Write checkpoint.pt, from which a run can be resumed. scaler: that of fp16, or None."""
     if MAIN:
         weights = weights_of(model)
-        check_finite(weights)
+        check_finite(model, weights)
         content = {
             "model": weights,
             "ema": ema.averages,
@@ -1476,10 +1477,11 @@ def save_checkpoint(model, optimizers, scaler, ema, progress):
         write_file("checkpoint.pt", content)
 
 
-def check_finite(weights):
-    """End the program rather than replace a good checkpoint by one with infinite weights or NaN."""
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        sys.exit("the weights are not finite: lower learning_rate, and go on from the checkpoint before")
+def check_finite(model, weights):
+    """End the program rather than replace good weights by those with infinite numbers or NaN."""
+    trained = [weights[name] for name, _ in model.named_parameters() if name in weights]
+    if not all(weight.isfinite().all() for weight in trained):
+        fail("the weights are not finite: lower learning_rate; --resume=True goes on from before, if it can")
 
 
 def read_checkpoint(name):
@@ -1508,6 +1510,7 @@ def load_checkpoint(model, optimizers, scaler, ema):
 def save_best(model, has_validation):
     """Write the weights for drawing and, with a validation split, best.pt for load_best()."""
     weights = weights_of(model)
+    check_finite(model, weights)
     if init_from == "scratch":
         write_file("model.safetensors", weights)
     else:
@@ -1576,7 +1579,7 @@ def evaluate_and_keep_best(accelerator, model, ema, splits, micro_size, progress
         values = evaluate(accelerator, model, "val", splits["validation"], micro_size, eval_batches)
         report(values)
         if not math.isfinite(values["val/loss"]):
-            sys.exit("the validation loss is not finite: lower learning_rate")
+            fail("the validation loss is not finite: lower learning_rate, or try --mixed_precision=no")
         is_best = values["val/loss"] <= progress["best"]
     if progress["step"] > 0:  # before training there is nothing to save
         progress["evals_since_best"] += 1
@@ -1834,7 +1837,7 @@ def main():
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     ema = EMA(unwrap(model))
 
-    # ---- resume the run, if there is one ----
+    # ---- start the run, or resume it ----
     progress = {"step": 0, "best": math.inf, "evals_since_best": 0, "seconds": 0.0, "metrics_bytes": 0}
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
@@ -1948,7 +1951,7 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                sys.exit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
+                fail("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
@@ -2147,14 +2150,19 @@ def unconditional_part(output, guided):
     if not isinstance(output, tuple):
         return output
     is_empty = [part is None or part == [] for part in output]
-    unconditional = [part for part, empty in zip(guided, is_empty) if empty]
+    unconditional = [part for part, empty in zip(guided, is_empty) if empty and part is not None]
     parts = []
     for part, empty in zip(output, is_empty):
-        # None are left for the ids behind the embeddings (Bria), and there are none at all for Flux.
-        if unconditional and not empty:
+        # Bria also returns ids, which have other axes and stay. For Flux, there is nothing to put in.
+        if unconditional and not empty and axes(unconditional[0]) == axes(part):
             part = unconditional.pop(0)
         parts.append(part)
     return tuple(parts)
+
+
+def axes(part):
+    """Return the number of axes of a tensor, or None for a list."""
+    return getattr(part, "ndim", None)
 
 
 class Pipeline(nn.Module):
@@ -2183,8 +2191,8 @@ class Pipeline(nn.Module):
         self.call = inspect.unwrap(type(pipe).__call__)  # without its @torch.no_grad(): we need gradients
         self.keywords = inspect.signature(self.call).parameters
         # The autoencoder divides the size of images, and some pipelines pack 2 x 2 latents into one token.
-        has_packing = hasattr(pipe, "_pack_latents") or hasattr(pipe, "_patchify_latents")
-        self.factor = getattr(pipe, "vae_scale_factor", 1) * (2 if has_packing else 1)
+        processor = getattr(pipe, "image_processor", None)
+        self.factor = processor.config.vae_scale_factor if processor else 1
         self.wants_size = hasattr(pipe, "_get_add_time_ids")  # SDXL is told the original size of each image
         self.takes_batches = False  # until probe() has shown that a batch gives what its images give alone
         # What encode_prompt() returned, call by call, for each caption and for each prompt of a sample
@@ -2359,7 +2367,9 @@ class Pipeline(nn.Module):
         if not file.exists():
             for encoder in self.encoders.values():
                 encoder.to(self.device)
-            with named("init_from", init_from):  # the pipeline checks the image size, among other things
+            with named(
+                "init_from or image_size", init_from
+            ):  # the pipeline checks the image size, among other things
                 self.record_prompt("", **self.unguided)
             outputs = [self.record_prompt(text, **self.unguided) for text in captions]
             outputs.append(self.encode_unconditional())

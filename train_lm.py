@@ -610,12 +610,14 @@ def find_files():
     if tables:
         largest = max(tables, key=os.path.getsize)
         kind = kind_of(largest.name)
-    used = [path for path in files if kind_of(path.name) == kind]
+    used = [path for path in files if kind_of(path.name) == kind and path.exists()]
     if kind == "text":
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
-        log(f"left out: {len(left_out)} files that are not {kind} or not UTF-8, such as {left_out[0]}")
+        log(
+            f"left out: {len(left_out)} files that are no {kind}, not UTF-8 or missing, such as {left_out[0]}"
+        )
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
@@ -626,8 +628,8 @@ def find_files():
     for path in used:
         split = "train" if path == root else split_of(path.relative_to(root))
         paths[split].append(path)
-    for split, files in paths.items():
-        log(f"{split}: {len(files)} files, such as {files[0].name}")
+    for split, files_of_split in paths.items():
+        log(f"{split} files: {len(files_of_split)}, such as {files_of_split[0].name}")
     return kind, paths
 
 
@@ -1231,7 +1233,8 @@ RUN_FILES = """
     run.json metrics.jsonl checkpoint.pt best.pt config.json generation_config.json model.safetensors
     model-?????-of-?????.safetensors model.safetensors.index.json adapter_model.safetensors
     adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja
-    samples/step_????????.txt train_lm/events.out.* train_lm/*/* *.pt.trace.json run.json.tmp *.pt.tmp
+    samples/step_????????.txt train_lm/events.out.* train_lm/*/events.out.* train_lm/*/hparams.yml
+    *.pt.trace.json run.json.tmp *.pt.tmp
 """.split()
 PACKAGES = "torch transformers datasets accelerate peft".split()  # run.json has their versions
 LOCKS = []  # open_run_dir() keeps the lock of out_dir here, so that it is held until this process ends
@@ -1288,7 +1291,7 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         if run.get("summary", {}).get("steps"):
-            fail(f"{out_dir=} holds a run that has ended, but lacks checkpoint.pt: choose another --out_dir")
+            fail(f"{out_dir=} holds a run that has ended, without its checkpoint.pt: use --overwrite=True")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1329,7 +1332,8 @@ def describe_run(model, splits, old_run):
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
         check_fixed("data", old_run["data"], run["data"])
-        note_other_model(out_dir)
+        if run["model"] == "GPT":
+            note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
 
@@ -1391,7 +1395,7 @@ def save_checkpoint(model, optimizers, scaler, progress, name):
     """
     weights, state = gather(model, optimizers)
     if MAIN:
-        check_finite(weights)
+        check_finite(unwrap(model), weights)
         content = {
             "model": weights,
             "optimizers": state,
@@ -1401,10 +1405,11 @@ def save_checkpoint(model, optimizers, scaler, progress, name):
         write_file(name, content)
 
 
-def check_finite(weights):
-    """End the program rather than replace a good checkpoint by one with infinite weights or NaN."""
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        sys.exit("the weights are not finite: lower learning_rate, and go on from the checkpoint before")
+def check_finite(model, weights):
+    """End the program rather than replace good weights by those with infinite numbers or NaN."""
+    trained = [weights[name] for name, _ in model.named_parameters() if name in weights]
+    if not all(weight.isfinite().all() for weight in trained):
+        fail("the weights are not finite: lower learning_rate; --resume=True goes on from before, if it can")
 
 
 def load_checkpoint(model, optimizers, scaler, name):
@@ -1529,7 +1534,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         values = evaluate(accelerator, model, tok, "val", splits["validation"], micro_size, eval_batches)
         report(values)
         if not math.isfinite(values["val/loss"]):
-            sys.exit("the validation loss is not finite: lower learning_rate")
+            fail("the validation loss is not finite: lower learning_rate, or try --mixed_precision=no")
         is_best = values["val/loss"] <= progress["best"]
     if progress["step"] == 0:
         return  # before training there is nothing to save
@@ -1540,6 +1545,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
             progress["best"] = values["val/loss"]
         weights, _ = gather(model, with_frozen=not adapter)  # save an adapter without its frozen model
         if MAIN:
+            check_finite(unwrap(model), weights)
             save_weights(unwrap(model), weights)
         if has_validation:  # the test at the end loads the best weights; a later --resume may ask for it
             save_checkpoint(model, [], None, progress, "best.pt")
@@ -1910,7 +1916,7 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                sys.exit("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
+                fail("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
@@ -1967,6 +1973,8 @@ def generate(
         new = idx[:, -1:] if cache else idx  # once there is a cache, only the last token is new
         logits = model(new, cache=cache)  # (n_samples, 1, V)
         logits = logits[:, -1, :vocab_size].float().cpu()  # on every device, a seed gives the same tokens
+        if logits.isnan().any():
+            fail("the output of the model is not finite: train it with a lower learning_rate")
         if temperature < 1e-3:
             token = logits.argmax(dim=-1)
         else:
@@ -2028,11 +2036,13 @@ def load(folder, run, base=""):
     """
     globals().update(run["settings"])  # all functions here read the settings as global variables
     model = load_model(str(folder), base=base, setting="out_dir").eval()
+    setting = "out_dir"
     source = str(folder)
     is_adapter = Path(folder, "adapter_config.json").exists()
     if is_adapter and not any(Path(folder).glob("tokenizer*")):  # peft alone saves none
-        source = model.lm.name_or_path  # the base model
-    with named("out_dir", source):
+        setting = "base"
+        source = model.lm.name_or_path
+    with named(setting, source):
         return model, transformers.AutoTokenizer.from_pretrained(source)
 
 
@@ -2101,16 +2111,17 @@ def find_answer_start(text, prompt, answered):
     return len(common)
 
 
-def keep_question(prompt, answered, question):
-    """Return the prompt followed by its answer, for a template that rewrites a question once it is answered.
+def keep_question(asked, answered, question):
+    """Return the chat up to a question as it was asked, followed by its answer.
 
-    That of Mistral writes the system message into the last question only.
+    This is for templates that rewrite a question once it is answered: that of Mistral writes the system
+    message into the last question only. asked, answered: the chat without and with the answer.
     """
-    ending = prompt[prompt.rindex(question) :]  # the question and what follows it
+    ending = asked[asked.rindex(question) :]  # the question and what follows it
     if ending not in answered:
         fail(f"{dataset=}: the chat template changes {question[:40]!r} once it is answered: not supported")
     answer = answered[answered.rindex(ending) + len(ending) :]
-    return prompt + answer
+    return asked + answer
 
 
 def texts_with_answers(document, tok):
@@ -2138,8 +2149,13 @@ def texts_with_answers(document, tok):
             before = messages[i - 1]
             question = before["content"].strip()
             if before["role"] != "assistant" and question and question in prompt[start:]:
-                answered = keep_question(prompt, answered, question)
-                start = len(prompt)
+                with named("chat", document["messages"][:80]):
+                    asked = tok.apply_chat_template(
+                        messages[:i], **options
+                    )  # without "assistant:" or the like
+                if question in asked[start:]:
+                    answered = keep_question(asked, answered, question)
+                    start = find_answer_start("", prompt, answered)
             is_continued = prompt.startswith(text) and answered.startswith(text)
             if not is_continued:  # the template has rewritten earlier turns
                 yield text, spans

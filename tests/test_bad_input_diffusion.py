@@ -40,7 +40,7 @@ REFUSED = [
     ("--dataset={data}/rows.parquet", "takes one of picture, price, label, author"),
     ("--dataset={data}/rows.parquet --image_column=price", "image_column='price' cannot be used"),
     ("--dataset={data}/rows.parquet --image_column=picture --label_column=author", "column 'author' holds"),
-    ("--dataset={data}/lists.parquet", "image_column='image' holds lists of numbers"),
+    ("--dataset={data}/lists.parquet", "image_column='image' holds lists: each row"),
     ("--dataset={data}/unnamed", "metadata.jsonl, row 1 has no file_name"),
     ("--dataset={data}/commas", "metadata.csv, row 1 has too many fields"),
     ("--dataset={data}/no_train", "has no split named train, only test"),
@@ -56,7 +56,7 @@ REFUSED = [
     ("--out_dir={data}/sd --overwrite=True " + SD, "contains {data}/sd"),
     # pipelines
     (SD + " --vae=x", "has its own autoencoder"),
-    (LORA + " --image_size=15", "image_size=15 must be a multiple of 2, because of the autoencoder"),
+    (LORA + " --image_size=15", "image_size=15 must be a multiple of 2, by which latents are smaller"),
     (LORA + " --image_size=18", "have to be divisible by 8"),
     (LORA + " --lora_targets=to_q,to_typo", "has no layer 'to_typo'"),
     (LORA + " --frozen_fp8=True", "saves memory only with"),

@@ -195,6 +195,13 @@ def test_a_question_that_the_template_rewrites_once_it_is_answered_stays_as_it_w
         assert learned(tok, row) == answer
 
 
+def test_a_question_may_be_a_part_of_the_opening_of_an_answer(prepare, pretrained):
+    """The "hi" of <think>."""
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]
+    tok, (row,) = prepare([{"messages": chat}], R1, init_from=pretrained("qwen3"))
+    assert learned(tok, row) == "Hello." + tok.eos_token
+
+
 def test_an_answer_with_a_weight_of_0_is_read_but_not_learned(prepare, chatty):
     chat = [dict(m) for m in CONVERSATION]
     chat[2]["weight"] = 0

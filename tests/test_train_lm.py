@@ -127,13 +127,14 @@ def test_an_edit_trains_saves_resumes_and_speaks(tmp_path, tiny, edit, optimizer
         assert "differs from the model in this script" in stdout
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, tiny):
-    within("train_lm.py", tiny, "--max_steps=10")
-    for interval in ("--eval_interval=1", "--save_interval=1"):
-        how = (tiny, "--max_steps=40", "--resume=True", "--learning_rate=1e38", interval)
-        assert "lower learning_rate" in within("train_lm.py", *how, code=1)[1]
-        for weights in last_state(tmp_path / "run")["model"], load_file(tmp_path / "run/model.safetensors"):
-            assert all(weight.isfinite().all() for weight in weights.values())
+@pytest.mark.parametrize("data", ["--val_fraction=0.05", "--val_fraction=0"])
+@pytest.mark.parametrize("often", ["--eval_interval=1", "--save_interval=1"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, tiny, data, often):
+    within("train_lm.py", tiny, data, "--max_steps=10")
+    how = (tiny, data, often, "--max_steps=40", "--resume=True", "--learning_rate=1e38")
+    assert "lower learning_rate" in within("train_lm.py", *how, code=2)[1]
+    for weights in last_state(tmp_path / "run")["model"], load_file(tmp_path / "run/model.safetensors"):
+        assert all(weight.isfinite().all() for weight in weights.values())
 
 
 class Waits(TorchDispatchMode):
