@@ -91,7 +91,7 @@ def parse(text, default):
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text)  # reads numbers, and runs no code
     except (ValueError, TypeError, SyntaxError):
         return text  # not a number: configure() reports that its type is wrong
 
@@ -114,6 +114,7 @@ def configure(namespace, arguments=None):
     values = settings(namespace)
     if arguments is None:
         arguments = sys.argv[1:]
+    # From left to right, so that a later argument overrides an earlier one
     for argument in arguments:
         if argument in ("--help", "-h"):
             print_help(namespace)
@@ -128,6 +129,7 @@ def configure(namespace, arguments=None):
         else:
             fail(f"{argument}: write --name=value, or name a config file that ends in .py")
 
+        # The checks are the same for both kinds of arguments.
         for name, value in changes.items():
             if name not in values:
                 # With cutoff=0, there always is a nearest name.
