@@ -2135,24 +2135,27 @@ def texts_with_answers(document, tok):
         yield text, [(len(document["prompt"]), len(text))]
         return
     messages = json.loads(document["messages"])
+    tools = json.loads(document["tools"])
+
+    def render(n, **options):
+        """Return the first n messages as the template writes them."""
+        with named("chat", document["messages"][:80]):  # the template may refuse them
+            return tok.apply_chat_template(messages[:n], tools=tools, tokenize=False, **options)
+
     text = ""
     spans = []
     for i, message in enumerate(messages):
         # An assistant message that opens a chat answers nothing, so it has no loss. In OpenAI's format, a
         # message with a weight of 0 has none either.
         if message["role"] == "assistant" and i > 0 and message.get("weight") != 0:
-            with named("chat", document["messages"][:80]):  # the template may refuse the messages
-                options = {"tools": json.loads(document["tools"]), "tokenize": False}
-                prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
-                answered = tok.apply_chat_template(messages[: i + 1], **options)
+            prompt = render(i, add_generation_prompt=True)
+            answered = render(i + 1)
             start = find_answer_start(text, prompt, answered)
             before = messages[i - 1]
             question = before["content"].strip()
             if before["role"] != "assistant" and question and question in prompt[start:]:
-                with named("chat", document["messages"][:80]):
-                    asked = tok.apply_chat_template(
-                        messages[:i], **options
-                    )  # without "assistant:" or the like
+                # It is not enough that "hi" is in "<think>": look without the opening of the answer, too.
+                asked = render(i)
                 if question in asked[start:]:
                     answered = keep_question(asked, answered, question)
                     start = find_answer_start("", prompt, answered)
