@@ -96,12 +96,12 @@ lora_targets = ""  # lora: layers that get new weights, such as to_q,to_v; "": a
 frozen_fp8 = False  # lora: store all other weights in 8 bits; saves memory if gradient_checkpointing is on
 # diffusion
 prediction = "flow"  # what the model predicts: "flow" (noise - image), "v", "eps" (noise) or "x0" (image)
-label_dropout = 0.1  # fraction of the classes or captions that training hides; guidance needs such examples
+label_dropout = 0.1  # fraction of the examples that are trained without class or caption; guidance needs some
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
 sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; with flow, it is Euler)
 sample_steps = 0  # steps from noise to image; 0: the default (25, or that of the pipeline)
-guidance = -1.0  # strength of guidance; 1: none (Z-Image: 0); -1: the default (2, or that of the pipeline)
+guidance = -1.0  # strength of guidance; 1 is none (for Z-Image, 0); -1: the default (2, or the pipeline's)
 sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
@@ -109,13 +109,13 @@ micro_batch_size = 0  # images that a process computes at once; fewer save memor
 max_steps = 600  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (AdamW for all but the matrices in the blocks) or "adamw"; with init_from adamw
+optimizer = "muon"  # "muon" (AdamW for all but the blocks' matrices) or "adamw"; with init_from, always adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matrices in the blocks
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-warmup_steps = 20  # steps until the peak of the learning rate; wsd and cosine: at most a tenth of the run
+warmup_steps = 20  # steps in which the learning rate rises; unless it is constant, at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -632,7 +632,7 @@ def read_tables(tables):
     class_names = []
     for split, table in tables.items():
         if isinstance(table.features.get(image_column), datasets.List | datasets.LargeList):
-            fail(f"{dataset=}: {image_column=} holds lists: each row must have one image, as in its file")
+            fail(f"{dataset=}: {image_column=} holds lists: each row must hold one image, as a file")
         if image_column not in table.features:
             fail(
                 f"{dataset=} has no {image_column=}: --image_column= takes one of {', '.join(table.features)}"
@@ -703,7 +703,7 @@ def read_folder(paths, descriptions):
             text = read_caption(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
-        fail(f"{dataset=}: no image is in the metadata file, whose file_name must be a path beside it")
+        fail(f"{dataset=}: no image is in the metadata file: file_name must be a path relative to it")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
     if metadata:  # those that were found have been taken out
@@ -1043,7 +1043,7 @@ def split_off_end(rows, fraction):
 def choose_splits(found):
     """Return the splits that are wanted among those that were found, under their usual names."""
     if "train" not in found:
-        fail(f"{dataset=} has no split named train, only {', '.join(found)}: save one as a .parquet file")
+        fail(f"{dataset=} has no split named train, only {', '.join(found)}: save one as .parquet and use it")
     wanted = {"validation": val_fraction > 0, "test": test_fraction > 0}
     splits = {"train": found.pop("train")}
     for name, images in found.items():
@@ -1106,7 +1106,7 @@ def prepare_data(accelerator, pipeline=None):
     elif vae:
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if image_size % factor != 0:
-        fail(f"{image_size=} must be a multiple of {factor}, by which latents are smaller")
+        fail(f"{image_size=} must be a multiple of {factor}, by which the pipeline or vae shrinks it")
     gray = torch.zeros(1, 3, image_size, image_size)
     shape = to_latents(gray).shape[1:]
     if pipeline is None and shape[-1] % patch_size != 0:
@@ -1371,7 +1371,7 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         if run.get("summary", {}).get("steps"):
-            fail(f"{out_dir=} holds a run that has ended, without its checkpoint.pt: use --overwrite=True")
+            fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1426,7 +1426,7 @@ def note_other_model(folder):
     copy = Path(folder, "train_diffusion.py")
     titles = ("Model", "The mathematics")
     if copy.exists() and sections(copy, *titles) != sections(__file__, *titles):
-        log(f"note: the model in {copy} differs from the model in this script")
+        log(f"note: the model in {copy} differs from that of this script, which is used")
 
 
 def start_run(run, model, is_new):
@@ -1481,7 +1481,7 @@ def check_finite(model, weights):
     """End the program rather than replace good weights by those with infinite numbers or NaN."""
     trained = [weights[name] for name, _ in model.named_parameters() if name in weights]
     if not all(weight.isfinite().all() for weight in trained):
-        fail("the weights are not finite: lower learning_rate; --resume=True goes on from before, if it can")
+        fail("the weights are not finite: lower learning_rate, and resume from the last checkpoint")
 
 
 def read_checkpoint(name):
@@ -1951,7 +1951,7 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                fail("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
+                fail("ten steps in a row were not finite: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
@@ -2081,7 +2081,7 @@ class OneStepScheduler:
         self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **kwargs
     ):
         if timesteps is not None and sigmas is not None:  # CogView4
-            fail(f"{init_from=} takes times that differ from the noise levels, which is not supported")
+            fail(f"{init_from=} has timesteps that differ from its noise levels: take another pipeline")
         self.mu = mu
         if self.times is None:
             raise ModelOutput
@@ -2626,7 +2626,7 @@ def load_trained_pipeline(folder, run, base, device):
 
         expected = get_peft_model_state_dict(model.denoiser)
         if {f"{model.name}.{key}" for key in expected} != stored.keys():
-            fail(f"{setting}={source!r} does not have the layers that the LoRA in {folder} changes")
+            fail(f"{setting}={source!r} lacks layers that the LoRA in {folder} changes: name its --base=")
     model.pipe.to(device)
     return model.eval()
 

@@ -74,9 +74,9 @@ seed = 1337  # random seed for the initial weights, the order of the data and dr
 dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table; chats have a column "messages"
-prompt_column = "prompt"  # column with prompts; of prompts and chats, only the answers are learned
+prompt_column = "prompt"  # column with prompts; the loss counts only the answers, to prompts and in chats
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": init_from's, else bpe:1024
+tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": of init_from, or bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -101,15 +101,15 @@ micro_batch_size = 0  # rows that a process computes at once; fewer save memory;
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (AdamW for all but the matrices in the blocks) or "adamw"; with init_from adamw
+optimizer = "muon"  # "muon" (AdamW for all but the blocks' matrices) or "adamw"; with init_from, always adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
-head_lr = 0.004  # with muon: peak learning rate of the output layer (and of 1-D parameters, if you add some)
+head_lr = 0.004  # with muon: peak learning rate of the output layer, and of 1-D parameters if there are any
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
-warmup_steps = 20  # steps until the peak of the learning rate; wsd and cosine: at most a tenth of the run
+warmup_steps = 20  # steps in which the learning rate rises; unless it is constant, at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -582,7 +582,7 @@ def find_files():
     if "://" in dataset:
         kind = kind_of(dataset.split("?")[0])
         if kind is None:
-            fail(f"{dataset=} is no file of a supported kind: UTF-8 text, .jsonl, .csv, .parquet")
+            fail(f"{dataset=} is not a supported file: name UTF-8 text, .jsonl, .csv or .parquet")
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
@@ -615,9 +615,7 @@ def find_files():
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
-        log(
-            f"left out: {len(left_out)} files that are no {kind}, not UTF-8 or missing, such as {left_out[0]}"
-        )
+        log(f"left out: {len(left_out)} files (not {kind}, not UTF-8 or missing), such as {left_out[0]}")
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
@@ -820,7 +818,7 @@ def as_text(value, column):
         texts = [text for text in parts if isinstance(text, str)]
         if len(texts) == len(value):  # there is nothing but text
             return "".join(texts)
-    fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text")
+    fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text: choose another column")
 
 
 def check_unicode(text, where):
@@ -971,12 +969,12 @@ def load_tokenizer(splits):
         tok = transformers.AutoTokenizer.from_pretrained(name)
     # transformers makes an empty tokenizer where files are missing.
     if set(tok.get_vocab()) <= set(tok.all_special_tokens):
-        fail(f"the tokenizer of {name} has no vocabulary: its tokenizer.json is missing; download it again")
+        fail(f"the tokenizer of {name} has no vocabulary, because files are missing: download it again")
     if tok.eos_token_id is None:
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
         fail(
-            f"the tokenizer of {name} is not supported, because it has no tokenizer.json: take another model"
+            f"the tokenizer of {name} is not supported, because it exists in Python only: take another model"
         )
     return tok
 
@@ -1291,7 +1289,7 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         if run.get("summary", {}).get("steps"):
-            fail(f"{out_dir=} holds a run that has ended, without its checkpoint.pt: use --overwrite=True")
+            fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1342,7 +1340,7 @@ def note_other_model(folder):
     """Log it if the model of the run in a folder was defined by other code than that of this script."""
     copy = Path(folder, "train_lm.py")
     if copy.exists() and sections(copy, "Model") != sections(__file__, "Model"):
-        log(f"note: the model in {copy} differs from the model in this script")
+        log(f"note: the model in {copy} differs from that of this script, which is used")
 
 
 def start_run(run, tok, is_new):
@@ -1409,7 +1407,7 @@ def check_finite(model, weights):
     """End the program rather than replace good weights by those with infinite numbers or NaN."""
     trained = [weights[name] for name, _ in model.named_parameters() if name in weights]
     if not all(weight.isfinite().all() for weight in trained):
-        fail("the weights are not finite: lower learning_rate; --resume=True goes on from before, if it can")
+        fail("the weights are not finite: lower learning_rate, and resume from the last checkpoint")
 
 
 def load_checkpoint(model, optimizers, scaler, name):
@@ -1481,7 +1479,7 @@ def is_native(gpt):
             theirs.load_state_dict(dict(ours.named_parameters()))
             is_same = torch.allclose(ours(idx), theirs(idx).logits, atol=1e-3)
     if not is_same:
-        log("note: the model was edited, so sample.py and --init_from can load it, but not transformers")
+        log("note: the model was edited, so transformers cannot load it; sample.py and --init_from can")
     return is_same
 
 
@@ -1916,7 +1914,7 @@ def main():
             n_skipped += 1
             log(f"step {step}: the loss or the gradient is not finite: skipped")
             if n_skipped == 10:
-                fail("ten such steps in a row: lower learning_rate, or try --detect_anomaly=True")
+                fail("ten steps in a row were not finite: lower learning_rate, or try --detect_anomaly=True")
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
@@ -2022,7 +2020,7 @@ def set_generation_config(model, tok, rows):
     in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
     if has_answers and adapter and in_data:
         names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
-        log(f"note: the adapter does not train the embeddings of these special tokens in the data: {names}")
+        log(f"note: the adapter does not train the embeddings of {names}: the model must know these tokens")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         # Keep generate() of transformers from drawing the padding.
@@ -2119,7 +2117,7 @@ def keep_question(asked, answered, question):
     """
     ending = asked[asked.rindex(question) :]  # the question and what follows it
     if ending not in answered:
-        fail(f"{dataset=}: the chat template changes {question[:40]!r} once it is answered: not supported")
+        fail(f"{dataset=}: the chat template rewrites {question[:40]!r} once it is answered: take another")
     answer = answered[answered.rindex(ending) + len(ending) :]
     return asked + answer
 
@@ -2384,7 +2382,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     if any("lora_" in key for key in wrong_keys):  # keys of the base model are always missing in the file
         fail(
             f"{setting}={name!r} is an adapter for another model than {lm.name_or_path}:"
-            " correct base_model_name_or_path in its adapter_config.json, or with sample.py --base="
+            " correct base_model_name_or_path in its adapter_config.json (for sample.py: use --base=)"
         )
     return Pretrained(lm)
 
@@ -2468,7 +2466,7 @@ def check_ids(model, splits):
             n_ids = model.config.vocab_size
             fail(
                 f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings:"
-                " its tokenizer belongs to another model"
+                " put its own tokenizer there"
             )
 
 

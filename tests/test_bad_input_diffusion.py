@@ -56,7 +56,10 @@ REFUSED = [
     ("--out_dir={data}/sd --overwrite=True " + SD, "contains {data}/sd"),
     # pipelines
     (SD + " --vae=x", "has its own autoencoder"),
-    (LORA + " --image_size=15", "image_size=15 must be a multiple of 2, by which latents are smaller"),
+    (
+        LORA + " --image_size=15",
+        "image_size=15 must be a multiple of 2, by which the pipeline or vae shrinks it",
+    ),
     (LORA + " --image_size=18", "have to be divisible by 8"),
     (LORA + " --lora_targets=to_q,to_typo", "has no layer 'to_typo'"),
     (LORA + " --frozen_fp8=True", "saves memory only with"),
@@ -82,7 +85,7 @@ SAMPLES = [
     ("--out_dir={runs}/lora --prompt=x --base={data}/nothing", "base='{data}/nothing' cannot be used"),
     ("--out_dir={runs}/lora --prompt=x --base={sdxl}", "but the run needs a StableDiffusionPipeline"),
     ("--out_dir={runs}/lora --prompt=x --base={sd2}", "base='{sd2}' cannot be used"),
-    ("--out_dir={runs}/other --prompt=x", "does not have the layers that the LoRA"),
+    ("--out_dir={runs}/other --prompt=x", "lacks layers that the LoRA"),
 ]
 
 
