@@ -648,22 +648,22 @@ def parse_table(path, kind):
     elif kind in ("csv", "tsv"):
         csv.field_size_limit(2**31 - 1)  # characters; the default of 131,072 is too small
         delimiter = "," if kind == "csv" else "\t"
-        file = open_text(path, newline="")
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-        names = [name for name in rows.fieldnames or [] if name]
-        if len(names) > len(set(names)):
-            fail(f"{dataset=}: {path} has several columns of the same name: rename them")
-        yield from rows
+        with open_text(path, newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = [name for name in rows.fieldnames or [] if name]
+            if len(names) > len(set(names)):
+                fail(f"{dataset=}: {path} has several columns of the same name: rename them")
+            yield from rows
     else:
-        file = open_text(path)
-        is_array = file.read(PIECE_SIZE).lstrip().startswith("[")
-        file.seek(0)
-        if is_array:
-            yield from json.load(file)
-            return
-        for line in file:  # each line is a row
-            if line.strip():
-                yield json.loads(line)
+        with open_text(path) as file:
+            is_array = file.read(PIECE_SIZE).lstrip().startswith("[")
+            file.seek(0)
+            if is_array:
+                yield from json.load(file)
+                return
+            for line in file:  # each line is a row
+                if line.strip():
+                    yield json.loads(line)
 
 
 def read_table(path, kind):
@@ -862,15 +862,16 @@ def read_pieces(documents):
     """
     for document in documents:
         file, where = open_document(document)
-        # Hold one piece back until more is read, to know which one is the last.
-        piece = read_piece(file, where)
-        while more := read_piece(file, where):
-            cut = max(piece.rfind("\n"), piece.rfind(" "))
-            if cut < 1:
-                cut = len(piece)
-            yield check_unicode(piece[:cut], where), False
-            piece = piece[cut:] + more
-        yield check_unicode(piece, where), True
+        with file:
+            # Hold one piece back until more is read, to know which one is the last.
+            piece = read_piece(file, where)
+            while more := read_piece(file, where):
+                cut = max(piece.rfind("\n"), piece.rfind(" "))
+                if cut < 1:
+                    cut = len(piece)
+                yield check_unicode(piece[:cut], where), False
+                piece = piece[cut:] + more
+            yield check_unicode(piece, where), True
 
 
 def bos_prefix(tok):
