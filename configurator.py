@@ -100,6 +100,7 @@ def read_config(path, values):
     """Run a config file, which can read and assign settings. Return {name: value} as it leaves them."""
     if not os.path.isfile(path):
         fail(f"there is no config file {path}")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # a config may import modules beside it
     namespace = runpy.run_path(path, init_globals=dict(values))
     assigned = {}
     for name, value in namespace.items():

@@ -981,7 +981,8 @@ def state_of_files(table):
     state = []
     for path in filter(os.path.exists, paths):
         stat = os.stat(path)
-        state.append((path, stat.st_size, stat.st_mtime_ns, os.access(path, os.R_OK)))
+        # The ctime changes with every change of a file. The mtime can be set, as archives do.
+        state.append((path, stat.st_size, stat.st_ctime_ns, os.access(path, os.R_OK)))
     return state
 
 
@@ -1349,6 +1350,8 @@ def open_run_dir():
         exists = os.path.exists(path)  # the last three may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
             fail(f"{out_dir=} contains {path}, which a run could delete: choose another --out_dir")
+    if not os.access(out_dir, os.W_OK):
+        fail(f"{out_dir=} is read-only: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1390,14 +1393,19 @@ def evenly_spread(n, n_rows):
     return np.linspace(0, n_rows - 1, n).astype(int).tolist()
 
 
+def hash_rows(rows, names):
+    """Return a hash of 100 rows, their number and the names of classes or captions.
+
+    By it, a resumed run notices that its data has changed.
+    """
+    chosen = rows.select(evenly_spread(100, len(rows)))
+    content = [len(rows), chosen["crc32"][:], chosen["cond"][:], names]
+    return hashlib.md5(repr(content).encode()).hexdigest()
+
+
 def describe_run(model, splits, data, captions, old_run):
     """Return the content of run.json. Refuse to resume old_run with other data."""
-    # By a hash of 100 rows, a resumed run notices that the data has changed.
-    rows = splits["train"]
-    chosen = rows.select(evenly_spread(100, len(rows)))
-    content = [chosen["crc32"][:], chosen["cond"][:], data["classes"], captions]
-    digest = hashlib.md5(repr(content).encode()).hexdigest()
-    data = data | {"content": f"{len(rows)} images with the hash {digest}"}
+    names = [data["classes"], captions]
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
@@ -1406,6 +1414,7 @@ def describe_run(model, splits, data, captions, old_run):
         "command": sys.argv,
         "settings": settings(globals()),
         "data": data,
+        "hashes": {split: hash_rows(rows, names) for split, rows in splits.items()},
         "parameters": n_parameters,
         "trained_parameters": n_trained,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -1414,11 +1423,18 @@ def describe_run(model, splits, data, captions, old_run):
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
-        check_fixed("data", old_run["data"]["content"], data["content"])
+        check_data(old_run["hashes"], run["hashes"])
         if run["model"] == "DiT":
             note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
+
+
+def check_data(before, now):
+    """Refuse to resume a run if a split has changed. before, now: {split: hash}, maybe without some splits."""
+    for split in before.keys() & now.keys():
+        if before[split] != now[split]:
+            fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
 
 
 def note_other_model(folder):
@@ -1746,11 +1762,18 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def trace(profiler, n_steps):
-    """Start and stop the profiler after n_steps, so that steps 6 to 8 are traced."""
-    if profile and n_steps == 5:
+def trace(profiler, n_steps, has_ended=False):
+    """Trace steps 6 to 8, or those until the end of the run. n_steps: how many it has taken so far."""
+    if not profile:
+        return
+    if has_ended:
+        if n_steps < 5:
+            log("no trace was written: the run ended before step 6")
+        elif n_steps < 8:
+            profiler.stop()
+    elif n_steps == 5:
         profiler.start()
-    elif profile and n_steps == 8:
+    elif n_steps == 8:
         profiler.stop()
 
 
@@ -1830,8 +1853,7 @@ def main():
     optimizers = make_optimizers(model, accelerator)
     # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
-    # The 8-bit weights are cast in a way that torch.compile cannot follow.
-    if compile and device.type == "cuda" and not frozen_fp8:
+    if compile and device.type == "cuda" and not frozen_fp8:  # its casts cannot be compiled
         model.compile()
     # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
@@ -1964,6 +1986,7 @@ def main():
         trace(profiler, step - first_step)
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
+    trace(profiler, step - first_step, has_ended=True)
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
         has_best = "validation" in splits and math.isfinite(progress["best"])

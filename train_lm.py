@@ -763,7 +763,8 @@ def state_of(source):
     """Return a value that changes with the content of a source, for the key of cached()."""
     if isinstance(source, datasets.Dataset):
         return source._fingerprint
-    return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in source]
+    # The ctime changes with every change of a file. The mtime can be set, as archives do.
+    return [(path, path.stat().st_size, path.stat().st_ctime_ns) for path in source]
 
 
 def read_documents(source, kind, columns):
@@ -1268,6 +1269,8 @@ def open_run_dir():
         exists = os.path.exists(path)  # init_from and dataset may be names of the Hub
         if exists and Path(path).resolve().is_relative_to(folder):
             fail(f"{out_dir=} contains {path}, which a run could delete: choose another --out_dir")
+    if not os.access(out_dir, os.W_OK):
+        fail(f"{out_dir=} is read-only: choose another --out_dir")
     if not MAIN:
         return None
     LOCKS.append(filelock.FileLock(Path(out_dir, "lock")))
@@ -1309,12 +1312,14 @@ def evenly_spread(n, n_rows):
     return np.linspace(0, n_rows - 1, n).astype(int).tolist()
 
 
+def hash_rows(rows):
+    """Return a hash of 100 rows and the number of rows, by which a resumed run notices other data."""
+    ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
+    return hashlib.md5(repr([len(rows), ids]).encode()).hexdigest()
+
+
 def describe_run(model, splits, old_run):
     """Return the content of run.json. Refuse to resume old_run with other data."""
-    # By a hash of 100 rows, a resumed run notices that the data has changed.
-    rows = splits["train"]
-    ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
-    digest = hashlib.md5(repr(ids).encode()).hexdigest()
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
@@ -1322,19 +1327,26 @@ def describe_run(model, splits, old_run):
         "model": "GPT" if isinstance(model, GPT) else "Pretrained",
         "command": sys.argv,
         "settings": settings(globals()),
-        "data": f"{len(rows)} rows with the hash {digest}",
         "rows": {split: len(rows) for split, rows in splits.items()},
+        "hashes": {split: hash_rows(rows) for split, rows in splits.items()},
         "parameters": n_parameters,
         "trained_parameters": n_trained,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
-        check_fixed("data", old_run["data"], run["data"])
+        check_data(old_run["hashes"], run["hashes"])
         if run["model"] == "GPT":
             note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
     return run
+
+
+def check_data(before, now):
+    """Refuse to resume a run if a split has changed. before, now: {split: hash}, maybe without some splits."""
+    for split in before.keys() & now.keys():
+        if before[split] != now[split]:
+            fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
 
 
 def note_other_model(folder):
@@ -1770,11 +1782,18 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def trace(profiler, n_steps):
-    """Start and stop the profiler after n_steps, so that steps 6 to 8 are traced."""
-    if profile and n_steps == 5:
+def trace(profiler, n_steps, has_ended=False):
+    """Trace steps 6 to 8, or those until the end of the run. n_steps: how many it has taken so far."""
+    if not profile:
+        return
+    if has_ended:
+        if n_steps < 5:
+            log("no trace was written: the run ended before step 6")
+        elif n_steps < 8:
+            profiler.stop()
+    elif n_steps == 5:
         profiler.start()
-    elif profile and n_steps == 8:
+    elif n_steps == 8:
         profiler.stop()
 
 
@@ -1928,6 +1947,7 @@ def main():
         trace(profiler, step - first_step)
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
+    trace(profiler, step - first_step, has_ended=True)
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
         has_best = "validation" in splits and math.isfinite(progress["best"])

@@ -118,7 +118,7 @@ def test_a_run_goes_on_when_its_data_has_moved_but_not_with_other_data(tmp_path,
     moved = folder.rename(tmp_path / "moved")
     how = (*how, "--max_steps=20", f"--dataset={moved}", "--resume=True")
     (moved / "b.txt").write_text(text[30000:].swapcase())
-    assert "data=" in refusal("train_lm.py", *how)
+    assert "other train data" in refusal("train_lm.py", *how)
     (moved / "b.txt").write_text(text[30000:])
     within("train_lm.py", *how)
     assert not lost(tmp_path / "unbroken", tmp_path / "run")
