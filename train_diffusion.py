@@ -779,15 +779,14 @@ def read_image(source):
     try:
         image = open_image(source)
         image.load()  # reads all of the file
+        if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
+            image = to_8_bits(image)
     except Exception as error:  # Pillow raises errors of many kinds
         where = os.fsdecode(source["path"] or "without a path") if source else "an empty field"
         log(f"left out: the image {where:.200}, which cannot be read ({error!s:.200})")
         return None
-    white = white_value(image)  # it needs the format, which exif_transpose() drops
     with contextlib.suppress(Exception):  # damaged EXIF data
         image = ImageOps.exif_transpose(image)  # turn photos upright
-    if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, or floats
-        image = scale_to_8_bits(image, white)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     image = to_srgb(image)
     if alpha:  # lay it on white
@@ -803,38 +802,19 @@ def open_image(source):
     return Image.open(os.fsdecode(source["path"]))
 
 
-def white_value(image):
-    """Return the value of white in an image of 16 or 32 bits; None if its format does not tell."""
-    if image.mode.startswith("I;16") and image.format == "TIFF":
+def to_8_bits(image):
+    """Return a gray image of 16 bits in 8 bits. Pillow's own conversion would clip all values above 255."""
+    is_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
+    if not is_16_bits:
+        raise ValueError("32 bits or floats, of which black and white are unknown, are not supported")
+    white = 65535
+    if image.format == "TIFF":
         BITS_PER_SAMPLE = 258  # the number of this tag
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
-        return 2**bits - 1
-    if image.mode.startswith("I;16"):
-        return 65535
-    if image.mode == "I" and image.format == "PPM":  # Pillow scales such files to 16 bits
-        return 65535
-    return None
-
-
-def scale_to_8_bits(image, white):
-    """Return an image of 16 or 32 bits, or of floats, in 8 bits. Pillow would clip all values above 255."""
-    values = np.asarray(image).astype(np.float32)
-    finite = values[np.isfinite(values)]
-    if white is not None:
-        low = 0
-        high = white
-    elif image.mode == "F" and (finite >= 0).all() and (finite <= 1).all():
-        low = 0
-        high = 1
-    else:  # the darkest value becomes black and the brightest white
-        low = finite.min()
-        high = finite.max()
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    span = (high - low) or 1  # all pixels may be equal
-    values = (values - low) / span
+        white = 2**bits - 1
+    values = np.asarray(image) / white
     scaled = Image.fromarray((255 * values).round().astype(np.uint8))
-    if "icc_profile" in image.info:
-        scaled.info["icc_profile"] = image.info["icc_profile"]
+    scaled.info = image.info  # the color profile and the orientation
     return scaled
 
 
@@ -1431,7 +1411,7 @@ def describe_run(model, splits, data, captions, old_run):
 
 
 def check_data(before, now):
-    """Refuse to resume a run if a split has changed. before, now: {split: hash}, maybe without some splits."""
+    """Refuse to resume a run if a split has changed. before, now: {split: hash}; one may lack a split."""
     for split in before.keys() & now.keys():
         if before[split] != now[split]:
             fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
@@ -1762,19 +1742,13 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def trace(profiler, n_steps, has_ended=False):
-    """Trace steps 6 to 8, or those until the end of the run. n_steps: how many it has taken so far."""
-    if not profile:
-        return
-    if has_ended:
-        if n_steps < 5:
-            log("no trace was written: the run ended before step 6")
-        elif n_steps < 8:
-            profiler.stop()
-    elif n_steps == 5:
-        profiler.start()
-    elif n_steps == 8:
-        profiler.stop()
+def start_profiler():
+    """Return a profiler that writes a trace of steps 6 to 8, when compilation is over."""
+    schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
+    handler = torch.profiler.tensorboard_trace_handler(out_dir)
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=handler)
+    profiler.start()
+    return profiler
 
 
 def make_noisy_batches(model, micro_batches, step, device):
@@ -1902,8 +1876,7 @@ def main():
     )
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
-    first_step = step
-    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
+    profiler = start_profiler() if profile else None
     timer = time.monotonic()
     steps_since = 0  # steps since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1983,10 +1956,12 @@ def main():
             report(values)
             timer = time.monotonic()
             steps_since = 0
-        trace(profiler, step - first_step)
+        if profiler:
+            profiler.step()
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
-    trace(profiler, step - first_step, has_ended=True)
+    if profiler:
+        profiler.stop()
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
         has_best = "validation" in splits and math.isfinite(progress["best"])

@@ -883,13 +883,11 @@ def bos_prefix(tok):
     return first if first == [tok.bos_token_id] else []
 
 
-def encode_texts(documents, tok):
+def encode_texts(documents, tok, split):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
     Every token is a target once, because a row begins with the last token of the row before. (The very first
-    token is no target.) With a tokenizer that writes <bos>, every row begins with <bos> instead. After the
-    rows comes a footer with a note for the log. It is stored with the rows, so that a run that reads them
-    from the cache logs the same.
+    token is no target.) With a tokenizer that writes <bos>, every row begins with <bos> instead.
     """
     begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -915,7 +913,8 @@ def encode_texts(documents, tok):
         ids = ids[start:]
     if len(ids) > overlap:  # the last row is shorter
         yield {"ids": begin + ids}
-    yield {"note": f"{n_dropped} documents without text dropped" if n_dropped else ""}
+    if n_dropped:
+        log(f"{split}: {n_dropped} documents without text dropped")
 
 
 def first_texts(documents, n_characters):
@@ -1010,24 +1009,19 @@ def choose_splits(found):
 def tokenize(documents, tok, split):
     """Return the rows of a split. With prompts or chats they have labels, since only answers have a loss."""
     encode = encode_texts
-    features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
+    features = {"ids": datasets.List(datasets.Value("int32"))}
     columns = documents.column_names
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
     key = [state_of(documents), block_size]  # if you add a setting that changes the rows, add it here
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
-    rows = cached(key, features, encode, documents, tok)
-    n_rows = len(rows) - 1  # the last one is the footer with the note
-    note = rows[n_rows]["note"]
-    if note:
-        log(f"{split}: {note}")
-    if n_rows == 0:
+    rows = cached(key, features, encode, documents, tok, split)
+    if len(rows) == 0:
         fail(
             f"the {split} split of {dataset=} has nothing to learn from: no text, or no answer that begins"
             f" within {block_size=} tokens"
         )
-    rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
 
@@ -1343,7 +1337,7 @@ def describe_run(model, splits, old_run):
 
 
 def check_data(before, now):
-    """Refuse to resume a run if a split has changed. before, now: {split: hash}, maybe without some splits."""
+    """Refuse to resume a run if a split has changed. before, now: {split: hash}; one may lack a split."""
     for split in before.keys() & now.keys():
         if before[split] != now[split]:
             fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
@@ -1782,19 +1776,13 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def trace(profiler, n_steps, has_ended=False):
-    """Trace steps 6 to 8, or those until the end of the run. n_steps: how many it has taken so far."""
-    if not profile:
-        return
-    if has_ended:
-        if n_steps < 5:
-            log("no trace was written: the run ended before step 6")
-        elif n_steps < 8:
-            profiler.stop()
-    elif n_steps == 5:
-        profiler.start()
-    elif n_steps == 8:
-        profiler.stop()
+def start_profiler():
+    """Return a profiler that writes a trace of steps 6 to 8, when compilation is over."""
+    schedule = torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1)
+    handler = torch.profiler.tensorboard_trace_handler(out_dir)
+    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=handler)
+    profiler.start()
+    return profiler
 
 
 def main():
@@ -1865,8 +1853,7 @@ def main():
     )
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
-    first_step = step
-    profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(out_dir))
+    profiler = start_profiler() if profile else None
     timer = time.monotonic()
     tokens_since = 0  # target tokens since the timer was set
     n_skipped = 0  # skipped steps in a row
@@ -1944,10 +1931,12 @@ def main():
             report(values)
             timer = time.monotonic()
             tokens_since = 0
-        trace(profiler, step - first_step)
+        if profiler:
+            profiler.step()
 
     # ---- at the end: test the best weights, and write a summary to run.json ----
-    trace(profiler, step - first_step, has_ended=True)
+    if profiler:
+        profiler.stop()
     if not is_stopped:
         summary = {"steps": step, "minutes": (time.monotonic() - start) / 60}
         has_best = "validation" in splits and math.isfinite(progress["best"])
@@ -2187,11 +2176,10 @@ def texts_with_answers(document, tok):
     yield text, spans
 
 
-def encode_answers(documents, tok):
+def encode_answers(documents, tok, split):
     """Yield rows {"ids", "labels"}. The labels are the ids of the answers, and -100 elsewhere.
 
-    Rows of more than block_size + 1 ids are cut, and those without an answer are dropped. After the rows
-    comes a footer, as in encode_texts().
+    Rows of more than block_size + 1 ids are cut, and those without an answer are dropped.
     """
     is_chat = "messages" in documents.column_names
     begin = [] if is_chat else bos_prefix(tok)  # a chat template writes <bos> itself
@@ -2231,10 +2219,8 @@ def encode_answers(documents, tok):
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
-    note = ""
     if n_dropped or n_cut:
-        note = f"{n_dropped} documents without an answer dropped, {n_cut} rows cut at {block_size=}"
-    yield {"note": note}
+        log(f"{split}: {n_dropped} documents without an answer dropped, {n_cut} rows cut at {block_size=}")
 
 
 # ---- Fine-tuning: only with init_from ----
