@@ -55,7 +55,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
-from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
+from torch.utils.checkpoint import checkpoint as recompute  # computes activations again during backward
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
@@ -63,7 +63,7 @@ from torch.utils.data import DataLoader
 from configurator import configure, fail, named, sections, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
-# Settings are global variables in lowercase, and all functions read them as such.
+# Settings are global variables in lowercase, which any function may read.
 
 # the run
 out_dir = "out/diffusion"  # the folder that everything is written to
@@ -508,7 +508,7 @@ def noise_of(seeds, shape):
 FORMATS = Image.registered_extensions()  # {suffix: format}
 READABLE = {suffix for suffix, name in FORMATS.items() if name in Image.OPEN}
 IMAGE_SUFFIXES = READABLE - {".pdf", ".eps", ".ps"}
-# Names of folders, files and splits of the Hub, and the splits that they stand for.
+# The splits that the names of folders, of files and of the Hub's splits stand for.
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -1142,15 +1142,15 @@ def batch_rows(n_rows, first_step, last_step, micro_size, world, rank):
     batches_per_epoch = max(1, n_rows // batch_size)
     shuffled_epoch = None
     for step in range(first_step, last_step):
-        epoch, i = divmod(step, batches_per_epoch)
+        epoch, index = divmod(step, batches_per_epoch)
         if epoch != shuffled_epoch:
             shuffled_epoch = epoch
             rows = np.random.default_rng([seed, epoch]).permutation(n_rows)
-            # np.resize() drops an incomplete last batch, or repeats rows if there are too few for one batch.
+            # Take as many as fill whole batches. If there are too few for one, np.resize() repeats rows.
             rows = np.resize(rows, batches_per_epoch * batch_size)
             batches = rows.reshape(batches_per_epoch, batch_size)
         # The axes of micro_batches are the accumulation step, the process and the row.
-        micro_batches = batches[i].reshape(-1, world, micro_size)
+        micro_batches = batches[index].reshape(-1, world, micro_size)
         mine = micro_batches[:, rank]
         yield from mine.tolist()
 
@@ -1169,10 +1169,10 @@ def orthogonalize(x):
     # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
-    for _ in range(5):
+    for _ in range(5):  # x <- a x + (b gram + c gram gram) x
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -1200,10 +1200,10 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- m average + (1 - m) grad, where m is the momentum. Nesterov's momentum then mixes
-                # the gradient in once more. The _foreach functions take lists, which saves many small calls.
+                # The _foreach functions compute the formula beside them for all tensors of a list at once.
                 m = group["momentum"]
-                torch._foreach_lerp_(averages, grads, 1 - m)
+                torch._foreach_lerp_(averages, grads, 1 - m)  # average <- m average + (1 - m) grad
+                # Nesterov's momentum mixes the gradient in once more.
                 directions = torch._foreach_lerp(grads, averages, m)  # (1 - m) grad + m average
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
@@ -1353,7 +1353,8 @@ def open_run_dir():
     if not resume:
         return None
     if "checkpoint.pt" not in files:
-        if run.get("summary", {}).get("steps"):
+        is_finished = run.get("summary", {}).get("steps", 0) > 0
+        if is_finished:
             fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
@@ -1418,7 +1419,7 @@ def check_data(before, now):
 
 
 def note_other_model(folder):
-    """Log it if the model of the run in a folder was defined by other code than that of this script."""
+    """Log a note if the section "Model" of the script in a folder differs from that of this script."""
     copy = Path(folder, "train_diffusion.py")
     titles = ("Model", "The mathematics")
     if copy.exists() and sections(copy, *titles) != sections(__file__, *titles):
@@ -1688,14 +1689,14 @@ def choose_precision():
         return "no" if init_from == "scratch" else "fp16"
     if torch.accelerator.is_available():  # for example, an Apple GPU
         return "no"
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities()  # the instructions that multiply in bf16 have these two names
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 else "no"
 
 
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
-    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
+    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115 (it stays open)
     size = metrics.tell()  # 0 if the file is new
     metrics.truncate(min(n_bytes, size))
     metrics.seek(0, os.SEEK_END)
@@ -1829,7 +1830,7 @@ def main():
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
     if compile and device.type == "cuda" and not frozen_fp8:  # its casts cannot be compiled
         model.compile()
-    # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
+    # Step the wrapped optimizers, which can skip a step in fp16. Save and load those inside them.
     model, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
     ema = EMA(unwrap(model))
 
@@ -1838,7 +1839,7 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(unwrap(model), optimizers, accelerator.scaler, ema)
-        # A run that has ended evaluated once more after its last checkpoint. That loss is in run.json only.
+        # A run that has ended did one more evaluation after its last checkpoint. Only run.json has that loss.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end

@@ -12,7 +12,7 @@ Then `python sample.py --prompt="def "` continues a text. Ctrl-C saves a checkpo
 
 import os
 
-# Read before the slow imports, so that stop_with_launcher() notices if the launcher dies during them
+# The process that launched this one. Note it before the slow imports, because it may die during them.
 LAUNCHER_PID = os.getppid()
 
 import bz2
@@ -55,15 +55,16 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.checkpoint import checkpoint as recompute  # the forward pass again, during backward
+from torch.utils.checkpoint import checkpoint as recompute  # computes activations again during backward
 from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
+# sections() returns the text of sections of a script.
 from configurator import configure, fail, named, sections, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
-# Settings are global variables in lowercase, and all functions read them as such.
+# Settings are global variables in lowercase, which any function may read.
 
 # the run
 out_dir = "out/lm"  # the folder that everything is written to
@@ -74,9 +75,9 @@ seed = 1337  # random seed for the initial weights, the order of the data and dr
 dataset = "python"  # Python's own code; or a file, folder, glob, URL, Hugging Face name[:config][@revision]
 train_split = "train"  # name of the data's training split; some datasets call it train_sft
 text_column = "text"  # column with the documents, if the data is a table; chats have a column "messages"
-prompt_column = "prompt"  # column with prompts; the loss counts only the answers, to prompts and in chats
+prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers count in the loss
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": of init_from, or bpe:1024
+tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": init_from's, or bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -88,7 +89,7 @@ block_size = 256  # context length in tokens
 dropout = 0.0  # fraction of activations set to 0 at random; try 0.1 if the same text is seen many times
 n_layer = 3  # number of transformer blocks
 n_head = 2  # number of attention heads
-n_kv_head = 0  # heads for keys and values; fewer than n_head: grouped-query attention; 0: n_head
+n_kv_head = 0  # heads for keys and values: 0 for n_head, or fewer for grouped-query attention
 n_embd = 128  # width of the model; n_embd / n_head, the width of a head, must be even
 # adapter
 lora_rank = 16  # lora: size of the new weights; a higher rank can learn more and takes more memory
@@ -97,11 +98,11 @@ lora_targets = "all-linear"  # lora: layers that get new weights: all linear one
 virtual_tokens = 20  # p_tuning: number of learned vectors in front of every text
 # batch and length
 batch_size = 8  # rows of block_size tokens per optimizer step, over all processes
-micro_batch_size = 0  # rows that a process computes at once; fewer save memory; 0: batch_size / processes
+micro_batch_size = 0  # rows per forward pass; lower it to save memory; 0: batch_size / processes
 max_steps = 2200  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (AdamW for all but the blocks' matrices) or "adamw"; with init_from, always adamw
+optimizer = "muon"  # "muon" (for the blocks' matrices; AdamW for the rest) or "adamw"; with init_from: adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 embed_lr = 0.3  # with muon: peak learning rate of the embeddings
 head_lr = 0.004  # with muon: peak learning rate of the output layer, and of 1-D parameters if there are any
@@ -251,7 +252,8 @@ def check_settings():
 
 # ---- Model: a decoder-only transformer with rotary positions, QK-norm and squared ReLU ----
 # It has no biases and no learned norms. This is the architecture that transformers calls "nanochat", so that
-# from_pretrained() can load what is saved here.
+# from_pretrained() can load what is saved here. In the comments on shapes, B is the number of rows, T that of
+# tokens, C the width of the model, D that of a head, and V the size of the vocabulary.
 
 
 def norm(x):
@@ -269,13 +271,13 @@ def rotate(x, cos, sin):
 def attention(q, k, v, dropout_p):
     """Return causal attention: softmax(q k^T / sqrt(D)) v, in which no token sees a later one.
 
-    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, S, D), where S >= T includes cached tokens.
+    q and the result: (B, n_head, T, D). k, v: (B, n_kv_head, S, D), where S is T plus the cached tokens.
     """
     T = q.size(2)
     # On a CPU, torch's kernel is slower for up to 512 tokens. This makes the default run 1.2 times as fast.
     if q.is_cpu and 1 < T <= 512:
         return cpu_attention(q, k, v, dropout_p)
-    # Several tokens are a text from its beginning. A single one follows those in the cache, and may see all.
+    # Several tokens are a text from its beginning. A single one is the last, and may see all in the cache.
     is_causal = T > 1
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=True)
 
@@ -317,7 +319,7 @@ class Attention(nn.Module):
         k = norm(rotate(k, cos, sin))
         if past is not None:  # a DynamicCache
             k, v = past.update(k, v, self.layer)  # keys and values of all tokens so far
-        dropout_p = dropout if self.training else 0.0
+        dropout_p = dropout if self.training else 0.0  # dropout is a setting
         y = attention(q, k, v, dropout_p)  # (B, n_head, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -343,16 +345,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, past=None):
-        x = x + F.dropout(self.self_attn(norm(x), cos, sin, past), dropout, self.training)
-        x = x + F.dropout(self.mlp(norm(x)), dropout, self.training)
+        y = self.self_attn(norm(x), cos, sin, past)
+        x = x + F.dropout(y, dropout, self.training)
+        y = self.mlp(norm(x))
+        x = x + F.dropout(y, dropout, self.training)
         return x
 
 
 class GPT(nn.Module):
     """The whole model, with the config and the parameter names of transformers' NanoChatForCausalLM."""
 
-    # accelerate reads this for training with FSDP2, which shards and gathers the weights block by block.
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block",)  # for accelerate: FSDP2 shards and gathers the weights block by block
 
     def __init__(self, config):
         super().__init__()
@@ -377,8 +380,8 @@ class GPT(nn.Module):
         """Set the initial weights. Parameters that are not listed here keep the initialization of torch."""
         std = self.config.hidden_size**-0.5  # so that the output of a linear layer has the scale of its input
         for block in self.model.layers:
-            # QK-norm removes the scale of queries and keys. But a step turns a small matrix more, and with
-            # that, the default run learns sooner to copy from its context.
+            # QK-norm removes the scale of queries and keys. But each step turns a small matrix by a larger
+            # angle, and with that, the default run learns sooner to copy from its context.
             nn.init.normal_(block.self_attn.q_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.k_proj.weight, std=0.01 * std)
             nn.init.normal_(block.self_attn.v_proj.weight, std=std)
@@ -386,8 +389,8 @@ class GPT(nn.Module):
             nn.init.normal_(block.mlp.fc1.weight, std=std)
             nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.lm_head.weight)  # so the loss starts at ln(vocab_size)
-        # If you tie the two (self.lm_head.weight = self.model.embed_tokens.weight), they must start small, or
-        # the first logits would be huge.
+        # The embeddings start large. But if you tie them to the output layer (self.lm_head.weight =
+        # self.model.embed_tokens.weight), they must start small, or the first logits would be huge.
         is_tied = self.lm_head.weight is self.model.embed_tokens.weight
         nn.init.normal_(self.model.embed_tokens.weight, std=0.02 if is_tied else 1.0)
 
@@ -494,7 +497,7 @@ NOT_TEXT = """
 """.split()
 # Folders to leave out of Python's own source code: tests, long lookup tables, IDLE, installed packages.
 NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings"}
-# Names of folders, files and splits of the Hub, and the splits that they stand for.
+# The splits that the names of folders, of files and of the Hub's splits stand for.
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -574,13 +577,14 @@ def is_text(path):
             text.encode()  # raises for the lone surrogates of open_text()
     except Exception:  # whatever a damaged or unreadable file raises
         return False
-    return "\0" not in text  # as in UTF-16
+    return "\0" not in text  # UTF-16 is full of these
 
 
 def find_files():
     """Return (kind, {split: paths}) of the files that `dataset` names, or ("hub", {}) if it names none."""
     if "://" in dataset:
-        kind = kind_of(dataset.split("?")[0])
+        url = dataset.split("?")[0]  # without ?download=true
+        kind = kind_of(url)
         if kind is None:
             fail(f"{dataset=} is not a supported file: name UTF-8 text, .jsonl, .csv or .parquet")
         with named("dataset", dataset):
@@ -591,7 +595,8 @@ def find_files():
         root = Path(sysconfig.get_paths()["stdlib"])
     own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
     if root.exists():
-        files = list(list_files(root, seen={str(own_folder)}))
+        seen = {str(own_folder)}
+        files = list(list_files(root, seen))
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
@@ -606,11 +611,12 @@ def find_files():
     # If there are tables, leave out the texts: a README.md often lies beside tables. If there are several
     # kinds of tables, take the kind of the largest file.
     kind = "text"
-    tables = [path for path in files if kind_of(path.name) in TABLE_KINDS.values() and path.exists()]
+    present = [path for path in files if path.exists()]
+    tables = [path for path in present if kind_of(path.name) in TABLE_KINDS.values()]
     if tables:
         largest = max(tables, key=os.path.getsize)
         kind = kind_of(largest.name)
-    used = [path for path in files if kind_of(path.name) == kind and path.exists()]
+    used = [path for path in present if kind_of(path.name) == kind]
     if kind == "text":
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
@@ -621,7 +627,7 @@ def find_files():
 
     if not root.exists():  # a pattern: look for names of splits from the first wildcard on
         before_wildcard = re.split(r"[*?[]", dataset)[0]
-        root = Path(before_wildcard + "x").parent  # the x keeps the last folder of "texts/"
+        root = Path(os.path.dirname(before_wildcard))
     paths = defaultdict(list)
     for path in used:
         split = "train" if path == root else split_of(path.relative_to(root))
@@ -632,7 +638,7 @@ def find_files():
 
 
 def without_nulls(value):
-    """Return a field without its None. Arrow adds them: all dictionaries of a column get the same keys."""
+    """Remove the None that Arrow adds to a field, because all dictionaries of a column get the same keys."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     if isinstance(value, list):
@@ -650,7 +656,8 @@ def parse_table(path, kind):
         delimiter = "," if kind == "csv" else "\t"
         with open_text(path, newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-            names = [name for name in rows.fieldnames or [] if name]
+            header = rows.fieldnames or []  # it is None for an empty file
+            names = [name for name in header if name]
             if len(names) > len(set(names)):
                 fail(f"{dataset=}: {path} has several columns of the same name: rename them")
             yield from rows
@@ -686,7 +693,7 @@ def choose_columns(names):
     """Return {our name: name in the table} for the columns to train on. Log the names of the others."""
     chats = [name for name in ("messages", "conversations") if name in names]
     if text_column == "text" and chats:
-        # A table, or some of its rows, may lack "system" (a text) and "tools" (what the model may call).
+        # The columns "system" (a text) and "tools" (functions that the model may call) are optional.
         columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     elif text_column == "text" and prompt_column in names and completion_column in names:
         columns = {"prompt": prompt_column, "completion": completion_column}
@@ -714,7 +721,8 @@ def column_names(sources, kind):
     names = []
     for path in itertools.chain.from_iterable(sources.values()):
         for row in itertools.islice(read_table(path, kind), 100):  # several, since rows may lack fields
-            names += [name for name in row if name not in names]
+            names += row
+    names = list(dict.fromkeys(names))  # each name once
     if not names:
         fail(f"{dataset=} has no rows")
     return names
@@ -763,7 +771,7 @@ def state_of(source):
     """Return a value that changes with the content of a source, for the key of cached()."""
     if isinstance(source, datasets.Dataset):
         return source._fingerprint
-    # The ctime changes with every change of a file. The mtime can be set, as archives do.
+    # Every change of a file sets its ctime. The mtime can be older: unpacking an archive sets it back.
     return [(path, path.stat().st_size, path.stat().st_ctime_ns) for path in source]
 
 
@@ -800,10 +808,10 @@ def cached(key, features, generator, *args):
 
     The key must change with everything, except the code, that the rows depend on.
     """
-    code = sections(__file__, "Data", "Answers")  # the text of the two sections of this file that make rows
+    code = sections(__file__, "Data", "Answers")  # the text of the sections of this file that make rows
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
-    # Pass the arguments by partial(). As gen_kwargs, from_generator() would divide lists into shards.
+    # Use partial(), because from_generator() would divide the lists in its gen_kwargs into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
@@ -815,8 +823,8 @@ def as_text(value, column):
     if isinstance(value, str):
         return check_unicode(value, f"{value[:40]!r} in column {column!r}")
     if isinstance(value, list):
-        parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        texts = [text for text in parts if isinstance(text, str)]
+        parts = [part for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         if len(texts) == len(value):  # there is nothing but text
             return "".join(texts)
     fail(f"{dataset=}: column {column!r} holds {value!r:.60}, which is not text: choose another column")
@@ -867,8 +875,8 @@ def read_pieces(documents):
             # Hold one piece back until more is read, to know which one is the last.
             piece = read_piece(file, where)
             while more := read_piece(file, where):
-                cut = max(piece.rfind("\n"), piece.rfind(" "))
-                if cut < 1:
+                cut = max(piece.rfind("\n"), piece.rfind(" "))  # the last white space
+                if cut < 1:  # there is none
                     cut = len(piece)
                 yield check_unicode(piece[:cut], where), False
                 piece = piece[cut:] + more
@@ -878,7 +886,7 @@ def read_pieces(documents):
 def bos_prefix(tok):
     """Return [<bos>] if the tokenizer writes it in front of every text (Gemma, Llama), else []."""
     if not tok("")["input_ids"]:
-        return []  # nothing is written in front; a tokenizer of characters might not know "a"
+        return []  # nothing is written in front. (A tokenizer of characters may not know the "a" below.)
     first = tok("a")["input_ids"][:1]
     return first if first == [tok.bos_token_id] else []
 
@@ -896,8 +904,8 @@ def encode_texts(documents, tok, split):
     pieces = read_pieces(documents)
     while batch := list(itertools.islice(pieces, 16)):  # a fast tokenizer encodes several texts in parallel
         texts = [text for text, _ in batch]
-        # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
         with named("dataset", dataset):  # a character that is not in the vocabulary may raise an error
+            # With split_special_tokens, the characters "<eos>" in a document are plain text, not the token.
             encoded = tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for (text, is_last), tokens in zip(batch, encoded):
             ids += tokens
@@ -906,7 +914,7 @@ def encode_texts(documents, tok, split):
             elif is_last:
                 ids.append(tok.eos_token_id)
         start = 0
-        n_ids = block_size + overlap  # those of a full row, without <bos>
+        n_ids = block_size + overlap  # what a full row takes from the documents
         while len(ids) - start >= n_ids:
             yield {"ids": begin + ids[start : start + n_ids]}
             start += block_size
@@ -943,7 +951,7 @@ def learn_tokenizer(name, splits):
         core = Tokenizer(models.WordLevel(vocabulary))
         any_character = Regex(r"[\s\S]")  # also the end of a line, which "." would leave out
         core.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
-        core.decoder = decoders.Fuse()
+        core.decoder = decoders.Fuse()  # joins characters without spaces between them
     else:
         n_given = 256 + 1  # the bytes and END, which need no text
         n_tokens = n_given if name == "bytes" else int(name.removeprefix("bpe:"))
@@ -1081,12 +1089,12 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
     batches_per_epoch = max(1, len(lengths) // batch_size)
     shuffled_epoch = None
     for step in range(first_step, last_step):
-        epoch, i = divmod(step, batches_per_epoch)
+        epoch, index = divmod(step, batches_per_epoch)
         if epoch != shuffled_epoch:
             shuffled_epoch = epoch
             rng = np.random.default_rng([seed, epoch])
             rows = rng.permutation(len(lengths))
-            # np.resize() drops an incomplete last batch, or repeats rows if there are too few for one batch.
+            # Take as many as fill whole batches. If there are too few for one, np.resize() repeats rows.
             rows = np.resize(rows, batches_per_epoch * batch_size)
             # Sort by length, with some noise, so that the same rows do not meet in every epoch.
             noisy_lengths = lengths[rows] * rng.uniform(0.9, 1.1, len(rows))
@@ -1094,7 +1102,7 @@ def batch_rows(lengths, first_step, last_step, micro_size, world, rank):
             batches = rows.reshape(batches_per_epoch, batch_size)
             batches = rng.permutation(batches)
         # The axes of micro_batches are the accumulation step, the process and the row.
-        micro_batches = batches[i].reshape(-1, world, micro_size)
+        micro_batches = batches[index].reshape(-1, world, micro_size)
         mine = micro_batches[:, rank]
         yield from mine.tolist()
 
@@ -1113,10 +1121,10 @@ def orthogonalize(x):
     # The iteration needs singular values of at most 1. None is larger than the norm of its matrix.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.775, 2.0315
-    for _ in range(5):
+    for _ in range(5):  # x <- a x + (b gram + c gram gram) x
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -1144,10 +1152,10 @@ class Muon(torch.optim.Muon):
                     if p not in self.state:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     averages.append(self.state[p]["momentum_buffer"])
-                # average <- m average + (1 - m) grad, where m is the momentum. Nesterov's momentum then mixes
-                # the gradient in once more. The _foreach functions take lists, which saves many small calls.
+                # The _foreach functions compute the formula beside them for all tensors of a list at once.
                 m = group["momentum"]
-                torch._foreach_lerp_(averages, grads, 1 - m)
+                torch._foreach_lerp_(averages, grads, 1 - m)  # average <- m average + (1 - m) grad
+                # Nesterov's momentum mixes the gradient in once more.
                 directions = torch._foreach_lerp(grads, averages, m)  # (1 - m) grad + m average
                 updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
                 updates = updates.to(params[0].dtype).unbind()
@@ -1177,7 +1185,7 @@ def make_optimizers(model, accelerator):
     embeddings = []
     vectors_and_head = []
     for name, p in model.named_parameters():
-        # The output layer, and vectors, of which the model has none unless you add some, such as biases
+        # The output layer, and vectors such as biases. (The model has none, but you may add some.)
         if p.ndim != 2 or name == "lm_head.weight":
             vectors_and_head.append(p)
         elif name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -1189,8 +1197,8 @@ def make_optimizers(model, accelerator):
     groups = [{"params": embeddings, "lr": embed_lr}]
     if vectors_and_head:
         groups.append({"params": vectors_and_head, "lr": head_lr})
-    # QK-norm removes the scale of queries and keys. But a step turns a small matrix more, and a strong decay
-    # keeps them small. With that, the default run learns much sooner to copy from its context.
+    # A strong decay keeps the matrices of queries and keys small. As in init_weights(), they then turn by a
+    # larger angle in each step, and the default run learns much sooner to copy from its context.
     block_groups = [{"params": matrices}]
     if queries_and_keys:
         block_groups.append({"params": queries_and_keys, "weight_decay": qk_weight_decay})
@@ -1286,7 +1294,8 @@ def open_run_dir():
     if not resume:
         return None
     if "checkpoint.pt" not in files:
-        if run.get("summary", {}).get("steps"):
+        is_finished = run.get("summary", {}).get("steps", 0) > 0
+        if is_finished:
             fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
         return None
     now = settings(globals())
@@ -1307,9 +1316,10 @@ def evenly_spread(n, n_rows):
 
 
 def hash_rows(rows):
-    """Return a hash of 100 rows and the number of rows, by which a resumed run notices other data."""
+    """Return a hash of 100 rows and of their number. With it, a resumed run notices changed data."""
     ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
-    return hashlib.md5(repr([len(rows), ids]).encode()).hexdigest()
+    content = repr([len(rows), ids])
+    return hashlib.md5(content.encode()).hexdigest()
 
 
 def describe_run(model, splits, old_run):
@@ -1344,7 +1354,7 @@ def check_data(before, now):
 
 
 def note_other_model(folder):
-    """Log it if the model of the run in a folder was defined by other code than that of this script."""
+    """Log a note if the section "Model" of the script in a folder differs from that of this script."""
     copy = Path(folder, "train_lm.py")
     if copy.exists() and sections(copy, "Model") != sections(__file__, "Model"):
         log(f"note: the model in {copy} differs from that of this script, which is used")
@@ -1386,7 +1396,7 @@ def gather(model, optimizers=(), with_frozen=False):
     # dcp still returns some frozen weights, and tied weights under both of their names. Remove these.
     kept = {name for name, p in unwrap(model).named_parameters() if with_frozen or p.requires_grad}
     all_names = {name for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
-    if adapter:  # the buffers of the frozen model stay as they are
+    if adapter:  # leave out the buffers, too, which come with the frozen model
         all_names |= {name for name, _ in unwrap(model).named_buffers()}
     left_out = all_names - kept
     weights = {name: weight for name, weight in weights.items() if name not in left_out}
@@ -1451,7 +1461,8 @@ def save_weights(model, weights):
     folder.mkdir()
     if isinstance(model, GPT):
         config = model.config.to_dict()
-        if not is_native(model):  # under this name, transformers does not load it: it would compute otherwise
+        if not is_native(model):
+            # Rather than compute something else, transformers refuses to load a model of this type.
             config |= {"model_type": "edited", "architectures": ["GPT"]}
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -1459,7 +1470,8 @@ def save_weights(model, weights):
         # model.lm is the model of transformers or peft (see the section on fine-tuning). Without
         # save_embedding_layers=False, peft may ask the Hub whether the vocabulary has grown.
         weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
-        # save_pretrained() refuses some generation configs that are in use: write the true one below.
+        # save_pretrained() refuses the generation configs of some published models. Give it an empty one, and
+        # write the true one below.
         model.lm.generation_config = transformers.GenerationConfig()
         model.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     model.generation_config.to_json_file(folder / "generation_config.json")
@@ -1497,7 +1509,7 @@ def is_native(gpt):
 def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
     """Return the loss per token of a split, and the bits per byte, which can be compared across tokenizers.
 
-    name: "val" or "test", which the names of the metrics begin with.
+    name: "val" or "test", with which the names of the metrics begin.
     n_batches: how many batches of batch_size rows to take, spread evenly over the split; 0: all rows.
     """
     n_rows = len(rows)
@@ -1514,8 +1526,9 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
         # Fill the last batch with row 0, but without its loss. torch.compile would compile another size anew,
         # and FSDP2 needs every process in every forward pass.
         n_missing = micro_size - len(batch)
-        x, y, loss_positions = collate([rows[j] for j in batch + [0] * n_missing])
-        y[len(batch) :] = -100  # no loss, even where loss_positions still has the position
+        indices = batch + [0] * n_missing
+        x, y, loss_positions = collate([rows[j] for j in indices])
+        y[len(batch) :] = -100  # a target of -100 has no loss, also at one of the loss_positions
         inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
             loss = model(*inputs)
@@ -1552,7 +1565,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         if MAIN:
             check_finite(unwrap(model), weights)
             save_weights(unwrap(model), weights)
-        if has_validation:  # the test at the end loads the best weights; a later --resume may ask for it
+        if has_validation:  # for the test at the end, also if it is only asked for by a later --resume
             save_checkpoint(model, [], None, progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1568,7 +1581,7 @@ def write_sample(model, tok, row, step):
     model.eval()
     # Run without torch.compile, which would take a minute for each new length.
     with torch.compiler.set_stance("force_eager"):
-        # generate() is in the section on sampling.
+        # For generate(), see the section on sampling.
         continuation = generate(
             unwrap(model),
             prompt,
@@ -1587,7 +1600,7 @@ def write_sample(model, tok, row, step):
         path.write_text(text, encoding="utf-8", errors="replace")
 
 
-# Peak FLOPS in bf16 without sparsity, from NVIDIA's data sheets. For other GPUs, no mfu is reported.
+# Peak FLOPS in bf16 without sparsity, from NVIDIA's data sheets. Other GPUs report no mfu: add yours.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 
@@ -1681,7 +1694,7 @@ def choose_precision():
         return "no" if init_from == "scratch" else "fp16"
     if torch.accelerator.is_available():  # for example, an Apple GPU
         return "no"
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities()  # the instructions that multiply in bf16 have these two names
     has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bf16" if has_bf16 else "no"
 
@@ -1702,8 +1715,8 @@ def prepare(accelerator, model, optimizers):
         model.compile()
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
-        # Free gathered weights after every forward pass. Otherwise, those from before would still be used
-        # after a checkpoint is loaded.
+        # Free gathered weights after every forward pass. Otherwise, the model would still use these copies
+        # after a checkpoint has been loaded.
         model.set_reshard_after_forward(True)
     return model, optimizers
 
@@ -1722,14 +1735,14 @@ def clip_gradients(accelerator, model):
     """Scale the gradients down to a norm of grad_clip. Return the norm that they had."""
     max_norm = grad_clip or math.inf  # inf: only measure the norm
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if accelerator.is_fsdp2:  # it is a DTensor
+    if accelerator.is_fsdp2:  # here, it is a DTensor
         grad_norm = grad_norm.full_tensor()
     return grad_norm
 
 
 def open_metrics(n_bytes):
     """Open metrics.jsonl to append, cut back to n_bytes. A resumed run writes the rest of it again."""
-    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115
+    metrics = open(Path(out_dir, "metrics.jsonl"), "ab", buffering=0)  # noqa: SIM115 (it stays open)
     size = metrics.tell()  # 0 if the file is new
     metrics.truncate(min(n_bytes, size))
     metrics.seek(0, os.SEEK_END)
@@ -1805,7 +1818,7 @@ def main():
     optimizers = make_optimizers(model, accelerator)
     # Keep the peaks of the learning rates here: loading a checkpoint replaces the groups and their rates.
     peak_lrs = [group["lr"] for o in optimizers for group in o.param_groups]
-    # The wrapped optimizers take the steps, because they can skip one in fp16. Those inside are saved.
+    # Step the wrapped optimizers, which can skip a step in fp16. Save and load those inside them.
     model, wrapped_optimizers = prepare(accelerator, model, optimizers)
 
     # ---- start the run, or resume it ----
@@ -1814,7 +1827,7 @@ def main():
     old_run = from_main(old_run)  # only the main process has read it
     if old_run:
         progress = load_checkpoint(model, optimizers, accelerator.scaler, "checkpoint.pt")
-        # A run that has ended evaluated once more after its last checkpoint. That loss is in run.json only.
+        # A run that has ended did one more evaluation after its last checkpoint. Only run.json has that loss.
         best_at_end = old_run.get("summary", {}).get("val/loss", math.inf)
         if best_at_end < progress["best"]:
             progress["best"] = best_at_end
@@ -1849,7 +1862,7 @@ def main():
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda",  # so that send_to_device() need not wait
     )
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
@@ -1902,8 +1915,8 @@ def main():
         # Sum over the processes, so that all of them skip, stop or go on together.
         n_received = torch.full((), float(len(RECEIVED)), device=device)
         sums = accelerator.reduce(torch.stack([loss, n_received]), "sum")
+        # Put all numbers into one tensor, so that the CPU waits for the GPU only here, once a step.
         numbers = torch.stack([*sums, norm_before_clipping, n_targets])
-        # All numbers are in one tensor, so that the CPU waits for the GPU only here, once a step.
         train_loss, n_signals, grad_norm, n_tokens = numbers.tolist()
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
@@ -1963,7 +1976,7 @@ def generate(
     """Generate n_samples continuations of a prompt, which is a list of ids.
 
     Yield their next tokens (n_samples,) at each step, until all have ended.
-    vocab_size: the number of ids of the tokenizer. The model may have more, as padding, which are not drawn.
+    vocab_size: the number of ids of the tokenizer. Further ids of the model are padding and never drawn.
     temperature: 0 takes the most likely token.
     """
     device = next(model.parameters()).device
@@ -1983,7 +1996,7 @@ def generate(
         logits = logits[:, -1, :vocab_size].float().cpu()  # on every device, a seed gives the same tokens
         if logits.isnan().any():
             fail("the output of the model is not finite: train it with a lower learning_rate")
-        if temperature < 1e-3:
+        if temperature < 1e-3:  # dividing by it could overflow
             token = logits.argmax(dim=-1)
         else:
             logits = logits / temperature
@@ -2042,7 +2055,7 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
     """
-    globals().update(run["settings"])  # all functions here read the settings as global variables
+    globals().update(run["settings"])  # as if they had been given on the command line
     model = load_model(str(folder), base=base, setting="out_dir").eval()
     setting = "out_dir"
     source = str(folder)
@@ -2104,11 +2117,12 @@ def read_messages(row, column):
 def find_answer_start(text, prompt, answered):
     """Return the position at which an answer begins in the text that ends with it.
 
-    text: the chat up to the answer before, or "". prompt: up to this answer. answered: this answer included.
+    text: the chat up to and with the answer before, or "". prompt: the chat up to this answer. answered: the
+    same with this answer.
     """
     if prompt.startswith(text) and not answered.startswith(text):
-        # If two answers follow each other, Qwen3's template rewrites the first, so the two texts part there.
-        # Look for the opening of the second answer, such as "<|im_start|>assistant".
+        # If two answers follow each other, Qwen3's template rewrites the first one, and prompt and answered
+        # differ from there on. Look for the opening of the second one, such as "<|im_start|>assistant".
         opening = prompt[len(text) :]
         if not opening or opening not in answered:
             fail(f"{dataset=} has two answers in a row, which the chat template does not support: join them")
@@ -2127,7 +2141,10 @@ def keep_question(asked, answered, question):
     """
     ending = asked[asked.rindex(question) :]  # the question and what follows it
     if ending not in answered:
-        fail(f"{dataset=}: the chat template rewrites {question[:40]!r} once it is answered: take another")
+        fail(
+            f"{dataset=}: the chat template rewrites {question[:40]!r} once it is answered:"
+            " take a tokenizer with another template"
+        )
     answer = answered[answered.rindex(ending) + len(ending) :]
     return asked + answer
 
@@ -2162,7 +2179,8 @@ def texts_with_answers(document, tok):
             before = messages[i - 1]
             question = before["content"].strip()
             if before["role"] != "assistant" and question and question in prompt[start:]:
-                # It is not enough that "hi" is in "<think>": look without the opening of the answer, too.
+                # A short question may be in the opening of the answer by chance, such as "hi" in "<think>".
+                # Look in the chat without that opening, too.
                 asked = render(i)
                 if question in asked[start:]:
                     answered = keep_question(asked, answered, question)
@@ -2269,7 +2287,7 @@ class Pretrained(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        self.config = lm.config.get_text_config()
+        self.config = lm.config.get_text_config()  # that of the text part, if the model also takes images
         self.generation_config = lm.generation_config
         self._no_split_modules = lm._no_split_modules  # for FSDP2, as in GPT
         if gradient_checkpointing:
@@ -2278,8 +2296,7 @@ class Pretrained(nn.Module):
         self.n_virtual = getattr(adapter_config, "num_virtual_tokens", 0)  # of p_tuning
         n_positions = getattr(self.config, "max_position_embeddings", None)
         self.context = (n_positions or 2**31) - self.n_virtual  # some models have no limit
-        # check_model() sets this to True if logits(hidden_states(idx)) are the logits of the model. Then the
-        # loss can be computed in chunks.
+        # check_model() turns this on if logits(hidden_states(idx)) are the logits of the model.
         self.can_chunk_loss = False
 
     def forward(self, idx, targets=None, loss_positions=None, cache=None):
@@ -2309,7 +2326,7 @@ class Pretrained(nn.Module):
             targets = targets[loss_positions]
         head = self.lm.get_output_embeddings()
         trained = []
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # not in an evaluation
             trained = [p for p in head.parameters() if p.requires_grad]
         # The logits of a chunk take 128 MB, with 4 bytes each.
         chunk_size = max(1, 128 * 2**20 // (4 * self.config.vocab_size))
@@ -2337,7 +2354,8 @@ def check_model(model):
     logits = model(idx)  # (1, 8, V)
     # Rounding errors are far smaller than this tolerance, and the effect of a later token is far larger.
     tolerance = torch.finfo(model.lm.dtype).eps ** 0.5 * logits.abs().max()
-    if (model(idx[:, :4]) - logits[:, :4]).abs().max() > tolerance:
+    change = (model(idx[:, :4]) - logits[:, :4]).abs().max()  # the effect of leaving out the last four
+    if change > tolerance:
         fail(f"{init_from=} is not a causal language model: its tokens attend to later ones, as in BERT")
     # These errors mean that a model has no output layer, or does not take the arguments of hidden_states().
     with contextlib.suppress(TypeError, AttributeError):
@@ -2454,7 +2472,7 @@ def find_targets(lm):
     if lora_targets == "all-linear":
         return lora_targets
     targets = [name.strip() for name in lora_targets.split(",")]
-    names = [f".{name}" for name, _ in lm.named_modules()]
+    names = [f".{name}" for name, _ in lm.named_modules()]  # with a dot, so that proj is not in q_proj
     for target in targets:
         # A target may be the end of a name: q_proj names model.layers.0.self_attn.q_proj and others.
         if not any(name.endswith(f".{target}") for name in names):
@@ -2473,7 +2491,7 @@ def check_ids(model, splits):
             n_ids = model.config.vocab_size
             fail(
                 f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings:"
-                " put its own tokenizer there"
+                " put the model's own tokenizer there"
             )
 
 

@@ -72,7 +72,8 @@ def test_attention_is_that_of_torch(T, n_kv_head):
     for dtype, tolerance in (torch.float32, 1e-5), (torch.bfloat16, 0.05):
         found = compute(train_lm.attention, dtype, dropout_p=0.0)
         for x, y in zip(found, expected):
-            assert (x - y).abs().max() <= tolerance * y.abs().max()
+            # For a single token, the gradients of q and k are 0, up to rounding.
+            assert (x - y).abs().max() <= tolerance * y.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -158,7 +159,8 @@ def test_attention_of_images_is_that_of_torch(T):
     for dtype, tolerance in (torch.float32, 1e-5), (torch.bfloat16, 0.05):
         found = compute(train_diffusion.attention, dtype)
         for x, y in zip(found, expected):
-            assert (x - y).abs().max() <= tolerance * y.abs().max()
+            # For a single token, the gradients of q and k are 0, up to rounding.
+            assert (x - y).abs().max() <= tolerance * y.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
