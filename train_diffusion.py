@@ -13,7 +13,7 @@ with --resume=True goes on from it.
 
 import os
 
-# Read before the slow imports, so that stop_with_launcher() notices if the launcher dies during them
+# The process that launched this one. Note it before the slow imports, because it may die during them.
 LAUNCHER_PID = os.getppid()
 
 import contextlib
@@ -60,6 +60,7 @@ from torch.utils.data import DataLoader
 
 # configure() applies config files and the command line to the settings below. settings() lists them. fail()
 # ends the program with a message. `with named(setting, value):` does so if a library raises an error inside.
+# sections() returns the text of sections of a script.
 from configurator import configure, fail, named, sections, settings
 
 # ---- Settings: change them here, in a config file, or by --name=value on the command line ----
@@ -105,11 +106,11 @@ guidance = -1.0  # strength of guidance; 1 is none (for Z-Image, 0); -1: the def
 sample_prompts = ""  # with init_from: what to draw at each evaluation, separated by |; "": the first captions
 # batch and length
 batch_size = 64  # images per optimizer step, over all processes
-micro_batch_size = 0  # images that a process computes at once; fewer save memory; 0: batch_size / processes
+micro_batch_size = 0  # images per forward pass; lower it to save memory; 0: batch_size / processes
 max_steps = 600  # number of optimizer steps; 0: only evaluate
 epochs = 0.0  # if not 0, train for this many passes over the data, whatever max_steps is
 # optimizer and learning rate
-optimizer = "muon"  # "muon" (AdamW for all but the blocks' matrices) or "adamw"; with init_from, always adamw
+optimizer = "muon"  # "muon" (for the blocks' matrices; AdamW for the rest) or "adamw"; with init_from: adamw
 learning_rate = 0.0  # peak learning rate; 0: a default for the optimizer (DEFAULT_LR in this script)
 adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matrices in the blocks
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
@@ -554,7 +555,8 @@ def find_files():
     root = Path(dataset)
     own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
     if root.exists():
-        files = list(list_files(root, seen={str(own_folder)}))
+        seen = {str(own_folder)}
+        files = list(list_files(root, seen))
     else:
         # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
         names = sorted(glob.glob(dataset, recursive=True))
@@ -944,7 +946,7 @@ def cached(key, features, generator, *args):
     code = sections(__file__, "Pixels")  # the text of the section of this file that makes rows
     state = repr([key, generator.__name__, code])
     fingerprint = hashlib.md5(state.encode()).hexdigest()
-    # Bind the arguments here: from_generator() would split lists among its gen_kwargs into shards.
+    # Use partial(), because from_generator() would divide the lists in its gen_kwargs into shards.
     make_rows = functools.partial(generator, *args)
     return datasets.Dataset.from_generator(make_rows, datasets.Features(features), fingerprint=fingerprint)
 
@@ -961,7 +963,7 @@ def state_of_files(table):
     state = []
     for path in filter(os.path.exists, paths):
         stat = os.stat(path)
-        # The ctime changes with every change of a file. The mtime can be set, as archives do.
+        # Every change of a file sets its ctime. The mtime can be older: unpacking an archive sets it back.
         state.append((path, stat.st_size, stat.st_ctime_ns, os.access(path, os.R_OK)))
     return state
 
@@ -1375,13 +1377,13 @@ def evenly_spread(n, n_rows):
 
 
 def hash_rows(rows, names):
-    """Return a hash of 100 rows, their number and the names of classes or captions.
+    """Return a hash of 100 rows, of their number and of the names of classes or captions.
 
-    By it, a resumed run notices that its data has changed.
+    With it, a resumed run notices changed data.
     """
     chosen = rows.select(evenly_spread(100, len(rows)))
-    content = [len(rows), chosen["crc32"][:], chosen["cond"][:], names]
-    return hashlib.md5(repr(content).encode()).hexdigest()
+    content = repr([len(rows), chosen["crc32"][:], chosen["cond"][:], names])
+    return hashlib.md5(content.encode()).hexdigest()
 
 
 def describe_run(model, splits, data, captions, old_run):
@@ -1873,7 +1875,7 @@ def main():
         collate_fn=functools.partial(collate, shape=data["shape"]),
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda",  # so that to_device() need not wait
     )
     batches = iter(loader)
     micro_batches = list(itertools.islice(batches, accumulation_steps))  # those of the next step
@@ -1926,8 +1928,8 @@ def main():
         # Sum over the processes, so that all of them skip, stop or go on together.
         n_received = torch.full((), float(len(RECEIVED)), device=device)
         sums = accelerator.reduce(torch.stack([loss / WORLD, n_received]), "sum")
+        # Put all numbers into one tensor, so that the CPU waits for the GPU only here, once a step.
         numbers = torch.stack([*sums, norm_before_clipping])
-        # All numbers are in one tensor, so that the CPU waits for the GPU only here, once a step.
         train_loss, n_signals, grad_norm = numbers.tolist()
         is_stopped = n_signals > 0
         is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
