@@ -142,7 +142,7 @@ PATHS = ("out_dir", "dataset", "init_from", "vae")
 # Settings that a resumed run may not change. If you add a setting that shapes the model, add its name.
 FIXED = """
     seed batch_size image_size flip vae init_from adapter lora_rank lora_alpha lora_targets prediction
-    patch_size n_layer n_head n_embd optimizer beta1 beta2 weight_decay
+    patch_size n_layer n_head n_embd optimizer beta1 beta2 weight_decay eval_batches
 """.split()
 
 # ---- Process helpers ----
@@ -204,6 +204,7 @@ def ignore_signals(worker_id):
 
 MUST_BE_POSITIVE = "batch_size image_size patch_size n_layer n_head n_embd lora_rank lora_alpha".split()
 MUST_BE_BELOW_ONE = "ema_decay beta1 beta2 val_fraction test_fraction".split()
+MUST_BE_AT_MOST_ONE = "cooldown min_lr label_dropout".split()
 CHOICES = {
     "adapter": ("", "lora"),
     "prediction": ("flow", "v", "eps", "x0"),
@@ -229,8 +230,8 @@ def check_settings():
             fail(f"{name}={value} must be greater than 0")
         if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
-    if label_dropout > 1:
-        fail(f"{label_dropout=} must be at most 1")
+        if value > 1 and name in MUST_BE_AT_MOST_ONE:
+            fail(f"{name}={value} must be at most 1")
     if guidance < 0 and guidance != -1:
         fail(f"{guidance=} must be at least 0, or -1 for the default")
     if seed >= 2**63:  # torch keeps seeds as 64-bit integers with a sign
@@ -249,6 +250,8 @@ def check_settings():
         fail(f"{mixed_precision=} needs --optimizer=adamw: Muon does not support fp16's loss scaling")
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
+    if patience > 0 and eval_interval == 0:
+        fail(f"{patience=} needs evaluations during the run: set --eval_interval=250")
     if resume and overwrite:
         fail("--resume=True continues the run that --overwrite=True would delete: use only one of them")
     if not dataset:
@@ -546,23 +549,34 @@ def list_files(path, seen):
                 yield from list_files(child, seen)
 
 
+def find_root():
+    """Return the path that `dataset` names; for a glob pattern, the folder before the first wildcard."""
+    if os.path.exists(dataset):
+        return Path(dataset)
+    before_wildcard = re.split(r"[*?[]", dataset)[0]
+    return Path(os.path.dirname(before_wildcard))
+
+
+def list_dataset():
+    """Return all files that `dataset` names, except those of this run."""
+    own_folder = Path(out_dir).resolve()
+    if os.path.exists(dataset):
+        seen = {str(own_folder)}
+        return list(list_files(find_root(), seen))
+    # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
+    names = sorted(glob.glob(dataset, recursive=True))
+    paths = [Path(name) for name in names if os.path.isfile(name)]
+    return [path for path in paths if not path.resolve().is_relative_to(own_folder)]
+
+
 def find_files():
     """Return (kind, paths, descriptions) for the files that `dataset` names.
 
     kind: "image", "parquet", or "hub" if there are no such files. descriptions: captions (.txt), and the
     metadata files of Hugging Face's "imagefolder" format.
     """
-    root = Path(dataset)
-    own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
-    if root.exists():
-        seen = {str(own_folder)}
-        files = list(list_files(root, seen))
-    else:
-        # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
-        names = sorted(glob.glob(dataset, recursive=True))
-        paths = [Path(name) for name in names if os.path.isfile(name)]
-        files = [path for path in paths if not path.resolve().is_relative_to(own_folder)]
-    if not files and not root.is_dir():
+    files = list_dataset()
+    if not files and not os.path.isdir(dataset):
         log(f"there is no file or folder {dataset}: looking for it on the Hugging Face Hub")
         return "hub", [], []
     # Images beside .parquet files are left out: often, they are the screenshots of a README.md.
@@ -622,9 +636,7 @@ def load_images():
 
 def folders_of(path):
     """Return the names of the folders between `dataset` and a file in it."""
-    if not Path(dataset).is_dir():
-        return ()
-    return path.relative_to(dataset).parts[:-1]
+    return path.relative_to(find_root()).parts[:-1]
 
 
 def read_tables(tables):
@@ -664,10 +676,15 @@ def as_text(field, column, class_names=()):
     if field is None or (isinstance(field, float) and math.isnan(field)):
         return None
     if class_names:
+        if not -1 <= field < len(class_names):
+            fail(f"{dataset=}: column {column!r} holds {field}, but it has {len(class_names)} class names")
         return None if field == -1 else class_names[field]  # -1: unlabeled
     if not isinstance(field, str | int | float):
         fail(f"{dataset=}: column {column!r} holds {repr(field)[:60]}, which is neither text nor a number")
-    return str(field).strip() or None
+    text = str(field).strip()
+    with named("column", column):
+        text.encode()  # raises an error for characters that are not Unicode, which JSON can hold
+    return text or None
 
 
 def read_folder(paths, descriptions):
@@ -679,6 +696,9 @@ def read_folder(paths, descriptions):
     column = label_column if init_from == "scratch" else caption_column
     metadata = read_metadata([path for path in descriptions if path.suffix != ".txt"])
     has_metadata = len(metadata) > 0
+    unused = sorted({name for row in metadata.values() for name in row} - {"file_name", column})
+    if unused:
+        log(f"columns that are not used: {', '.join(unused)}")
     captions = {path for path in descriptions if path.suffix == ".txt"}
     found = defaultdict(list)  # {split: [(path, text)]}
     n_left_out = 0
@@ -703,12 +723,15 @@ def read_folder(paths, descriptions):
                 text = above[0]
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
             text = read_caption(path.with_suffix(".txt"))
+            captions.remove(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
         fail(f"{dataset=}: no image is in the metadata file: file_name must be a path relative to it")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
-    if metadata:  # those that were found have been taken out
+    if captions:  # those that were used have been taken out, as those of metadata below
+        log(f"not used: {len(captions)} .txt files, such as {min(captions)}")
+    if metadata:
         log(f"{len(metadata)} images in the metadata file are not in {dataset}, such as {min(metadata)}")
 
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
@@ -742,10 +765,12 @@ def read_metadata(files):
                 rows = datasets.Dataset.from_parquet(glob.escape(str(file))).to_list()
             elif file.suffix == ".csv":
                 with open(file, newline="", encoding="utf-8-sig") as f:
-                    rows = list(csv.DictReader(f, strict=True))
+                    rows = list(csv.DictReader(f, strict=True, skipinitialspace=True))
             else:
                 with open(file, encoding="utf-8-sig") as f:
                     rows = [json.loads(line) for line in f if line.strip()]
+        if not rows:
+            fail(f"{dataset=}: {file} has no rows: fill it, or remove it")
         for n, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 fail(f"{dataset=}: {file}, row {n} has no file_name")
@@ -815,6 +840,9 @@ def to_8_bits(image):
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
         white = 2**bits - 1
     values = np.asarray(image) / white
+    PHOTOMETRIC_INTERPRETATION = 262  # another tag; its value 0 means that white is 0, as in X-rays
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 1 - values
     scaled = Image.fromarray((255 * values).round().astype(np.uint8))
     scaled.info = image.info  # the color profile and the orientation
     return scaled
@@ -887,11 +915,9 @@ def encode(autoencoder, x):
     x = x.to(autoencoder.device)
     if is_for_videos(autoencoder):
         x = x[:, :, None]  # an image is one frame
-    encoded = autoencoder.encode(x)
-    if hasattr(encoded, "latent_dist"):
-        z = encoded.latent_dist.mode()
-    else:
-        z = encoded.latent  # AutoencoderDC has no distribution
+    z = autoencoder.encode(x, return_dict=False)[0]
+    if not isinstance(z, torch.Tensor):  # most autoencoders return a distribution
+        z = z.mode()
     if is_for_videos(autoencoder):
         z = z.squeeze(2)
     mean, std = latent_statistics(autoencoder)
@@ -921,6 +947,11 @@ def load_vae(name, device):
     """Load an AutoencoderKL in fp32, because some of them make black images in fp16."""
     import diffusers
 
+    with named("vae", name):
+        config = diffusers.AutoencoderKL.load_config(name)
+    kind = config["_class_name"]
+    if kind != "AutoencoderKL" or config["in_channels"] != 3:
+        fail(f"{vae=} is not an AutoencoderKL for color images (but a {kind}): take another")
     with named("vae", name):
         return diffusers.AutoencoderKL.from_pretrained(name).float().eval().to(device)
 
@@ -1114,6 +1145,8 @@ def prepare_data(accelerator, pipeline=None):
     for split, fraction in [("test", test_fraction), ("validation", val_fraction)]:
         if fraction and split not in splits:
             splits["train"], splits[split] = split_off_end(splits["train"], fraction)
+    if patience > 0 and "validation" not in splits:
+        fail(f"{patience=} needs validation data: set --val_fraction=0.05")
     data = {"shape": list(shape), "classes": names if init_from == "scratch" else []}
     data["rows"] = {split: len(rows) for split, rows in splits.items()}
     kind = "classes" if init_from == "scratch" else "captions"
@@ -1294,7 +1327,10 @@ RUN_FILES = """
     train_diffusion/*/hparams.yml *.pt.trace.json run.json.tmp *.pt.tmp
     *.safetensors.tmp lora.tmp
 """.split()
-PIPELINE_PARTS = "vae unet* transformer* text_encoder* tokenizer* scheduler feature_extractor".split()
+PIPELINE_PARTS = """
+    vae unet transformer scheduler feature_extractor text_encoder text_encoder_2 text_encoder_3 text_encoder_4
+    tokenizer tokenizer_2 tokenizer_3 tokenizer_4
+""".split()
 PART_FILES = "*config.json *model*.safetensors* *token*.json vocab.* merges.txt *.model *.jinja".split()
 RUN_FILES += [f"{part}/{file}" for part in PIPELINE_PARTS for file in PART_FILES]
 PACKAGES = "torch transformers datasets accelerate peft diffusers".split()  # run.json has their versions
@@ -1356,8 +1392,10 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         is_finished = run.get("summary", {}).get("steps", 0) > 0
-        if is_finished:
-            fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
+        has_weights = any(name.endswith((".safetensors", "best.pt")) for name in files)
+        if is_finished or has_weights:
+            fail(f"{out_dir=} holds weights, but no checkpoint.pt to resume from: choose another --out_dir")
+        log("there is no checkpoint to resume from: the run starts from the beginning")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1415,8 +1453,8 @@ def describe_run(model, splits, data, captions, old_run):
 
 def check_data(before, now):
     """Refuse to resume a run if a split has changed. before, now: {split: hash}; one may lack a split."""
-    for split in before.keys() & now.keys():
-        if before[split] != now[split]:
+    for split, now_hash in now.items():
+        if before.get(split, now_hash) != now_hash:
             fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
 
 
@@ -1991,7 +2029,9 @@ def load(folder, run, base=""):
 
     run: the content of its run.json. base: the pipeline that a LoRA was trained on, if it is elsewhere now.
     """
-    globals().update(run["settings"])  # the functions below read the settings of the run as globals
+    globals().update(run["settings"])  # as if they had been given on the command line
+    if base and not adapter:
+        fail(f"{base=} has an effect on adapters only, and {folder} holds none")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it
     if init_from != "scratch":
@@ -2012,6 +2052,8 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
     if scale < 0:
         scale = guidance
     device = next(model.parameters()).device
+    if lora_scale != 1 and not adapter:
+        fail(f"{lora_scale=} has an effect on adapters only, and this run has none")
     dtype = DTYPES[choose_precision()]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if init_from != "scratch":
@@ -2400,6 +2442,8 @@ class Pipeline(nn.Module):
         hook.remove()
         if len(calls) != 2:
             fail(f"{init_from=} calls its denoiser {len(calls) / 2:g} times a step: only once is supported")
+        if self.one_step.config.get("use_dynamic_shifting") and self.one_step.mu is None:
+            fail(f"{init_from=} does not tell its scheduler how to shift the times, so it cannot be trained")
         shapes = [[tensor_shapes(output) for output in outputs] for outputs in self.outputs]
         if all(other == shapes[0] for other in shapes):
             self.takes_batches = True

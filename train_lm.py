@@ -137,7 +137,7 @@ PATHS = ("out_dir", "dataset", "init_from", "tokenizer")
 FIXED = """
     seed batch_size block_size tokenizer fold init_from adapter lora_rank lora_alpha lora_targets
     virtual_tokens n_layer n_head n_kv_head n_embd optimizer beta1 beta2 weight_decay
-    qk_weight_decay
+    qk_weight_decay eval_batches
 """.split()
 
 # ---- Process helpers ----
@@ -199,6 +199,7 @@ def ignore_signals(worker_id):
 
 MUST_BE_POSITIVE = "batch_size block_size n_layer n_head n_embd lora_rank lora_alpha virtual_tokens".split()
 MUST_BE_BELOW_ONE = "dropout beta1 beta2 val_fraction test_fraction".split()
+MUST_BE_AT_MOST_ONE = "cooldown min_lr".split()
 CHOICES = {
     "adapter": ("", "lora", "p_tuning"),
     "optimizer": ("muon", "adamw"),
@@ -222,6 +223,8 @@ def check_settings():
             fail(f"{name}={value} must be greater than 0")
         if value >= 1 and name in MUST_BE_BELOW_ONE:
             fail(f"{name}={value} must be below 1")
+        if value > 1 and name in MUST_BE_AT_MOST_ONE:
+            fail(f"{name}={value} must be at most 1")
     if seed >= 2**63:  # torch keeps seeds as 64-bit integers with a sign
         fail(f"{seed=} must be below 2**63")
     # Rotary embeddings rotate pairs of dimensions, so the width of a head must be even.
@@ -244,6 +247,8 @@ def check_settings():
         fail(f"{mixed_precision=} needs --optimizer=adamw: Muon does not support fp16's loss scaling")
     if tracker and importlib.util.find_spec(tracker) is None:
         fail(f"{tracker=} is not installed: pip install {tracker}")
+    if patience > 0 and eval_interval == 0:
+        fail(f"{patience=} needs evaluations during the run: set --eval_interval=250")
     if resume and overwrite:
         fail("--resume=True continues the run that --overwrite=True would delete: use only one of them")
     if not dataset:
@@ -345,10 +350,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, past=None):
-        y = self.self_attn(norm(x), cos, sin, past)
-        x = x + F.dropout(y, dropout, self.training)
-        y = self.mlp(norm(x))
-        x = x + F.dropout(y, dropout, self.training)
+        x = x + F.dropout(self.self_attn(norm(x), cos, sin, past), dropout, self.training)
+        x = x + F.dropout(self.mlp(norm(x)), dropout, self.training)
         return x
 
 
@@ -528,29 +531,34 @@ def kind_of(name):
 
 
 def split_of(path):
-    """Return the split of a file: look for the name of a split in its folders, then in its own name."""
+    """Return the split of a file: look for the name of a split in its folders, then in its own name.
+
+    Some datasets of the Hub have further splits, in files such as test_sft-00000-of-00001.parquet.
+    """
     folders = path.parts[:-1]
     file_name = path.name.split(".")[0]
     for name in (*folders, file_name):
         split_name = re.sub(SHARD_SUFFIX, "", name.lower())
         if split_name in SPLITS:
             return SPLITS[split_name]
+    if "-of-" in file_name and split_name.split("_")[0] in SPLITS:
+        return split_name
     return "train"
 
 
 def list_files(path, seen):
     """Yield the path itself if it is a file, or else all files below it that are not hidden.
 
-    Links are followed. `seen` is the set of the real paths so far: it makes sure that each file is yielded
-    once and that a folder with a link to itself is read once.
+    Links are followed. `seen` is the set of the real paths of folders so far: it makes sure that a folder
+    with a link to itself is read once.
     """
-    real_path = os.path.realpath(path)
-    if real_path in seen:
-        return
-    seen.add(real_path)
     if path.is_file() or not path.exists():  # a link to nothing; the log will say that it is left out
         yield path
     elif path.is_dir():
+        real_path = os.path.realpath(path)
+        if real_path in seen:
+            return
+        seen.add(real_path)
         with named("dataset", dataset):
             children = sorted(path.iterdir())
         for child in children:
@@ -580,6 +588,28 @@ def is_text(path):
     return "\0" not in text  # UTF-16 is full of these
 
 
+def find_root():
+    """Return the path that `dataset` names; for a glob pattern, the folder before the first wildcard."""
+    if dataset == "python":
+        return Path(sysconfig.get_paths()["stdlib"])
+    if os.path.exists(dataset):
+        return Path(dataset)
+    before_wildcard = re.split(r"[*?[]", dataset)[0]
+    return Path(os.path.dirname(before_wildcard))
+
+
+def list_dataset():
+    """Return all files that `dataset` names, except those of this run."""
+    own_folder = Path(out_dir).resolve()
+    if dataset == "python" or os.path.exists(dataset):
+        seen = {str(own_folder)}
+        return list(list_files(find_root(), seen))
+    # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
+    names = sorted(glob.glob(dataset, recursive=True))
+    paths = [Path(name) for name in names if os.path.isfile(name)]
+    return [path for path in paths if not path.resolve().is_relative_to(own_folder)]
+
+
 def find_files():
     """Return (kind, {split: paths}) of the files that `dataset` names, or ("hub", {}) if it names none."""
     if "://" in dataset:
@@ -590,19 +620,8 @@ def find_files():
         with named("dataset", dataset):
             path = datasets.DownloadManager().download_and_extract(dataset)
         return kind, {"train": [Path(path)]}
-    root = Path(dataset)
-    if dataset == "python":
-        root = Path(sysconfig.get_paths()["stdlib"])
-    own_folder = Path(out_dir).resolve()  # the run itself may be inside: leave it out
-    if root.exists():
-        seen = {str(own_folder)}
-        files = list(list_files(root, seen))
-    else:
-        # A glob pattern. The name of a dataset of the Hub also gets here; as a pattern it matches no files.
-        names = sorted(glob.glob(dataset, recursive=True))
-        paths = [Path(name) for name in names if os.path.isfile(name)]
-        files = [path for path in paths if not path.resolve().is_relative_to(own_folder)]
-    if not files and not root.is_dir():
+    files = list_dataset()
+    if not files and not os.path.isdir(dataset):
         log(f"there is no file or folder {dataset}: looking for it on the Hugging Face Hub")
         return "hub", {}
     if dataset == "python":
@@ -625,13 +644,11 @@ def find_files():
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
-    if not root.exists():  # a pattern: look for names of splits from the first wildcard on
-        before_wildcard = re.split(r"[*?[]", dataset)[0]
-        root = Path(os.path.dirname(before_wildcard))
-    paths = defaultdict(list)
+    by_split = defaultdict(dict)  # {split: {real path: path}}, so that a file and links to it count once
     for path in used:
-        split = "train" if path == root else split_of(path.relative_to(root))
-        paths[split].append(path)
+        split = split_of(path.relative_to(find_root()))
+        by_split[split].setdefault(os.path.realpath(path), path)
+    paths = {split: list(by_real_path.values()) for split, by_real_path in by_split.items()}
     for split, files_of_split in paths.items():
         log(f"{split} files: {len(files_of_split)}, such as {files_of_split[0].name}")
     return kind, paths
@@ -692,14 +709,20 @@ def read_table(path, kind):
 def choose_columns(names):
     """Return {our name: name in the table} for the columns to train on. Log the names of the others."""
     chats = [name for name in ("messages", "conversations") if name in names]
-    if text_column == "text" and chats:
+    pair = {"prompt": prompt_column, "completion": completion_column}
+    is_chosen = (prompt_column, completion_column) != ("prompt", "completion")
+    has_pair = prompt_column in names and completion_column in names
+    if text_column != "text":
+        columns = {"text": text_column}
+    elif is_chosen or (has_pair and not chats):
+        columns = pair
+    elif chats:
         # The columns "system" (a text) and "tools" (functions that the model may call) are optional.
         columns = {"messages": chats[0], "system": "system", "tools": "tools"}
-    elif text_column == "text" and prompt_column in names and completion_column in names:
-        columns = {"prompt": prompt_column, "completion": completion_column}
-    elif text_column in names:
-        columns = {"text": text_column}
     else:
+        columns = {"text": text_column}
+    optional = {"system", "tools"}
+    if not {*columns.values()} - optional <= {*names}:
         fail(
             f"{dataset=} has the columns {', '.join(names)}: choose one by --text_column=, or two by"
             " --prompt_column= and --completion_column=; a column with chats must be named messages"
@@ -891,11 +914,14 @@ def bos_prefix(tok):
     return first if first == [tok.bos_token_id] else []
 
 
-def encode_texts(documents, tok, split):
+def encode_texts(documents, tok):
     """Yield rows of block_size + 1 ids: the documents one after another, with an <eos> behind each.
 
     Every token is a target once, because a row begins with the last token of the row before. (The very first
     token is no target.) With a tokenizer that writes <bos>, every row begins with <bos> instead.
+
+    The last row holds no ids but a note for the log. It is stored with the rows, so that every later start,
+    which reads them from the cache, logs it again.
     """
     begin = bos_prefix(tok)
     overlap = 0 if begin else 1  # tokens that a row repeats from the row before
@@ -921,8 +947,7 @@ def encode_texts(documents, tok, split):
         ids = ids[start:]
     if len(ids) > overlap:  # the last row is shorter
         yield {"ids": begin + ids}
-    if n_dropped:
-        log(f"{split}: {n_dropped} documents without text dropped")
+    yield {"note": f"{n_dropped} documents without text dropped" if n_dropped else ""}
 
 
 def first_texts(documents, n_characters):
@@ -1017,19 +1042,24 @@ def choose_splits(found):
 def tokenize(documents, tok, split):
     """Return the rows of a split. With prompts or chats they have labels, since only answers have a loss."""
     encode = encode_texts
-    features = {"ids": datasets.List(datasets.Value("int32"))}
+    features = {"ids": datasets.List(datasets.Value("int32")), "note": datasets.Value("string")}
     columns = documents.column_names
     if "prompt" in columns or "messages" in columns:
         encode = encode_answers
         features["labels"] = features["ids"]
     key = [state_of(documents), block_size]  # if you add a setting that changes the rows, add it here
     key += [tok.backend_tokenizer.to_str(), tok.special_tokens_map, tok.chat_template]
-    rows = cached(key, features, encode, documents, tok, split)
-    if len(rows) == 0:
+    rows = cached(key, features, encode, documents, tok)
+    n_rows = len(rows) - 1  # without the last one, which holds the note
+    note = rows[n_rows]["note"]
+    if note:
+        log(f"{split}: {note}")
+    if n_rows == 0:
         fail(
             f"the {split} split of {dataset=} has nothing to learn from: no text, or no answer that begins"
             f" within {block_size=} tokens"
         )
+    rows = rows.select(range(n_rows)).remove_columns("note")
     return rows.with_format("torch")
 
 
@@ -1056,6 +1086,8 @@ def prepare_data():
         splits["train"] = datasets.concatenate_datasets(parts)
     elif val_fraction and "validation" not in splits:
         splits["train"], splits["validation"] = split_off_end(splits["train"], val_fraction)
+    if patience > 0 and "validation" not in splits:
+        fail(f"{patience=} needs validation data: set --val_fraction=0.05")
     for split, rows in splits.items():
         log(f"{split}: {len(rows):,} rows of at most {block_size} tokens")
     return tok, splits
@@ -1295,8 +1327,10 @@ def open_run_dir():
         return None
     if "checkpoint.pt" not in files:
         is_finished = run.get("summary", {}).get("steps", 0) > 0
-        if is_finished:
-            fail(f"{out_dir=} holds a finished run without its checkpoint.pt: choose another --out_dir")
+        has_weights = any(name.endswith((".safetensors", "best.pt")) for name in files)
+        if is_finished or has_weights:
+            fail(f"{out_dir=} holds weights, but no checkpoint.pt to resume from: choose another --out_dir")
+        log("there is no checkpoint to resume from: the run starts from the beginning")
         return None
     now = settings(globals())
     for name in FIXED:
@@ -1317,8 +1351,8 @@ def evenly_spread(n, n_rows):
 
 def hash_rows(rows):
     """Return a hash of 100 rows and of their number. With it, a resumed run notices changed data."""
-    ids = [rows[i]["ids"].tolist() for i in evenly_spread(100, len(rows))]
-    content = repr([len(rows), ids])
+    chosen = rows.select(evenly_spread(100, len(rows)))
+    content = repr([len(rows), chosen.with_format(None)[:]])
     return hashlib.md5(content.encode()).hexdigest()
 
 
@@ -1348,8 +1382,8 @@ def describe_run(model, splits, old_run):
 
 def check_data(before, now):
     """Refuse to resume a run if a split has changed. before, now: {split: hash}; one may lack a split."""
-    for split in before.keys() & now.keys():
-        if before[split] != now[split]:
+    for split, now_hash in now.items():
+        if before.get(split, now_hash) != now_hash:
             fail(f"{out_dir=} holds a run with other {split} data than {dataset=}: choose another --out_dir")
 
 
@@ -1979,6 +2013,8 @@ def generate(
     vocab_size: the number of ids of the tokenizer. Further ids of the model are padding and never drawn.
     temperature: 0 takes the most likely token.
     """
+    if max(prompt) >= model.config.vocab_size:  # a tokenizer can have more tokens than the model
+        fail("the prompt has a token that the model does not have: leave it out")
     device = next(model.parameters()).device
     idx = torch.tensor([prompt] * n_samples, device=device)  # (n_samples, T)
     rng = torch.Generator().manual_seed(seed)
@@ -2056,10 +2092,12 @@ def load(folder, run, base=""):
     run: the content of its run.json. base: where the model under an adapter is now, if it has moved.
     """
     globals().update(run["settings"])  # as if they had been given on the command line
+    is_adapter = Path(folder, "adapter_config.json").exists()
+    if base and not is_adapter:
+        fail(f"{base=} has an effect on adapters only, and {folder} holds none")
     model = load_model(str(folder), base=base, setting="out_dir").eval()
     setting = "out_dir"
     source = str(folder)
-    is_adapter = Path(folder, "adapter_config.json").exists()
     if is_adapter and not any(Path(folder).glob("tokenizer*")):  # peft alone saves none
         setting = "base"
         source = model.lm.name_or_path
@@ -2108,8 +2146,19 @@ def read_messages(row, column):
         message = {name: value for name, value in fields.items() if value is not None}
         role = message.pop("from", None) or message.get("role")
         content = message.pop("value", None) or message.get("content")
+        others = fields.keys() - {"role", "from", "content", "value", "weight"}
+        if content is None and others and "tool_calls" not in message:
+            fail(
+                f"{dataset=}: a message in column {column!r} has {', '.join(sorted(others))}, but no content"
+            )
         if str(role) not in ROLES:
             fail(f"{dataset=}: the role {role!r} in column {column!r} is not one of {', '.join(ROLES)}")
+        for call in message.get("tool_calls") or []:
+            # OpenAI writes the arguments as JSON. Most chat templates expect the object in it.
+            function = call.get("function", call)
+            if isinstance(function.get("arguments"), str):
+                with named("column", column):
+                    function["arguments"] = json.loads(function["arguments"] or "{}")
         messages.append({**message, "role": ROLES[role], "content": as_text(content, column)})
     return messages
 
@@ -2172,7 +2221,9 @@ def texts_with_answers(document, tok):
     for i, message in enumerate(messages):
         # An assistant message that opens a chat answers nothing, so it has no loss. In OpenAI's format, a
         # message with a weight of 0 has none either.
-        if message["role"] == "assistant" and i > 0 and message.get("weight") != 0:
+        is_answer = message["role"] == "assistant" and i > 0 and message.get("weight") != 0
+        is_empty = not message["content"].strip() and not message.get("tool_calls")
+        if is_answer and not is_empty:
             prompt = render(i, add_generation_prompt=True)
             answered = render(i + 1)
             start = find_answer_start(text, prompt, answered)
@@ -2194,10 +2245,11 @@ def texts_with_answers(document, tok):
     yield text, spans
 
 
-def encode_answers(documents, tok, split):
+def encode_answers(documents, tok):
     """Yield rows {"ids", "labels"}. The labels are the ids of the answers, and -100 elsewhere.
 
-    Rows of more than block_size + 1 ids are cut, and those without an answer are dropped.
+    Rows of more than block_size + 1 ids are cut, and those without an answer are dropped. The last row holds
+    a note, as in encode_texts().
     """
     is_chat = "messages" in documents.column_names
     begin = [] if is_chat else bos_prefix(tok)  # a chat template writes <bos> itself
@@ -2237,8 +2289,10 @@ def encode_answers(documents, tok, split):
                 yield {"ids": ids, "labels": labels}
         if n_rows == 0:
             n_dropped += 1
+    note = ""
     if n_dropped or n_cut:
-        log(f"{split}: {n_dropped} documents without an answer dropped, {n_cut} rows cut at {block_size=}")
+        note = f"{n_dropped} documents without an answer dropped, {n_cut} rows cut at {block_size=}"
+    yield {"note": note}
 
 
 # ---- Fine-tuning: only with init_from ----
@@ -2397,7 +2451,7 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     config.inference_mode = not is_trained_further  # in this mode, peft freezes an adapter
     if base:
         config.base_model_name_or_path = base
-    lm = load_causal_lm(config.base_model_name_or_path, dtype, setting)
+    lm = load_causal_lm(config.base_model_name_or_path, dtype, "base")
     with named(setting, name):
         if Path(name, "generation_config.json").exists():  # of an earlier run
             lm.generation_config = transformers.GenerationConfig.from_pretrained(name)

@@ -23,6 +23,7 @@ ROWS = {  # files of such rows
     "told": {"messages": [SAYS, {"role": "narrator", "content": "he waits"}, ANSWERS]},
     "sentences": {"messages": "hello? hi!"},
     "counts": {"text": "some text", "messages": 12},
+    "mute": {"messages": [{"role": "user", "text": "hello"}, {"role": "assistant", "text": "hi"}]},
     "toolbox": {"messages": [SAYS, ANSWERS], "tools": "hammer, saw"},
 }
 FILES = {
@@ -83,13 +84,15 @@ NUMBERS = "batch_size=0 block_size=0 n_layer=0 n_head=0 n_embd=0 lora_rank=0 dro
 NUMBERS += " val_fraction=1 test_fraction=1.5 seed=9223372036854775808 grad_clip=-1 learning_rate=-0.1"
 NUMBERS += " max_steps=-1 warmup_steps=-1 num_workers=-1 optimizer=sgd lr_schedule=linear"
 NUMBERS += " mixed_precision=fp8 tracker=wandbb adapter=qlora dataset= n_embd=102 fold=6/5 fold=one"
-NUMBERS += " mixed_precision=fp16 adapter=lora"
+NUMBERS += " mixed_precision=fp16 adapter=lora cooldown=20 min_lr=1.5"
 
 LORA, GOOD = ("--adapter=lora", "--block_size=32"), "--dataset={data}/good.txt"
 CHATS = ("--dataset={data}/chats.jsonl", "--block_size=32")
 REFUSED = [
     (["--n_kv_head=3", "--n_head=4", "--n_embd=64"], "must be a multiple of n_kv_head=3"),
     (["--resume=True", "--overwrite=True"], "use only one of them"),
+    (["--patience=2", "--eval_interval=0"], "patience=2 needs evaluations"),
+    (["--patience=2", "--val_fraction=0"], "patience=2 needs validation data"),
     (
         ["--batch_size=16", "--micro_batch_size=5"],
         "must be a multiple of micro_batch_size x processes = 5 x 1",
@@ -113,6 +116,11 @@ REFUSED = [
     (["--dataset={data}/sentences.jsonl"], "'messages'"),
     (["--dataset={data}/counts.jsonl"], "'messages' must hold lists of messages, not 12"),
     (["--dataset={data}/toolbox.jsonl"], "'tools'"),
+    (["--dataset={data}/mute.jsonl"], "a message in column 'messages' has text, but no content"),
+    (
+        ["--dataset={data}/rows.jsonl", "--prompt_column=body", "--completion_column=m"],
+        "has the columns body, n",
+    ),
     (["--dataset={data}/cut.txt.gz"], "cut.txt.gz"),
     (["--dataset={data}/twice.csv"], "several columns of the same name"),
     (["--dataset={data}/no_rows"], "the test split of dataset='{data}/no_rows' has no rows"),

@@ -19,19 +19,22 @@ NUMBERS = "batch_size=0 image_size=0 patch_size=0 n_layer=0 n_head=0 n_embd=0 lo
 NUMBERS += " ema_decay=1 beta1=1 beta2=1.5 val_fraction=1 test_fraction=1.5 label_dropout=1.1 guidance=-2"
 NUMBERS += " seed=9223372036854775808 grad_clip=-1 max_steps=-1 num_workers=-1 sample_steps=-1 n_embd=102"
 NUMBERS += " optimizer=sgd lr_schedule=linear mixed_precision=fp8 tracker=wandbb adapter=qlora prediction=x1"
-NUMBERS += " sampler=euler dataset= adapter=lora frozen_fp8=True mixed_precision=fp16"
+NUMBERS += " sampler=euler dataset= adapter=lora frozen_fp8=True mixed_precision=fp16 cooldown=20 min_lr=1.5"
 
 SD = "--init_from={data}/sd --image_size=16"
 LORA = SD + " --adapter=lora --caption=x"
 REFUSED = [
     ("--resume=True --overwrite=True", "use only one of them"),
     ("--caption=x", "need a pretrained pipeline"),
+    ("--patience=2 --eval_interval=0", "patience=2 needs evaluations"),
+    ("--patience=2 --val_fraction=0", "patience=2 needs validation data"),
     ("--image_size=15", "inputs are 15 wide, which is not a multiple of patch_size=2"),
     (
         "--batch_size=64 --micro_batch_size=5",
         "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1",
     ),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),
+    ("--vae={data}/small", "is not an AutoencoderKL for color images (but a AutoencoderTiny)"),
     # data
     ("--dataset={data}/missing", "dataset='{data}/missing' cannot be used"),
     ("--dataset={data}/nothing", "holds no file of a supported kind"),
@@ -81,6 +84,8 @@ SAMPLES = [
     ("--out_dir={runs}/classes --prompt=x", "takes no prompt"),
     ("--out_dir={runs}/classes --output={runs}/x.jpg", "must be a .png in a folder that exists"),
     ("--out_dir={runs}/torn", "torn' cannot be used"),
+    ("--out_dir={runs}/classes --base={data}/sd", "has an effect on adapters only"),
+    ("--out_dir={runs}/classes --lora_scale=0.5", "has an effect on adapters only"),
     ("--out_dir={runs}/lora", "needs a --prompt"),
     ("--out_dir={runs}/lora --prompt=x --base={data}/nothing", "base='{data}/nothing' cannot be used"),
     ("--out_dir={runs}/lora --prompt=x --base={sdxl}", "but the run needs a StableDiffusionPipeline"),
@@ -102,6 +107,7 @@ def data(tmp_path_factory, pipeline):
     files |= {"half/1.txt": b"black", "mute/1.txt": b"", "latin/1.txt": "noir, coupé".encode("latin-1")}
     files |= {"unnamed/metadata.jsonl": b'{"name": "1.png"}', "adapter/pytorch_lora_weights.safetensors": b""}
     files["commas/metadata.csv"] = b"file_name,label\n1.png,a,b\n"
+    files["small/config.json"] = b'{"_class_name": "AutoencoderTiny", "in_channels": 3}'
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

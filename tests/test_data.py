@@ -206,6 +206,20 @@ def test_splits_are_known_by_name(prepare, tmp_path, capfd):
     assert list(sizes) == ["train"]  # no row is in two splits
 
 
+def test_a_file_linked_to_another_split_is_in_both_and_further_splits_of_the_hub_are_their_own(
+    prepare, tmp_path, capfd
+):
+    write(tmp_path / "a/train.txt", "<a>")
+    (tmp_path / "a/val.txt").symlink_to("train.txt")
+    _, texts, _ = prepare(dataset=tmp_path / "a", val_fraction=0.1, test_fraction=0.0)
+    assert texts["train"] == texts["validation"] and texts["train"].startswith("<a>")
+    for name in ("train_sft", "test_sft"):
+        write(tmp_path / f"b/{name}-00000-of-00001.txt", f"<{name}>")
+    _, texts, _ = prepare(dataset=tmp_path / "b", train_split="train_sft", **WHOLE)
+    assert texts["train"].startswith("<train_sft>") and "test" not in texts["train"]
+    assert "not used: the split test_sft" in capfd.readouterr().out
+
+
 def test_every_way_to_name_data_reads_the_same_documents(prepare, tmp_path):
     fields = ["None", "NA", "null", "nan", "007", "1", "2024-01-01"]
     fields += ["a, b", 'say "yes"', "two\nlines", "é", "x\ty"]
@@ -281,7 +295,7 @@ def test_an_edit_of_the_data_the_code_or_the_eos_is_not_missed(tmp_path, prepare
     write(tmp_path / "texts/b.txt", "third " * 20)
     _, texts, _ = prepare(dataset=tmp_path / "texts", **WHOLE)
     assert texts["train"].count("third") == 20 and "second" not in texts["train"]
-    head = "def encode_texts(documents, tok, split):\n"
+    head = "def encode_texts(documents, tok):\n"
     how = (tiny, f"--dataset={tmp_path / 'texts'}", "--max_steps=0", "--val_fraction=0", "--test_fraction=0")
     script = check_out(tmp_path / "checkout", (head, f"{head}    documents = documents.select([0])\n"))
     before, _ = within("train_lm.py", *how)

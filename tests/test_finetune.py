@@ -202,17 +202,19 @@ def test_a_question_may_be_a_part_of_the_opening_of_an_answer(prepare, pretraine
     assert learned(tok, row) == "Hello." + tok.eos_token
 
 
-def test_an_answer_with_a_weight_of_0_is_read_but_not_learned(prepare, chatty):
+@pytest.mark.parametrize("change", [{"weight": 0}, {"content": " "}], ids=str)
+def test_an_answer_with_a_weight_of_0_or_without_text_is_not_learned(prepare, chatty, change):
     chat = [dict(m) for m in CONVERSATION]
-    chat[2]["weight"] = 0
+    chat[2] |= change
     tok, (row,) = prepare([{"messages": chat}], init_from=chatty)
-    assert learned(tok, row) == "Fine, and much.<|im_end|>\n" and "Hi." in tok.decode(row["ids"])
+    assert learned(tok, row) == "Fine, and much.<|im_end|>\n"
+    assert ("Hi." in tok.decode(row["ids"])) == ("weight" in change)
 
 
 def test_tool_calls_are_learned_by_a_base_without_a_template_and_from_parquet_without_nulls(
     prepare, pretrained, tmp_path
 ):
-    """Arrow gives the arguments of all calls in a column the same keys."""
+    """Arrow gives the arguments of all calls in a column the same keys. OpenAI writes them as JSON in a text."""
     arguments = [{"city": "Oslo"}, {"date": "today"}]
     chats = []
     for values in arguments:
@@ -223,6 +225,12 @@ def test_tool_calls_are_learned_by_a_base_without_a_template_and_from_parquet_wi
         [{"messages": chat} for chat in chats], init_from=pretrained("qwen3"), block_size=256
     )
     found = sorted(learned(tok, row) for row in from_lines)
+    for chat, values in zip(chats, arguments):
+        chat[1]["tool_calls"][0]["function"]["arguments"] = json.dumps(values)
+    tok, from_texts = prepare(
+        [{"messages": chat} for chat in chats], init_from=tok.name_or_path, block_size=256
+    )
+    assert sorted(learned(tok, row) for row in from_texts) == found
     for text, values in zip(found, arguments, strict=True):
         call = text.strip().removesuffix(tok.eos_token)
         assert json.loads(call)[0]["function"]["arguments"] == values

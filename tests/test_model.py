@@ -115,6 +115,7 @@ class Dice(torch.nn.Linear):
     """A model that always says the same. The last two of its ids are padding, and the likeliest."""
 
     context = 1
+    config = transformers.PretrainedConfig(vocab_size=6)
     generation_config = transformers.GenerationConfig()
 
     def __init__(self):
@@ -141,6 +142,8 @@ def test_sampling_follows_the_cut_distribution_and_never_gives_padding(expected,
     counts = torch.bincount(tokens, minlength=4)
     assert len(counts) == 4
     assert (counts / 20000 - torch.tensor(expected)).abs().max() < 0.015  # four standard errors
+    with pytest.raises(SystemExit):  # a prompt with an id that the model does not have
+        next(generate(Dice(), [6], 1, 1, 4))
 
 
 @pytest.mark.parametrize("T", [48, 512, 600])

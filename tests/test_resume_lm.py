@@ -14,9 +14,12 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import conftest
+import datasets
 import filelock
 import torch
 from conftest import ROOT, contents, last_state, lost, refusal, rows, start, wait_for_step, within
+
+import train_lm
 
 GOES_ON = "stopped at step {}; the same command with --resume=True goes on\n"
 LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes=1")
@@ -124,17 +127,26 @@ def test_a_run_goes_on_when_its_data_has_moved_but_not_with_other_data(tmp_path,
     assert not lost(tmp_path / "unbroken", tmp_path / "run")
 
 
+def test_other_labels_of_the_same_ids_are_other_data():
+    rows = [{"ids": [[1, 2, 3]], "labels": [labels]} for labels in ([-100, 2, 3], [-100, -100, 3])]
+    hashes = {train_lm.hash_rows(datasets.Dataset.from_dict(table)) for table in (*rows, rows[0])}
+    assert len(hashes) == 2
+
+
 def test_before_the_first_checkpoint_nothing_is_believed(tmp_path, tiny):
-    """A start that died, with weights and an adapter of an older run: other settings give a fresh run."""
+    """Weights without a checkpoint are kept. A start that died, with older files: other settings give a fresh run."""
     out = tmp_path / "run"
     within("train_lm.py", tiny, "--max_steps=10", "--n_embd=64")
     (out / "checkpoint.pt").unlink()
     ended = json.loads((out / "run.json").read_text())
-    assert "finished run without its checkpoint.pt" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
+    assert "no checkpoint.pt to resume from" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
     (out / "run.json").write_text(json.dumps(ended | {"summary": {}}))  # as a run that has not ended
+    assert "no checkpoint.pt to resume from" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
+    for path in (*out.glob("*.safetensors"), *out.glob("best.pt")):
+        path.unlink()
     (out / "run.json.tmp").write_text("{")
     (out / "notes.txt").write_text("mine")
-    for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):
+    for name in ("adapter_config.json", "chat_template.jinja"):
         (out / name).write_text("stale")
     how = (tiny, "--resume=True", "--n_layer=1", "--seed=5")
     within("train_lm.py", *how, "--max_steps=0")

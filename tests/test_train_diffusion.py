@@ -86,7 +86,8 @@ def test_16_bits_have_a_known_white_and_what_has_none_is_left_out(tmp_path, caps
     gray = np.linspace(20000, 30000, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / "a.png")
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + gray.astype(">u2").tobytes())
-    for name in ("a.png", "a.pgm"):
+    Image.fromarray(65535 - gray).save(tmp_path / "a.tif", tiffinfo={262: 0})  # white is 0
+    for name in ("a.png", "a.pgm", "a.tif"):
         x = td.read_image({"bytes": None, "path": str(tmp_path / name)})
         assert np.abs(x[0] - gray / 257).max() < 6, name
     for kind in ("i4", "f4"):
@@ -149,11 +150,13 @@ def test_splits_and_classes_are_folders(prepare, tmp_path):
     for name in (*files, "eval_2/[dog]/d::e.png", ".hidden/cat/a.png", "train/cat/.thumb.png"):
         write(tmp_path / "far" / name)
     (tmp_path / "data [1]").symlink_to(tmp_path / "far")
-    (tmp_path / "far/train/loop").symlink_to(tmp_path / "far")
-    splits, data, names, _ = prepare(tmp_path / "data [1]")
-    found = {split: named(part, names) for split, part in splits.items()}
-    assert found == {"train": ["[dog]", "cat", "cat"], "validation": ["cat"], "test": ["[dog]"]}
-    assert data["shape"] == [1, 8, 8]  # all are gray
+    for pattern in ("far/**/*", "data [1]"):
+        splits, data, names, _ = prepare(tmp_path / pattern)
+        found = {split: named(part, names) for split, part in splits.items()}
+        assert found == {"train": ["[dog]", "cat", "cat"], "validation": ["cat"], "test": ["[dog]"]}
+        assert data["shape"] == [1, 8, 8]  # all are gray
+        if pattern == "far/**/*":  # this one would go round the loop
+            (tmp_path / "far/train/loop").symlink_to(tmp_path / "far")
 
 
 def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
@@ -166,10 +169,11 @@ def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
         save(path := path.with_suffix(suffix))
         splits, _, names, _ = prepare(**how)
         assert named(splits["train"], names) == sorted(table["text"])
-    path.write_text("file_name,label\n00.png,NA\n01.png,7\n02.png,\n03.png,None\nno.png,a\n")
+    path.write_text("file_name, label,by\n00.png,NA\n01.png,7,me\n02.png,\n03.png,None\nno.png,a\n")
     splits, _, names, log = prepare(**how | {"init_from": "scratch"})
     assert named(splits["train"], names) == ["7", "NA", "None", "None"] and names == ["7", "NA", "None"]
     assert "left out: 8 images" in log and "1 images in the metadata file are not in " in log
+    assert "columns that are not used: by" in log
     path.unlink()
     assert prepare(**how, caption="a square")[2] == ["a square"]
     with pytest.raises(SystemExit):
@@ -178,6 +182,7 @@ def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
     for path in (tmp_path / "folder").glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture {path.stem}\n", encoding="utf-8-sig")
     assert sorted(prepare(**how)[2]) == [f"picture {i:02}" for i in range(12)]
+    assert "not used: 12 .txt files" in prepare(**how | {"init_from": "scratch"})[3]
 
 
 def test_a_changed_image_is_read_anew_and_unreadable_ones_are_counted(prepare, tmp_path):
