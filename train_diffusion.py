@@ -951,7 +951,7 @@ def load_vae(name, device):
         config = diffusers.AutoencoderKL.load_config(name)
     kind = config["_class_name"]
     if kind != "AutoencoderKL" or config["in_channels"] != 3:
-        fail(f"{vae=} is not an AutoencoderKL for color images (but a {kind}): take another")
+        fail(f"{vae=} is of the kind {kind}: take an AutoencoderKL for color images")
     with named("vae", name):
         return diffusers.AutoencoderKL.from_pretrained(name).float().eval().to(device)
 

@@ -34,7 +34,7 @@ REFUSED = [
         "batch_size=64 must be a multiple of micro_batch_size x processes = 5 x 1",
     ),
     ("--vae={data}/nothing", "vae='{data}/nothing' cannot be used"),
-    ("--vae={data}/small", "is not an AutoencoderKL for color images (but a AutoencoderTiny)"),
+    ("--vae={data}/small", "is of the kind AutoencoderTiny"),
     # data
     ("--dataset={data}/missing", "dataset='{data}/missing' cannot be used"),
     ("--dataset={data}/nothing", "holds no file of a supported kind"),
