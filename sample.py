@@ -27,7 +27,7 @@ from configurator import UserError, comments, configure, fail, named, sections, 
 
 out_dir = "out/lm"  # folder of a trained model, or the name of a language model on the Hugging Face Hub
 base = ""  # base model of an adapter, if it is not where it was during training
-num_samples = 0  # samples per prompt or, without prompts, in total; 0: one per prompt or class, otherwise 16
+num_samples = 0  # samples per prompt, or in all without prompts; 0: one per prompt or class, 16 without both
 seed = 1337  # the same seed gives the same text or images
 trust_run_code = False  # execute the copy of the training script in out_dir (only if you trust its author)
 # text

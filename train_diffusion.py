@@ -97,7 +97,7 @@ lora_targets = ""  # lora: layers that get new weights, such as to_q,to_v; "": a
 frozen_fp8 = False  # lora: store all other weights in 8 bits; saves memory if gradient_checkpointing is on
 # diffusion
 prediction = "flow"  # what the model predicts: "flow" (noise - image), "v", "eps" (noise) or "x0" (image)
-label_dropout = 0.1  # fraction of the examples that are trained without class or caption; guidance needs some
+label_dropout = 0.1  # fraction of the examples that are trained without class or caption; guidance needs this
 ema_decay = 0.999  # a running average of the weights is evaluated and saved; this is its decay; 0: none
 # sampling
 sampler = "dpm++"  # turns noise into images: "dpm++" (more exact) or "ddim" (simpler; with flow, it is Euler)
@@ -116,7 +116,7 @@ adamw_lr = 0.005  # with muon: peak learning rate of all parameters but the matr
 beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
-warmup_steps = 20  # steps in which the learning rate rises; unless it is constant, at most a tenth of the run
+warmup_steps = 20  # steps in which the learning rate rises; with wsd and cosine, at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -646,7 +646,9 @@ def read_tables(tables):
     class_names = []
     for split, table in tables.items():
         if isinstance(table.features.get(image_column), datasets.List | datasets.LargeList):
-            fail(f"{dataset=}: {image_column=} holds lists: each row must hold one image, as a file")
+            fail(
+                f"{dataset=}: {image_column=} holds lists: each row must be one image, as the bytes of a file"
+            )
         if image_column not in table.features:
             fail(
                 f"{dataset=} has no {image_column=}: --image_column= takes one of {', '.join(table.features)}"
@@ -726,7 +728,7 @@ def read_folder(paths, descriptions):
             captions.remove(path.with_suffix(".txt"))
         found[split].append((path, text))
     if not found:
-        fail(f"{dataset=}: no image is in the metadata file: file_name must be a path relative to it")
+        fail(f"{dataset=}: the metadata file lists none of the images: file_name is relative to its folder")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
     if captions:  # those that were used have been taken out, as those of metadata below
@@ -1463,7 +1465,7 @@ def note_other_model(folder):
     copy = Path(folder, "train_diffusion.py")
     titles = ("Model", "The mathematics")
     if copy.exists() and sections(copy, *titles) != sections(__file__, *titles):
-        log(f"note: the model in {copy} differs from that of this script, which is used")
+        log(f"note: the model in {copy} differs from the one in this script, and the latter is used")
 
 
 def start_run(run, model, is_new):
@@ -2124,7 +2126,7 @@ class OneStepScheduler:
         self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **kwargs
     ):
         if timesteps is not None and sigmas is not None:  # CogView4
-            fail(f"{init_from=} has timesteps that differ from its noise levels: take another pipeline")
+            fail(f"{init_from=} has both timesteps and noise levels, which is not supported: take another")
         self.mu = mu
         if self.times is None:
             raise ModelOutput
@@ -2671,7 +2673,7 @@ def load_trained_pipeline(folder, run, base, device):
 
         expected = get_peft_model_state_dict(model.denoiser)
         if {f"{model.name}.{key}" for key in expected} != stored.keys():
-            fail(f"{setting}={source!r} lacks layers that the LoRA in {folder} changes: name its --base=")
+            fail(f"{setting}={source!r} lacks layers of the LoRA in {folder}: name the right one by --base=")
     model.pipe.to(device)
     return model.eval()
 

@@ -77,7 +77,7 @@ train_split = "train"  # name of the data's training split; some datasets call i
 text_column = "text"  # column with the documents, if the data is a table; chats have a column "messages"
 prompt_column = "prompt"  # column with prompts; with prompts or chats, only the answers count in the loss
 completion_column = "completion"  # column with the answers to the prompts
-tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": init_from's, or bpe:1024
+tokenizer = ""  # "bytes", "char", "bpe:1024" (1,024 tokens), Hub name, folder; "": init_from's, else bpe:1024
 val_fraction = 0.05  # part of the data for validation, unless it has a validation split; 0: none
 test_fraction = 0.05  # part for the test at the end, unless the data has a test split; 0: none
 fold = ""  # cross-validation: "2/5" validates on the second of five parts
@@ -110,7 +110,7 @@ beta1 = 0.8  # AdamW's decay rate for the mean of the gradient
 beta2 = 0.95  # AdamW's decay rate for the mean of the squared gradient
 weight_decay = 0.03  # pulls the matrices in the blocks towards zero; with adamw, all matrices
 qk_weight_decay = 0.2  # with muon: weight decay of the matrices of queries and keys
-warmup_steps = 20  # steps in which the learning rate rises; unless it is constant, at most a tenth of the run
+warmup_steps = 20  # steps in which the learning rate rises; with wsd and cosine, at most a tenth of the run
 lr_schedule = "wsd"  # "wsd" (warm-up, stable, decay), "cosine" or "constant"
 cooldown = 0.9  # wsd: the learning rate falls during this last fraction of the steps
 min_lr = 0.02  # learning rate at the end, as a fraction of the peak
@@ -640,7 +640,7 @@ def find_files():
         used = [path for path in used if is_text(path)]
     if len(used) < len(files):
         left_out = sorted(set(files) - set(used))
-        log(f"left out: {len(left_out)} files (not {kind}, not UTF-8 or missing), such as {left_out[0]}")
+        log(f"left out: {len(left_out)} files, such as {left_out[0]}: not {kind}, not UTF-8 or a broken link")
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
@@ -1008,7 +1008,7 @@ def load_tokenizer(splits):
         fail(f"the tokenizer of {name} has no end-of-text token: set eos_token in its tokenizer_config.json")
     if not tok.is_fast:
         fail(
-            f"the tokenizer of {name} is not supported, because it exists in Python only: take another model"
+            f"the tokenizer of {name} has no fast version (tokenizer.json) and is not supported: take another"
         )
     return tok
 
@@ -1391,7 +1391,7 @@ def note_other_model(folder):
     """Log a note if the section "Model" of the script in a folder differs from that of this script."""
     copy = Path(folder, "train_lm.py")
     if copy.exists() and sections(copy, "Model") != sections(__file__, "Model"):
-        log(f"note: the model in {copy} differs from that of this script, which is used")
+        log(f"note: the model in {copy} differs from the one in this script, and the latter is used")
 
 
 def start_run(run, tok, is_new):
@@ -2079,7 +2079,7 @@ def set_generation_config(model, tok, rows):
     in_data = special.intersection(rows[0]["ids"].tolist())  # take the first row as an example
     if has_answers and adapter and in_data:
         names = " ".join(tok.convert_ids_to_tokens(sorted(in_data)))
-        log(f"note: the adapter does not train the embeddings of {names}: the model must know these tokens")
+        log(f"note: the adapter trains no embeddings: the model should already know the tokens {names}")
     model.generation_config.eos_token_id = sorted(ends)
     if isinstance(model, GPT) and count_ids(tok) < model.config.vocab_size:
         # Keep generate() of transformers from drawing the padding.
@@ -2191,8 +2191,8 @@ def keep_question(asked, answered, question):
     ending = asked[asked.rindex(question) :]  # the question and what follows it
     if ending not in answered:
         fail(
-            f"{dataset=}: the chat template rewrites {question[:40]!r} once it is answered:"
-            " take a tokenizer with another template"
+            f"{dataset=}: the chat template changes the question {question[:40]!r} when an answer follows:"
+            " use a tokenizer with another chat template"
         )
     answer = answered[answered.rindex(ending) + len(ending) :]
     return asked + answer
@@ -2544,8 +2544,8 @@ def check_ids(model, splits):
         if largest >= model.config.vocab_size:
             n_ids = model.config.vocab_size
             fail(
-                f"{dataset=} has a token with the id {largest}, but {init_from} has only {n_ids} embeddings:"
-                " put the model's own tokenizer there"
+                f"{init_from} has only {n_ids} embeddings, but its tokenizer gives a token in {dataset=}"
+                f" the id {largest}: use the tokenizer that belongs to the model"
             )
 
 

@@ -90,7 +90,7 @@ SAMPLES = [
     ("--out_dir={runs}/lora --prompt=x --base={data}/nothing", "base='{data}/nothing' cannot be used"),
     ("--out_dir={runs}/lora --prompt=x --base={sdxl}", "but the run needs a StableDiffusionPipeline"),
     ("--out_dir={runs}/lora --prompt=x --base={sd2}", "base='{sd2}' cannot be used"),
-    ("--out_dir={runs}/other --prompt=x", "lacks layers that the LoRA"),
+    ("--out_dir={runs}/other --prompt=x", "lacks layers of the LoRA"),
 ]
 
 

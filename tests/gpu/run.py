@@ -2,7 +2,7 @@
 Check every claim that is made for GPUs, on one H100 or H200, in one command of at most nine minutes:
 
     python tests/gpu/run.py --table=gpu.md [--nanogpt=PATH] [--parts=speed,lora]
-    python tests/gpu/run.py --dry=True      # on a CPU, at tiny shapes: finds typos, the figures mean nothing
+    python tests/gpu/run.py --dry=True --run_seconds=500 --minutes=20   # on a CPU, at tiny shapes, to find typos
 
   compile     default GPT and DiT, and a tiny LoRA: graph breaks, recompilations after the first evaluation
   resume      each trainer, stopped and resumed with --deterministic=True, beside an unbroken run
@@ -57,7 +57,7 @@ parts = ""  # with commas between them; "": all
 table = ""  # a file that the table is written to, too
 dry = False  # on a CPU, at tiny shapes
 minutes = 9.0  # of all parts; a run that has not ended by then is killed, and no other one is begun
-run_seconds = 200  # of a single run
+run_seconds = 200  # of a single run, on a GPU; two CPU cores need 500 with --dry=True
 nanogpt = ""  # a checkout of nanoGPT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
