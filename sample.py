@@ -395,6 +395,8 @@ def serve(generate, values):
     # Hide the controls that mean nothing for this model. generate() still gets their values.
     if hasattr(model, "class_names"):
         unused = ["prompt", "negative_prompt", "lora_scale"]
+    elif tok is None and not trainer.adapter:
+        unused = ["class_label", "lora_scale"]
     else:
         unused = ["class_label"]
     controls = [make_control(name, value, name not in unused) for name, value in values.items()]

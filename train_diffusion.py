@@ -68,7 +68,7 @@ from configurator import configure, fail, named, sections, settings
 
 # the run
 out_dir = "out/diffusion"  # the folder that everything is written to
-resume = False  # continue from the checkpoint in out_dir, or start if there is none
+resume = False  # continue from the checkpoint in out_dir, or start if there is no run
 overwrite = False  # delete the run in out_dir and start a new one
 seed = 1337  # random seed for the initial weights, the order of the data, the noise and its levels
 # data
@@ -598,11 +598,17 @@ def find_files():
 
 
 def split_of(names):
-    """Return the split that one of the names stands for, and the index of that name; else ("train", -1)."""
+    """Return the split that one of the names stands for, and the index of that name; else ("train", -1).
+
+    Some datasets of the Hub have further splits, in files such as test_small-00000-of-00001.parquet.
+    """
     for i, name in enumerate(names):
-        name = re.sub(SHARD_SUFFIX, "", name.lower())
-        if name in SPLITS:
-            return SPLITS[name], i
+        split_name = re.sub(SHARD_SUFFIX, "", name.lower())
+        if split_name in SPLITS:
+            return SPLITS[split_name], i
+        is_shard = re.search(r"-\d+-of-\d+", name)
+        if is_shard and split_name.split("_")[0] in SPLITS:
+            return split_name, i
     return "train", -1
 
 
@@ -684,8 +690,10 @@ def as_text(field, column, class_names=()):
     if not isinstance(field, str | int | float):
         fail(f"{dataset=}: column {column!r} holds {repr(field)[:60]}, which is neither text nor a number")
     text = str(field).strip()
-    with named("column", column):
-        text.encode()  # raises an error for characters that are not Unicode, which JSON can hold
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold characters that are not Unicode
+        fail(f"{dataset=}: {text[:40]!r} in column {column!r} is not UTF-8 ({error}): take it out")
     return text or None
 
 
@@ -702,7 +710,9 @@ def read_folder(paths, descriptions):
     if unused:
         log(f"columns that are not used: {', '.join(unused)}")
     captions = {path for path in descriptions if path.suffix == ".txt"}
+    used_captions = set()
     found = defaultdict(list)  # {split: [(path, text)]}
+    seen = set()
     n_left_out = 0
     for path in paths:
         row = metadata.pop(os.path.abspath(path), {})
@@ -725,15 +735,20 @@ def read_folder(paths, descriptions):
                 text = above[0]
         elif init_from != "scratch" and path.with_suffix(".txt") in captions:
             text = read_caption(path.with_suffix(".txt"))
-            captions.remove(path.with_suffix(".txt"))
-        found[split].append((path, text))
+            used_captions.add(path.with_suffix(".txt"))
+        # An image and links to it count once, but may be in several splits or classes.
+        place = (split, text, os.path.realpath(path))
+        if place not in seen:
+            seen.add(place)
+            found[split].append((path, text))
     if not found:
         fail(f"{dataset=}: the metadata file lists none of the images: file_name is relative to its folder")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
-    if captions:  # those that were used have been taken out, as those of metadata below
-        log(f"not used: {len(captions)} .txt files, such as {min(captions)}")
-    if metadata:
+    unused_captions = captions - used_captions
+    if unused_captions:
+        log(f"not used: {len(unused_captions)} .txt files, such as {min(unused_captions)}")
+    if metadata:  # the rows of the images that were found have been taken out
         log(f"{len(metadata)} images in the metadata file are not in {dataset}, such as {min(metadata)}")
 
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
@@ -833,9 +848,11 @@ def open_image(source):
 
 def to_8_bits(image):
     """Return a gray image of 16 bits in 8 bits. Pillow's own conversion would clip all values above 255."""
-    is_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
-    if not is_16_bits:
-        raise ValueError("32 bits or floats, of which black and white are unknown, are not supported")
+    is_pgm = image.mode == "I" and image.format == "PPM"  # which Pillow scales to 16 bits
+    if not image.mode.startswith("I;16") and not is_pgm:
+        raise ValueError(
+            f"mode {image.mode}: save it in 8 or 16 bits, because its black and white are unknown"
+        )
     white = 65535
     if image.format == "TIFF":
         BITS_PER_SAMPLE = 258  # the number of this tag
@@ -846,7 +863,8 @@ def to_8_bits(image):
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
         values = 1 - values
     scaled = Image.fromarray((255 * values).round().astype(np.uint8))
-    scaled.info = image.info  # the color profile and the orientation
+    # Keep the color profile and the orientation, but not a transparent value, which has 16 bits.
+    scaled.info = {name: value for name, value in image.info.items() if name != "transparency"}
     return scaled
 
 
@@ -951,8 +969,8 @@ def load_vae(name, device):
 
     with named("vae", name):
         config = diffusers.AutoencoderKL.load_config(name)
-    kind = config["_class_name"]
-    if kind != "AutoencoderKL" or config["in_channels"] != 3:
+    kind = config.get("_class_name")
+    if kind != "AutoencoderKL" or config.get("in_channels", 3) != 3:
         fail(f"{vae=} is of the kind {kind}: take an AutoencoderKL for color images")
     with named("vae", name):
         return diffusers.AutoencoderKL.from_pretrained(name).float().eval().to(device)
@@ -1393,10 +1411,15 @@ def open_run_dir():
     if not resume:
         return None
     if "checkpoint.pt" not in files:
-        is_finished = run.get("summary", {}).get("steps", 0) > 0
         has_weights = any(name.endswith((".safetensors", "best.pt")) for name in files)
-        if is_finished or has_weights:
-            fail(f"{out_dir=} holds weights, but no checkpoint.pt to resume from: choose another --out_dir")
+        # The weights of a whole pipeline are in a folder that also exists at the start. Look for samples.
+        has_weights |= any(
+            path.stem > "step_00000000" for path in Path(out_dir, "samples").glob("step_*.png")
+        )
+        if has_weights:
+            fail(
+                f"{out_dir=} holds weights without a checkpoint: choose --overwrite=True or another --out_dir"
+            )
         log("there is no checkpoint to resume from: the run starts from the beginning")
         return None
     now = settings(globals())
@@ -1416,19 +1439,20 @@ def evenly_spread(n, n_rows):
     return np.linspace(0, n_rows - 1, n).astype(int).tolist()
 
 
-def hash_rows(rows, names):
-    """Return a hash of 100 rows, of their number and of the names of classes or captions.
+def hash_rows(rows, names, classes):
+    """Return a hash of 100 rows, of the number of all, and of the classes. names: all classes, or captions.
 
     With it, a resumed run notices changed data.
     """
     chosen = rows.select(evenly_spread(100, len(rows)))
-    content = repr([len(rows), chosen["crc32"][:], chosen["cond"][:], names])
+    names = [*names, None]  # None: no class
+    texts = [names[i] for i in chosen["cond"][:]]
+    content = repr([len(rows), chosen["crc32"][:], texts, classes])
     return hashlib.md5(content.encode()).hexdigest()
 
 
 def describe_run(model, splits, data, captions, old_run):
     """Return the content of run.json. Refuse to resume old_run with other data."""
-    names = [data["classes"], captions]
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run = {
@@ -1437,7 +1461,7 @@ def describe_run(model, splits, data, captions, old_run):
         "command": sys.argv,
         "settings": settings(globals()),
         "data": data,
-        "hashes": {split: hash_rows(rows, names) for split, rows in splits.items()},
+        "hashes": {split: hash_rows(rows, captions, data["classes"]) for split, rows in splits.items()},
         "parameters": n_parameters,
         "trained_parameters": n_trained,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -1446,7 +1470,7 @@ def describe_run(model, splits, data, captions, old_run):
         run["pipeline"] = type(model.pipe).__name__
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
-        check_data(old_run["hashes"], run["hashes"])
+        check_data(old_run.get("hashes", {}), run["hashes"])
         if run["model"] == "DiT":
             note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
@@ -1461,7 +1485,7 @@ def check_data(before, now):
 
 
 def note_other_model(folder):
-    """Log a note if the section "Model" of the script in a folder differs from that of this script."""
+    """Log a note if the script in a folder differs from this one in the model or its mathematics."""
     copy = Path(folder, "train_diffusion.py")
     titles = ("Model", "The mathematics")
     if copy.exists() and sections(copy, *titles) != sections(__file__, *titles):
@@ -1554,7 +1578,7 @@ def save_best(model, has_validation):
         write_file("model.safetensors", weights)
     else:
         model.save_weights(weights)
-    if has_validation:  # for the test at the end, also if it is only asked for later
+    if has_validation:  # for the test at the end, even if only a later --resume asks for it
         write_file("best.pt", weights)
 
 
@@ -2050,12 +2074,12 @@ def draw(model, conditions, seeds, steps=0, scale=-1.0, negative_prompt="", lora
 
     steps=0 and scale=-1 stand for the settings of the run.
     """
+    if lora_scale != 1 and not adapter:
+        fail(f"{lora_scale=} has an effect on adapters only, and this run has none")
     steps = steps or sample_steps
     if scale < 0:
         scale = guidance
     device = next(model.parameters()).device
-    if lora_scale != 1 and not adapter:
-        fail(f"{lora_scale=} has an effect on adapters only, and this run has none")
     dtype = DTYPES[choose_precision()]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if init_from != "scratch":

@@ -68,7 +68,7 @@ from configurator import configure, fail, named, sections, settings
 
 # the run
 out_dir = "out/lm"  # the folder that everything is written to
-resume = False  # continue from the checkpoint in out_dir, or start if there is none
+resume = False  # continue from the checkpoint in out_dir, or start if there is no run
 overwrite = False  # delete the run in out_dir and start a new one
 seed = 1337  # random seed for the initial weights, the order of the data and dropout
 # data
@@ -541,8 +541,9 @@ def split_of(path):
         split_name = re.sub(SHARD_SUFFIX, "", name.lower())
         if split_name in SPLITS:
             return SPLITS[split_name]
-    if "-of-" in file_name and split_name.split("_")[0] in SPLITS:
-        return split_name
+        is_shard = re.search(r"-\d+-of-\d+", name)
+        if is_shard and split_name.split("_")[0] in SPLITS:
+            return split_name
     return "train"
 
 
@@ -721,11 +722,13 @@ def choose_columns(names):
         columns = {"messages": chats[0], "system": "system", "tools": "tools"}
     else:
         columns = {"text": text_column}
-    optional = {"system", "tools"}
-    if not {*columns.values()} - optional <= {*names}:
+    optional = ("system", "tools")
+    missing = [name for ours, name in columns.items() if ours not in optional and name not in names]
+    if missing:
         fail(
-            f"{dataset=} has the columns {', '.join(names)}: choose one by --text_column=, or two by"
-            " --prompt_column= and --completion_column=; a column with chats must be named messages"
+            f"{dataset=} has the columns {', '.join(names)}, but not {', '.join(missing)}: choose one by"
+            " --text_column=, or two by --prompt_column= and --completion_column=; a column with chats must"
+            " be named messages"
         )
     used = [name for name in columns.values() if name in names]
     unused = [name for name in names if name not in used]
@@ -1326,10 +1329,11 @@ def open_run_dir():
     if not resume:
         return None
     if "checkpoint.pt" not in files:
-        is_finished = run.get("summary", {}).get("steps", 0) > 0
         has_weights = any(name.endswith((".safetensors", "best.pt")) for name in files)
-        if is_finished or has_weights:
-            fail(f"{out_dir=} holds weights, but no checkpoint.pt to resume from: choose another --out_dir")
+        if has_weights:
+            fail(
+                f"{out_dir=} holds weights without a checkpoint: choose --overwrite=True or another --out_dir"
+            )
         log("there is no checkpoint to resume from: the run starts from the beginning")
         return None
     now = settings(globals())
@@ -1350,7 +1354,7 @@ def evenly_spread(n, n_rows):
 
 
 def hash_rows(rows):
-    """Return a hash of 100 rows and of their number. With it, a resumed run notices changed data."""
+    """Return a hash of 100 rows and of the number of all. With it, a resumed run notices changed data."""
     chosen = rows.select(evenly_spread(100, len(rows)))
     content = repr([len(rows), chosen.with_format(None)[:]])
     return hashlib.md5(content.encode()).hexdigest()
@@ -1373,7 +1377,7 @@ def describe_run(model, splits, old_run):
     }
     if old_run:
         run["summary"] = old_run.get("summary", {})  # stays until this run writes its own at the end
-        check_data(old_run["hashes"], run["hashes"])
+        check_data(old_run.get("hashes", {}), run["hashes"])
         if run["model"] == "GPT":
             note_other_model(out_dir)
     log(f"model: {n_parameters:,} parameters, {n_trained:,} of them trained")
@@ -1562,7 +1566,7 @@ def evaluate(accelerator, model, tok, name, rows, micro_size, n_batches=0):
         n_missing = micro_size - len(batch)
         indices = batch + [0] * n_missing
         x, y, loss_positions = collate([rows[j] for j in indices])
-        y[len(batch) :] = -100  # a target of -100 has no loss, also at one of the loss_positions
+        y[len(batch) :] = -100  # a target of -100 has no loss, even at one of the loss_positions
         inputs = send_to_device((x, y, loss_positions), accelerator.device)
         with accelerator.autocast():
             loss = model(*inputs)
@@ -1599,7 +1603,7 @@ def evaluate_and_keep_best(accelerator, model, tok, splits, micro_size, progress
         if MAIN:
             check_finite(unwrap(model), weights)
             save_weights(unwrap(model), weights)
-        if has_validation:  # for the test at the end, also if it is only asked for by a later --resume
+        if has_validation:  # for the test at the end, even if only a later --resume asks for it
             save_checkpoint(model, [], None, progress, "best.pt")
     rows = splits.get("validation", splits["train"])
     write_sample(model, tok, rows[0], progress["step"])
@@ -1769,7 +1773,7 @@ def clip_gradients(accelerator, model):
     """Scale the gradients down to a norm of grad_clip. Return the norm that they had."""
     max_norm = grad_clip or math.inf  # inf: only measure the norm
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    if accelerator.is_fsdp2:  # here, it is a DTensor
+    if accelerator.is_fsdp2:  # then the norm is a DTensor
         grad_norm = grad_norm.full_tensor()
     return grad_norm
 
@@ -2146,18 +2150,21 @@ def read_messages(row, column):
         message = {name: value for name, value in fields.items() if value is not None}
         role = message.pop("from", None) or message.get("role")
         content = message.pop("value", None) or message.get("content")
-        others = fields.keys() - {"role", "from", "content", "value", "weight"}
-        if content is None and others and "tool_calls" not in message:
+        others = message.keys() - {"role", "weight", "name", "tool_call_id", "tool_calls"}
+        if others and not fields.keys() & {"content", "value", "tool_calls"}:
             fail(
                 f"{dataset=}: a message in column {column!r} has {', '.join(sorted(others))}, but no content"
             )
         if str(role) not in ROLES:
             fail(f"{dataset=}: the role {role!r} in column {column!r} is not one of {', '.join(ROLES)}")
-        for call in message.get("tool_calls") or []:
-            # OpenAI writes the arguments as JSON. Most chat templates expect the object in it.
-            function = call.get("function", call)
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            fail(f"{dataset=}: tool_calls in column {column!r} must be a list of objects, not {calls!r:.60}")
+        for call in calls:
+            function = call.get("function") or call
             if isinstance(function.get("arguments"), str):
-                with named("column", column):
+                # OpenAI writes the arguments as JSON. Most chat templates expect the object in it.
+                with named("arguments of a tool call", function["arguments"][:60]):
                     function["arguments"] = json.loads(function["arguments"] or "{}")
         messages.append({**message, "role": ROLES[role], "content": as_text(content, column)})
     return messages
@@ -2166,8 +2173,8 @@ def read_messages(row, column):
 def find_answer_start(text, prompt, answered):
     """Return the position at which an answer begins in the text that ends with it.
 
-    text: the chat up to and with the answer before, or "". prompt: the chat up to this answer. answered: the
-    same with this answer.
+    text: the chat up to and including the answer before, or "". prompt: the chat up to this answer. answered:
+    the chat up to and including this answer.
     """
     if prompt.startswith(text) and not answered.startswith(text):
         # If two answers follow each other, Qwen3's template rewrites the first one, and prompt and answered
@@ -2451,7 +2458,9 @@ def load_model(name, dtype=torch.float32, base="", setting="init_from"):
     config.inference_mode = not is_trained_further  # in this mode, peft freezes an adapter
     if base:
         config.base_model_name_or_path = base
-    lm = load_causal_lm(config.base_model_name_or_path, dtype, "base")
+    # sample.py has a setting for the base model. For training, adapter_config.json names it.
+    base_setting = "base" if setting == "out_dir" else "base_model_name_or_path"
+    lm = load_causal_lm(config.base_model_name_or_path, dtype, base_setting)
     with named(setting, name):
         if Path(name, "generation_config.json").exists():  # of an earlier run
             lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
@@ -2526,7 +2535,7 @@ def find_targets(lm):
     if lora_targets == "all-linear":
         return lora_targets
     targets = [name.strip() for name in lora_targets.split(",")]
-    names = [f".{name}" for name, _ in lm.named_modules()]  # with a dot, so that proj is not in q_proj
+    names = [f".{name}" for name, _ in lm.named_modules()]  # with dots: proj is not in q_proj
     for target in targets:
         # A target may be the end of a name: q_proj names model.layers.0.self_attn.q_proj and others.
         if not any(name.endswith(f".{target}") for name in names):

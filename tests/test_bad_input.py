@@ -109,7 +109,7 @@ REFUSED = [
     (["--dataset={data}/list.jsonl"], "list.jsonl, row 2 must be a JSON object"),
     (["--dataset={data}/cut.jsonl.gz"], "cut.jsonl.gz"),
     (["--dataset={data}/cut.parquet"], "cut.parquet"),
-    (["--dataset={data}/rows.jsonl"], "has the columns body, n: choose one by --text_column="),
+    (["--dataset={data}/rows.jsonl"], "has the columns body, n, but not text: choose one by --text_column="),
     (["--dataset={data}/rows.jsonl", "--text_column=n"], "column 'n' holds 1, which is not text"),
     (["--train_split=sft"], "--train_split= takes one of train"),
     (["--dataset={data}/told.jsonl"], "the role 'narrator' in column 'messages'"),

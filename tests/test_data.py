@@ -267,8 +267,8 @@ def cache_files():
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "texts"])
-def test_a_second_start_tokenizes_nothing(tmp_path, prepare, capfd, name):
-    """The first says what was dropped, without an answer or empty, and which answers had no room."""
+def test_a_second_start_tokenizes_nothing_and_says_the_same(tmp_path, prepare, capfd, name):
+    """It also says what was dropped, without an answer or empty, and which answers had no room."""
     answers = ["", None, "long " * 40, "long " * 50, "long " * 60, *"abcdef"]
     rows = [{"prompt": f"{i}?", "completion": answer} for i, answer in enumerate(answers)]
     write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -278,7 +278,8 @@ def test_a_second_start_tokenizes_nothing(tmp_path, prepare, capfd, name):
     first, _ = capfd.readouterr()
     files = cache_files()
     prepare(dataset=tmp_path / name, **WHOLE)
-    assert cache_files() == files
+    second, _ = capfd.readouterr()
+    assert cache_files() == files and second == first
     note = "1 documents without text dropped"
     if name == "rows.jsonl":
         note = "2 documents without an answer dropped, 3 rows cut"

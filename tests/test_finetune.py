@@ -257,6 +257,13 @@ def test_a_template_that_opens_a_thought_in_the_prompt_trains(prepare, pretraine
     assert learned(tok, row) == f"Hi.{tok.eos_token}Fine, and much.{tok.eos_token}"
 
 
+def test_messages_without_text_are_read_as_empty(prepare, chatty):
+    """Fields that are null, or an empty text, as tables have them."""
+    silent = [{"role": "user", "content": None, "name": None}, {"from": "gpt", "value": "", "id": "3"}]
+    tok, (row,) = prepare([{"messages": [*silent, *CONVERSATION[1:3]]}], init_from=chatty)
+    assert learned(tok, row) == CONVERSATION[2]["content"] + "<|im_end|>\n"
+
+
 def test_an_answer_that_the_template_leaves_open_ends_with_an_eos(prepare, pretrained):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }} | {% endfor %}"
     tok, (row,) = prepare([{"messages": CONVERSATION}], template, init_from=pretrained("qwen3"))

@@ -139,9 +139,9 @@ def test_before_the_first_checkpoint_nothing_is_believed(tmp_path, tiny):
     within("train_lm.py", tiny, "--max_steps=10", "--n_embd=64")
     (out / "checkpoint.pt").unlink()
     ended = json.loads((out / "run.json").read_text())
-    assert "no checkpoint.pt to resume from" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
+    assert "holds weights without a checkpoint" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
     (out / "run.json").write_text(json.dumps(ended | {"summary": {}}))  # as a run that has not ended
-    assert "no checkpoint.pt to resume from" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
+    assert "holds weights without a checkpoint" in within("train_lm.py", tiny, "--resume=True", code=2)[1]
     for path in (*out.glob("*.safetensors"), *out.glob("best.pt")):
         path.unlink()
     (out / "run.json.tmp").write_text("{")

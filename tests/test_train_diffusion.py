@@ -90,10 +90,12 @@ def test_16_bits_have_a_known_white_and_what_has_none_is_left_out(tmp_path, caps
     for name in ("a.png", "a.pgm", "a.tif"):
         x = td.read_image({"bytes": None, "path": str(tmp_path / name)})
         assert np.abs(x[0] - gray / 257).max() < 6, name
-    for kind in ("i4", "f4"):
-        Image.fromarray(gray.astype(kind)).save(tmp_path / "b.tif")
-        assert td.read_image({"bytes": None, "path": str(tmp_path / "b.tif")}) is None
-        assert "32 bits or floats" in capsys.readouterr().out
+    Image.fromarray(gray.astype("i4")).save(tmp_path / "b.tif")
+    Image.fromarray(gray.astype("f4")).save(tmp_path / "c.tif")
+    (tmp_path / "d.pfm").write_bytes(b"Pf\n8 8\n-1.0\n" + (gray[::-1] / 65535).astype("<f4").tobytes())
+    for name in ("b.tif", "c.tif", "d.pfm"):
+        assert td.read_image({"bytes": None, "path": str(tmp_path / name)}) is None
+        assert "black and white are unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
@@ -181,6 +183,7 @@ def test_metadata_and_captions(prepare, captioned, tmp_path, capsys):
     assert "lacks captions for 12 images" in capsys.readouterr().err
     for path in (tmp_path / "folder").glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture {path.stem}\n", encoding="utf-8-sig")
+    shutil.copy(tmp_path / "folder/00.png", tmp_path / "folder/00.webp")  # has the same caption file
     assert sorted(prepare(**how)[2]) == [f"picture {i:02}" for i in range(12)]
     assert "not used: 12 .txt files" in prepare(**how | {"init_from": "scratch"})[3]
 

@@ -124,7 +124,7 @@ def test_an_edit_trains_saves_resumes_and_speaks(tmp_path, tiny, edit, optimizer
         within(renamed, tiny, *how, "--max_steps=5", "--overwrite=True")
         assert "--trust_run_code=True" in within("sample.py", *speak, code=2)[1]
         stdout, _ = within("train_lm.py", tiny, *how, "--max_steps=10", "--resume=True")
-        assert "differs from that of this script" in stdout
+        assert "differs from the one in this script" in stdout
 
 
 @pytest.mark.parametrize("data", ["--val_fraction=0.05", "--val_fraction=0"])
