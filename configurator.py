@@ -17,6 +17,7 @@ import re
 import runpy
 import sys
 import types
+from pathlib import Path
 
 
 class UserError(SystemExit):
@@ -54,7 +55,7 @@ def settings(namespace):
     """Return {name: value} of the settings among a script's globals: lowercase names of plain values."""
     found = {}
     for name, value in namespace.items():
-        is_lowercase = name == name.lower() and name[0] != "_"
+        is_lowercase = name.islower() and name[0] != "_"
         if is_lowercase and type(value) in (bool, int, float, str):
             found[name] = value
     return found
@@ -64,14 +65,13 @@ def comments(path):
     """Return {name: comment} for the settings in a script. --help and the demo show these comments."""
     # A line such as: top_k = 0  # keep only the k most likely tokens
     setting = r"^([a-z]\w*) = .*?  # (.*)$"
-    with open(path, encoding="utf-8") as f:
-        return dict(re.findall(setting, f.read(), re.MULTILINE))
+    script = Path(path).read_text(encoding="utf-8")
+    return dict(re.findall(setting, script, re.MULTILINE))
 
 
 def sections(path, *titles):
     """Return the sections of a script, as text, whose headings ("# ---- ...") begin with one of titles."""
-    with open(path, encoding="utf-8") as f:
-        parts = f.read().split("\n# ---- ")
+    parts = Path(path).read_text(encoding="utf-8").split("\n# ---- ")
     return [part for part in parts if part.startswith(titles)]
 
 
@@ -100,7 +100,6 @@ def read_config(path, values):
     """Run a config file, which can read and assign settings. Return {name: value} as it leaves them."""
     if not os.path.isfile(path):
         fail(f"there is no config file {path}")
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # a config may import modules beside it
     namespace = runpy.run_path(path, init_globals=dict(values))
     assigned = {}
     for name, value in namespace.items():
@@ -125,10 +124,8 @@ def configure(namespace, arguments=None):
             changes = {setting: parse(text, values.get(setting))}
         elif argument.endswith(".py"):
             changes = read_config(argument, values)
-        elif argument.startswith("--"):
-            fail(f"{argument} has no value: write it with an equals sign, such as --resume=True")
         else:
-            fail(f"{argument}: write --name=value, or name a config file that ends in .py")
+            fail(f"{argument}: write --name=value, such as --resume=True, or name a config file (.py)")
 
         # The checks are the same for both kinds of arguments.
         for name, value in changes.items():

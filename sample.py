@@ -177,7 +177,7 @@ def complete(prompt, num_samples, **sampling):
     with named("prompt", prompt[:100]):  # a tokenizer may not know a character
         ids = tok(prompt)["input_ids"]
     # Some tokenizers put an end token behind every text, but this one is to be continued.
-    user_wrote_end = tok.eos_token is not None and prompt.endswith(tok.eos_token)
+    user_wrote_end = prompt.endswith(tok.eos_token or "")
     if ids and ids[-1] == tok.eos_token_id and not user_wrote_end:
         ids.pop()
     if not 1 <= len(ids) <= model.context:
@@ -394,13 +394,13 @@ def serve(generate, values):
 
     # Hide the controls that mean nothing for this model. generate() still gets their values.
     if hasattr(model, "class_names"):
-        unused = ["prompt", "negative_prompt", "lora_scale"]
-    elif tok is None and not trainer.adapter:
-        unused = ["class_label", "lora_scale"]
+        unused = ["prompt", "negative_prompt"]
     else:
         unused = ["class_label"]
+    if not trainer.adapter:
+        unused.append("lora_scale")
     controls = [make_control(name, value, name not in unused) for name, value in values.items()]
-    names = list(values)
+    names = [*values]
     if chat:
         names = ["message", "history", *values]  # gr.ChatInterface passes these two first
 

@@ -47,7 +47,7 @@ def test_later_wins_types_follow_the_default_and_a_tilde_is_home_in_paths_alone(
 
 MISTAKES = {
     "--cuont=3": "did you mean count",
-    "--count": "--count has no value",
+    "--count": "--count: write --name=value",
     "--count=3.5": "of type int, like 3",
     "--rate=1e999": "a finite number",
     "--flag=yes": "of type bool, like False",
