@@ -417,7 +417,7 @@ def serve(generate, values):
             yield from generate(**values)
         except UserError as error:
             if not chat:
-                raise gr.Error(error.message, print_exception=False) from None
+                raise gr.Error(error.message, print_exception=False)
             gr.Warning(error.message)  # an error would lock the text box of a chat
 
     with gr.Blocks(title=out_dir, delete_cache=(3600, 3600)) as page:  # images are deleted after an hour
