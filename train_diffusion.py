@@ -709,8 +709,6 @@ def read_folder(paths, descriptions):
     unused = sorted({name for row in metadata.values() for name in row} - {"file_name", column})
     if unused:
         log(f"columns that are not used: {', '.join(unused)}")
-    captions = {path for path in descriptions if path.suffix == ".txt"}
-    used_captions = set()
     found = defaultdict(list)  # {split: [(path, text)]}
     seen = set()
     n_left_out = 0
@@ -719,23 +717,8 @@ def read_folder(paths, descriptions):
         if has_metadata and not row:
             n_left_out += 1
             continue
-        folders = folders_of(path)
-        split, index = split_of(folders)
-        text = None
-        if caption:
-            text = caption
-        elif column in row:
-            text = as_text(row[column], column)
-        elif init_from == "scratch" and column:
-            below = folders[index + 1 :]  # the folders below the split, or all of them if no folder names one
-            above = folders[: max(0, index)]
-            if below:  # train/cats/1.png
-                text = below[0]
-            elif above:  # cats/train/1.png
-                text = above[0]
-        elif init_from != "scratch" and path.with_suffix(".txt") in captions:
-            text = read_caption(path.with_suffix(".txt"))
-            used_captions.add(path.with_suffix(".txt"))
+        split, _ = split_of(folders_of(path))
+        text = text_of_image(path, row, column)
         # An image and links to it count once, but may be in several splits or classes.
         place = (split, text, os.path.realpath(path))
         if place not in seen:
@@ -745,26 +728,47 @@ def read_folder(paths, descriptions):
         fail(f"{dataset=}: the metadata file lists none of the images: file_name is relative to its folder")
     if n_left_out:
         log(f"left out: {n_left_out} images that are not in the metadata file")
-    unused_captions = captions - used_captions
-    if unused_captions:
-        log(f"not used: {len(unused_captions)} .txt files, such as {min(unused_captions)}")
     if metadata:  # the rows of the images that were found have been taken out
         log(f"{len(metadata)} images in the metadata file are not in {dataset}, such as {min(metadata)}")
+    captions = {path for path in descriptions if path.suffix == ".txt"}
+    if init_from != "scratch":
+        captions -= {path.with_suffix(".txt") for path in paths}
+    if captions:
+        log(f"not used: {len(captions)} .txt files, such as {min(captions)}")
+    return {split: to_columns(pairs) for split, pairs in found.items()}
 
+
+def text_of_image(path, row, column):
+    """Return the class or the caption of an image file, or None. row: what a metadata file says of it."""
+    if caption:
+        return caption
+    if column in row:
+        return as_text(row[column], column)
+    if init_from != "scratch":
+        return read_caption(path.with_suffix(".txt"))
+    if not column:
+        return None
+    folders = folders_of(path)
+    _, index = split_of(folders)  # -1 if no folder names a split
+    below = folders[index + 1 :]  # "cats" in train/cats/1.png
+    above = folders[: max(0, index)]  # "cats" in cats/train/1.png
+    candidates = [*below, *above]
+    return candidates[0] if candidates else None
+
+
+def to_columns(pairs):
+    """Return (images, texts) for pairs of the path and the text of an image; see load_images()."""
     # Names of files may hold bytes that are not UTF-8, so they are stored as binary.
     file_columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("binary")}
-    splits = {}
-    for split, pairs in found.items():
-        column_of_images = [{"bytes": None, "path": os.fsencode(path)} for path, _ in pairs]
-        images = datasets.Dataset.from_dict(
-            {"image": column_of_images}, datasets.Features({"image": file_columns})
-        )
-        splits[split] = (images, [text for _, text in pairs])
-    return splits
+    files = [{"bytes": None, "path": os.fsencode(path)} for path, _ in pairs]
+    images = datasets.Dataset.from_dict({"image": files}, datasets.Features({"image": file_columns}))
+    return images, [text for _, text in pairs]
 
 
 def read_caption(path):
-    """Return the caption in a .txt file."""
+    """Return the caption in a .txt file, or None if there is no such file."""
+    if not path.exists():
+        return None
     with named("caption", str(path)):
         text = path.read_text(encoding="utf-8-sig").strip()
     if not text:
@@ -1116,6 +1120,22 @@ def choose_encoder(pipeline, device):
     return None, nn.Identity()
 
 
+def latent_shape(pipeline, autoencoder, to_latents):
+    """Return the shape of what the model is trained on. Refuse an image_size that does not fit."""
+    factor = 1  # by which latents are smaller than images
+    if pipeline is not None:
+        factor = pipeline.factor
+    elif vae:
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if image_size % factor != 0:
+        fail(f"{image_size=} must be a multiple of {factor}, by which the pipeline or vae shrinks it")
+    gray = torch.zeros(1, 3, image_size, image_size)
+    shape = to_latents(gray).shape[1:]
+    if pipeline is None and shape[-1] % patch_size != 0:
+        fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
+    return shape
+
+
 def prepare_data(accelerator, pipeline=None):
     """Return ({split: rows}, data, captions).
 
@@ -1134,17 +1154,7 @@ def prepare_data(accelerator, pipeline=None):
     key = [image_size, flip, wants_size]
     if autoencoder is not None:
         key += [str(autoencoder.config), checksums(autoencoder)]
-    factor = 1  # by which latents are smaller than images
-    if pipeline is not None:
-        factor = pipeline.factor
-    elif vae:
-        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    if image_size % factor != 0:
-        fail(f"{image_size=} must be a multiple of {factor}, by which the pipeline or vae shrinks it")
-    gray = torch.zeros(1, 3, image_size, image_size)
-    shape = to_latents(gray).shape[1:]
-    if pipeline is None and shape[-1] % patch_size != 0:
-        fail(f"with {image_size=}, inputs are {shape[-1]} wide, which is not a multiple of {patch_size=}")
+    shape = latent_shape(pipeline, autoencoder, to_latents)
 
     for split, (images, texts) in splits.items():
         if split == "train":
