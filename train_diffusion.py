@@ -1881,12 +1881,12 @@ def make_model(accelerator):
     return model, splits, data, captions
 
 
-def speed(images_per_s):
-    """Return images/s and the memory in GB that this process has needed, on its GPU if it has one."""
+def speed(n_images, seconds):
+    """Return the metrics images_per_s and memory_gb, after training on n_images for some seconds."""
     memory = psutil.Process().memory_info().rss
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
-    return {"images_per_s": images_per_s, "memory_gb": memory / 1e9}
+    return {"images_per_s": n_images / seconds, "memory_gb": memory / 1e9}
 
 
 def main():
@@ -2027,8 +2027,7 @@ def main():
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            images_per_s = steps_since * batch_size / (time.monotonic() - timer)
-            values |= speed(images_per_s)
+            values |= speed(steps_since * batch_size, time.monotonic() - timer)
             values["epoch"] = step / steps_per_epoch
             report(values)
             timer = time.monotonic()

@@ -1642,13 +1642,14 @@ def write_sample(model, tok, row, step):
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 
-def speed(tokens_per_s, model):
-    """Return the metrics tokens_per_s, memory_gb and mfu.
+def speed(n_tokens, seconds, model):
+    """Return the metrics tokens_per_s, memory_gb and mfu, after training on n_tokens for some seconds.
 
     mfu, the model FLOPs utilization, is the used part of the peak FLOPS (PaLM, arXiv:2204.02311, appendix B).
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
+    tokens_per_s = n_tokens / seconds
     values = {"tokens_per_s": tokens_per_s, "memory_gb": memory / 1e9}
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in gpu]  # the first one counts: "H100 PCIe"
     if peaks and isinstance(model, GPT):
@@ -1976,8 +1977,7 @@ def main():
 
         if is_due(step, log_interval) or step == total_steps:
             values = {"train/loss": train_loss, "grad_norm": grad_norm, "lr": groups[0]["lr"]}
-            tokens_per_s = tokens_since / (time.monotonic() - timer)
-            values |= speed(tokens_per_s, unwrap(model))
+            values |= speed(tokens_since, time.monotonic() - timer, unwrap(model))
             values["epoch"] = step / steps_per_epoch
             report(values)
             timer = time.monotonic()
