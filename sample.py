@@ -177,7 +177,7 @@ def complete(prompt, num_samples, **sampling):
     with named("prompt", prompt[:100]):  # a tokenizer may not know a character
         ids = tok(prompt)["input_ids"]
     # Some tokenizers put an end token behind every text, but this one is to be continued.
-    user_wrote_end = prompt.endswith(tok.eos_token or "")
+    user_wrote_end = tok.eos_token is not None and prompt.endswith(tok.eos_token)
     if ids and ids[-1] == tok.eos_token_id and not user_wrote_end:
         ids.pop()
     if not 1 <= len(ids) <= model.context:

@@ -717,8 +717,9 @@ def read_folder(paths, descriptions):
         if has_metadata and not row:
             n_left_out += 1
             continue
-        split, _ = split_of(folders_of(path))
-        text = text_of_image(path, row, column)
+        folders = folders_of(path)
+        split, _ = split_of(folders)
+        text = text_of_image(path, folders, row, column)
         # An image and links to it count once, but may be in several splits or classes.
         place = (split, text, os.path.realpath(path))
         if place not in seen:
@@ -738,8 +739,11 @@ def read_folder(paths, descriptions):
     return {split: to_columns(pairs) for split, pairs in found.items()}
 
 
-def text_of_image(path, row, column):
-    """Return the class or the caption of an image file, or None. row: what a metadata file says of it."""
+def text_of_image(path, folders, row, column):
+    """Return the class or the caption of an image file, or None.
+
+    folders: those above it, see folders_of(). row: what a metadata file says of it, or {}.
+    """
     if caption:
         return caption
     if column in row:
@@ -748,7 +752,6 @@ def text_of_image(path, row, column):
         return read_caption(path.with_suffix(".txt"))
     if not column:
         return None
-    folders = folders_of(path)
     _, index = split_of(folders)  # -1 if no folder names a split
     below = folders[index + 1 :]  # "cats" in train/cats/1.png
     above = folders[: max(0, index)]  # "cats" in cats/train/1.png

@@ -645,9 +645,10 @@ def find_files():
     if not used:
         fail(f"{dataset=} holds no file of a supported kind: UTF-8 text, .jsonl, .csv or .parquet")
 
+    root = find_root()
     by_split = defaultdict(dict)  # {split: {real path: path}}, so that a file and links to it count once
     for path in used:
-        split = split_of(path.relative_to(find_root()))
+        split = split_of(path.relative_to(root))
         by_split[split].setdefault(os.path.realpath(path), path)
     paths = {split: list(by_real_path.values()) for split, by_real_path in by_split.items()}
     for split, files_of_split in paths.items():
